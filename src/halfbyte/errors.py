@@ -1,0 +1,35 @@
+"""Errors that a user can act on: one sentence that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class HalfbyteError(Exception):
+    """Base of every error that halfbyte raises on purpose; the command line prints it without a traceback."""
+
+    exit_code = 2
+
+
+class CheckpointError(HalfbyteError):
+    """A source checkpoint cannot be read or is not what its headers say."""
+
+
+class FormatError(HalfbyteError):
+    """A format or search is unknown, or cannot hold the given array."""
+
+
+class RecipeError(HalfbyteError):
+    """A recipe is invalid or does not fit the checkpoint."""
+
+
+class PlanError(HalfbyteError):
+    """The combination of checkpoint, recipe and dialect is refused before any work."""
+
+
+class OutputError(HalfbyteError):
+    """The output cannot be written: folder in use, disk full, output inside the input."""
+
+
+class VerifyError(HalfbyteError):
+    """The output does not match its plan or source."""
+
+    exit_code = 1

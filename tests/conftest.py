@@ -1,0 +1,18 @@
+"""Shared fixtures: where the real models and texts lie, and a small synthetic checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real models, texts and inventories that lies beside the repository."""
+    path = REPOSITORY.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("the folder ../shared with real models and texts is not here")
+    return path
