@@ -1,0 +1,33 @@
+"""What a number is: tables, scale types, block formats and packing. Arrays only, no files, no models."""
+
+from halfbyte.formats import affine, fp8, hif4, if4, int4, mixfp4, mx, nvfp4, razer, signed
+from halfbyte.formats.affine import AffineFormat
+from halfbyte.formats.base import Format, get_format, list_formats, register
+from halfbyte.formats.block import BlockFormat
+from halfbyte.formats.hif4 import HiF4Format
+from halfbyte.formats.scales import ScaleType
+from halfbyte.formats.tables import Table
+from halfbyte.formats.tensor import QuantizedTensor
+
+__all__ = [
+    "AffineFormat",
+    "BlockFormat",
+    "Format",
+    "HiF4Format",
+    "QuantizedTensor",
+    "ScaleType",
+    "Table",
+    "affine",
+    "fp8",
+    "get_format",
+    "hif4",
+    "if4",
+    "int4",
+    "list_formats",
+    "mixfp4",
+    "mx",
+    "nvfp4",
+    "razer",
+    "register",
+    "signed",
+]

@@ -1,0 +1,70 @@
+"""Affine formats: unsigned codes with a scale and an offset per group along K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.formats.base import Format, register
+from halfbyte.formats.packing import unpack_nibbles
+from halfbyte.formats.tensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class AffineFormat(Format):
+    """value = code * scale + bias (MLX), or (code - zero_point) * scale (asymmetric INT4).
+
+    Scales and biases are BF16 [..., N, K/group]; zero points are uint8 of that shape.
+    """
+
+    bits: int
+    group: int
+    offset: Literal["bias", "zero_point"]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """One row, ``group`` columns."""
+        return (1, self.group)
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Dtype and shape of codes, scales and offsets."""
+        groups = (*shape[:-1], shape[-1] // self.group)
+        width = shape[-1] // 2 if self.bits == 4 else shape[-1]
+        offset_type = ml_dtypes.bfloat16 if self.offset == "bias" else np.uint8
+        return {
+            "codes": (np.uint8, (*shape[:-1], width)),
+            "scales": (ml_dtypes.bfloat16, groups),
+            "offsets": (offset_type, groups),
+        }
+
+    def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
+        """FP32: the product is rounded, then the sum."""
+        assert tensor.offsets is not None
+        codes = unpack_nibbles(tensor.codes) if self.bits == 4 else tensor.codes
+        grouped = codes.reshape(*tensor.scales.shape, self.group).astype(np.float32)
+        scales = tensor.scales.astype(np.float32)[..., None]
+        offsets = tensor.offsets.astype(np.float32)[..., None]
+        values = grouped * scales + offsets if self.offset == "bias" else (grouped - offsets) * scales
+        return np.asarray(values.reshape(tensor.shape), dtype=np.float32)
+
+
+for _bits in (4, 8):
+    for _group in (32, 64, 128):
+        register(
+            AffineFormat(f"affine{_bits}_g{_group}", _bits, _group, "bias"),
+            *((f"affine{_bits}",) + (("affine",) if _bits == 4 else ()) if _group == 64 else ()),
+        )
+for _group in (16, 32, 64, 128):
+    register(
+        AffineFormat(f"int4_asym_g{_group}", 4, _group, "zero_point"),
+        *(("int4_asym",) if _group == 128 else ()),
+    )

@@ -1,0 +1,110 @@
+"""Block formats: codes of one of a few tables, times a block scale, times a tensor scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.formats.base import Format
+from halfbyte.formats.packing import unpack_nibbles
+from halfbyte.formats.scales import ScaleType
+from halfbyte.formats.tables import Table
+from halfbyte.formats.tensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class BlockFormat(Format):
+    """value = table[selector][code] * scale * tensor_scale.
+
+    ``tables`` are indexed by the selector, whose bits lie above the scale's code in the scale byte.
+    ``order`` is the order in which a search tries the tables: a later one must be strictly better, so the
+    first wins ties. ``block_shape`` is (rows, columns) that share a scale, -1 for all of that dimension.
+    ``shared_base``: all tables use the first tried table's absmax scale (IF4) instead of their own.
+    ``tensor_top``: the tensor scale maps the tensor's amax to ``tensor_top`` times the largest scale.
+    """
+
+    tables: tuple[Table, ...]
+    scale: ScaleType
+    block_shape: tuple[int, int]
+    has_tensor_scale: bool = False
+    order: tuple[int, ...] = (0,)
+    shared_base: bool = False
+    tensor_top: float = 6.0
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        return self.block_shape
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.tables[0].bits
+
+    def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales for a weight's shape; per-tensor scales have shape [...] + [1, 1]."""
+        rows, columns = self.block_shape
+        k = 1 if columns < 0 else -(-shape[-1] // columns)
+        if len(shape) == 1:
+            return (k,)
+        n = shape[-2] if rows == 1 else 1 if rows < 0 else -(-shape[-2] // rows)
+        return (*shape[:-2], n, k)
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Dtype and shape of codes, scales and tensor_scale."""
+        width = shape[-1] // 2 if self.bits == 4 else shape[-1]
+        found: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "codes": (np.uint8, (*shape[:-1], width)),
+            "scales": (self.scale.dtype, self.scales_shape(shape)),
+        }
+        if self.has_tensor_scale:
+            found["tensor_scale"] = (np.float32, shape[:-2])
+        return found
+
+    def problem(self, shape: tuple[int, ...]) -> str | None:
+        """Two-dimensional blocks may be cut at the edges; blocks along K may not."""
+        if self.block_shape[0] > 1 and len(shape) >= 2 and 0 not in shape:
+            return None
+        return super().problem(shape)
+
+    def split_scales(self, scales: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+        """FP32 scale values and table indices (None where there is one table) of stored scales."""
+        if len(self.tables) == 1:
+            return self.scale.to_value(scales), None
+        mask = np.uint8((1 << self.scale.bits) - 1)
+        return self.scale.to_value(scales & mask), scales >> np.uint8(self.scale.bits)
+
+    def tables_of(self, tensor: QuantizedTensor) -> NDArray[np.uint8]:
+        """Index of the table that each block chose."""
+        chosen = self.split_scales(tensor.scales)[1]
+        return super().tables_of(tensor) if chosen is None else chosen
+
+    def spread(self, per_block: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """Repeat one value per block (shape of the scales) over the block's elements."""
+        rows, columns = self.block_shape
+        full = per_block
+        if columns > 0:
+            full = np.repeat(full, columns, axis=-1)[..., : shape[-1]]
+        if rows > 1:
+            full = np.repeat(full, rows, axis=-2)[..., : shape[-2], :]
+        return np.broadcast_to(full, shape)
+
+    def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
+        """FP32: table value times (scale times tensor scale), each product rounded once."""
+        scales, chosen = self.split_scales(tensor.scales)
+        lead = (..., *(None,) * min(2, scales.ndim))
+        if tensor.divisor is not None:
+            scales = scales / tensor.divisor[lead]
+        elif tensor.tensor_scale is not None:
+            scales = scales * tensor.tensor_scale[lead]
+        codes = unpack_nibbles(tensor.codes) if self.bits == 4 else tensor.codes
+        if chosen is None:
+            values = self.tables[0].array[codes]
+        else:
+            stacked = np.concatenate([t.array for t in self.tables])
+            index = self.spread(chosen, tensor.shape) * np.uint8(len(self.tables[0].values)) + codes
+            values = stacked[index]
+        return np.asarray(values * self.spread(scales, tensor.shape), dtype=np.float32)

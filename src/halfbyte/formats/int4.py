@@ -1,0 +1,11 @@
+"""Symmetric INT4 in groups along K, BF16 scales: what compressed-tensors calls pack-quantized W4A16."""
+
+from halfbyte.formats import scales, tables
+from halfbyte.formats.base import register
+from halfbyte.formats.block import BlockFormat
+
+for _group in (16, 32, 64, 128):
+    register(
+        BlockFormat(f"int4_g{_group}", (tables.INT8_OFFSET,), scales.BF16, (1, _group)),
+        *(("int4",) if _group == 128 else ()),
+    )

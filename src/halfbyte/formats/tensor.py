@@ -1,0 +1,47 @@
+"""A quantized tensor: codes, block scales and, where the format has one, a tensor scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from halfbyte.formats.base import Format
+
+
+@dataclass
+class QuantizedTensor:
+    """Arrays of one quantized weight (or of a stack of experts: leading dimensions).
+
+    For a weight of shape [..., N, K]: ``codes`` uint8 [..., N, K/2] (4 bit, even element in the low nibble) or
+    [..., N, K] (8 bit); ``scales`` [..., N, K/B] in the format's own type (bytes for E4M3, E8M0 and the like, any
+    selector bits included); ``tensor_scale`` FP32 [...] multiplies every scale, or None; ``offsets``: biases or
+    zero points of affine formats, shaped like ``scales``. ``divisor`` FP32 [...]: where a checkpoint stores the
+    reciprocal of the tensor scale, that stored number is the exact one and decoding divides by it.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    codes: NDArray[np.uint8]
+    scales: NDArray[Any]
+    tensor_scale: NDArray[np.float32] | None = None
+    offsets: NDArray[Any] | None = None
+    divisor: NDArray[np.float32] | None = None
+
+    def decode(self) -> NDArray[np.float32]:
+        """The FP32 values that the codes stand for, in the weight's shape."""
+        return self.format.decode(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together."""
+        arrays = (self.codes, self.scales, self.tensor_scale, self.offsets)
+        return sum(a.nbytes for a in arrays if a is not None)
+
+    @property
+    def tables(self) -> NDArray[np.uint8]:
+        """Index of the table that each block chose, shaped like ``scales`` (all zero for one-table formats)."""
+        return self.format.tables_of(self)

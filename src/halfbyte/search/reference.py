@@ -1,0 +1,133 @@
+"""The NumPy reference encoder: the definition that every faster backend equals bit for bit.
+
+Order of operations, all in FP32: y = x * (1 / tensor scale); z = y * (1 / scale); e = z - nearest(z);
+error = (sum of w * e * e, element after element) * (scale * scale); the first least error wins.
+A single candidate is not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.formats import BlockFormat, Table
+from halfbyte.search.rules import base_codes
+from halfbyte.search.searches import Metric, Search
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+_LANES = 64
+
+
+def encode_blocks(
+    x: Floats, fmt: BlockFormat, search: Search, tensor_scale: Floats | None, weight: Floats | None
+) -> tuple[Codes, NDArray[Any]]:
+    """Codes [n, B] (unpacked) and stored scales [n] of blocks x [n, B]; tensor_scale [n], weight [n, B]."""
+    y = x if tensor_scale is None else x * (np.float32(1) / tensor_scale)[:, None]
+    if search.only == "four_over_six":
+        assert tensor_scale is not None
+        found = _four_over_six(x, fmt, search, tensor_scale, weight)
+    else:
+        found = _sweep(y, fmt, search, weight)
+    codes, scales = found
+    zero = ~np.any(x, axis=1)
+    codes[zero] = fmt.tables[0].encode(np.zeros((1, 1), dtype=np.float32))[0, 0]
+    scales[zero] = 0
+    return codes, scales
+
+
+def candidates(amax: Floats, table: Table, fmt: BlockFormat, search: Search) -> Iterator[tuple[NDArray[Any], Floats]]:
+    """Scale codes and values to try for blocks of this (normalised) amax, the absmax scale first."""
+    base = base_codes(np.where(amax == 0, np.float32(1), amax), table, fmt, search)
+    if fmt.scale.ordered:
+        offsets = search.power_offsets if fmt.scale.name == "e8m0" else search.offsets
+        for offset in offsets:
+            codes = np.clip(base.astype(np.int32) + offset, fmt.scale.low, fmt.scale.high).astype(np.uint8)
+            yield codes, fmt.scale.to_value(codes)
+        return
+    exact = np.where(amax == 0, np.float32(1), amax) / np.float32(table.top)
+    for ratio in search.int_ratios if table.bits == 4 else search.float_ratios:
+        codes = fmt.scale.to_code(exact * np.float32(ratio))
+        yield codes, fmt.scale.to_value(codes)
+
+
+def _sweep(y: Floats, fmt: BlockFormat, search: Search, weight: Floats | None) -> tuple[Codes, NDArray[Any]]:
+    best = _Best(y.shape, fmt)
+    amax = np.abs(y).max(axis=1)
+    base_table = fmt.tables[fmt.order[0]]
+    only = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(fmt.tables) == 1
+    for index in fmt.order:
+        table = fmt.tables[index]
+        for stored, scale in candidates(amax, base_table if fmt.shared_base else table, fmt, search):
+            z = y * (np.float32(1) / scale)[:, None]
+            codes = table.encode(z)
+            if only:
+                return codes, stored
+            loss = loss_of(z - table.array[codes], weight, search.metric)
+            best.offer(loss * (scale * scale), codes, stored, index)
+    return best.codes, best.scales
+
+
+def _four_over_six(
+    x: Floats, fmt: BlockFormat, search: Search, tensor_scale: Floats, weight: Floats | None
+) -> tuple[Codes, NDArray[Any]]:
+    """Four Over Six in the FP32 order of its reference implementation (arXiv 2512.02010, fouroversix)."""
+    top = np.float32(1536)
+    amax = tensor_scale * top
+    encode_scale = top / amax
+    decode_scale = np.float32(1) / encode_scale
+    best = _Best(x.shape, fmt)
+    block_max = np.abs(x).max(axis=1)
+    for index in fmt.order:
+        table = fmt.tables[index]
+        base = (block_max / np.float32(table.top)) * encode_scale
+        for factor in (np.float32(1), np.float32(1.5)) if table.kind == "e2m1" else (np.float32(1),):
+            stored = fmt.scale.to_code(base * factor)
+            scale = fmt.scale.to_value(stored)
+            codes = table.encode(x * (np.float32(1) / (decode_scale * scale))[:, None])
+            value = table.array[codes] * scale[:, None] * amax[:, None] / top
+            best.offer(loss_of(value - x, weight, search.metric), codes, stored, index)
+    return best.codes, best.scales
+
+
+class _Best:
+    """The best candidate of each block so far."""
+
+    def __init__(self, shape: tuple[int, ...], fmt: BlockFormat) -> None:
+        self.loss = np.full(shape[0], np.inf, dtype=np.float32)
+        self.codes = np.zeros(shape, dtype=np.uint8)
+        self.scales = np.zeros(shape[0], dtype=fmt.scale.dtype)
+        self.selector_shift = fmt.scale.bits if len(fmt.tables) > 1 else 0
+
+    def offer(self, loss: Floats, codes: Codes, stored: NDArray[Any], table: int) -> None:
+        if self.selector_shift:
+            stored = stored | np.uint8(table << self.selector_shift)
+        better = loss < self.loss
+        self.loss[better] = loss[better]
+        self.codes[better] = codes[better]
+        self.scales[better] = stored[better]
+
+
+def loss_of(error: Floats, weight: Floats | None, metric: Metric) -> Floats:
+    """Per block: (weighted) sum of squares, sum of magnitudes, or the largest magnitude."""
+    terms = error * error if metric == "sse" else np.abs(error)
+    if weight is not None:
+        terms = terms * weight
+    if metric == "max":
+        return np.asarray(terms.max(axis=1))
+    if terms.shape[1] > _LANES * 2:
+        # large blocks (channels, tiles, tensors): 64 running sums, then their sum
+        padded = np.pad(terms, ((0, 0), (0, -terms.shape[1] % _LANES)))
+        terms = _running_sum(padded.reshape(len(terms), -1, _LANES).transpose(1, 0, 2))
+    return _running_sum(np.ascontiguousarray(terms.T))
+
+
+def _running_sum(rows: Floats) -> Floats:
+    """Sum over the first axis, one after the other: the order that vector code with a block per lane has."""
+    total = np.zeros(rows.shape[1:], dtype=np.float32)
+    for row in rows:
+        total += row
+    return total
