@@ -1,0 +1,119 @@
+"""Byte ranges and strict JSON: the few file operations that everything else in this package stands on."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import CheckpointError
+
+# One system call moves at most 2 GiB - 4 KiB on Linux and fails beyond that on macOS.
+_LARGEST_READ = 1 << 30
+
+
+def open_regular(path: Path) -> tuple[int, int]:
+    """Open a regular file: (file descriptor, size in bytes). CheckpointError when that is impossible."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
+            raise CheckpointError(f"{path} is not a regular file")
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)})") from error
+    return descriptor, status.st_size
+
+
+def read_into(descriptor: int, view: memoryview, offset: int) -> int:
+    """Fill ``view`` (bytes) from ``offset``; returns the bytes read, fewer only at the end of the file."""
+    done = 0
+    while done < len(view):
+        part = view[done : done + _LARGEST_READ]
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [part], offset + done)
+        else:
+            data = os.pread(descriptor, len(part), offset + done)
+            count = len(data)
+            part[:count] = data
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def read_small(path: Path) -> bytes:
+    """A whole small file (config, index)."""
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """The short cause of an exception on one line, without the path that the message names already."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the garbage collector: visiting 100,000 new objects again and again takes most of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(f"the key {key!r} appears twice")
+            seen.add(key)
+    return result
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def parse_json(data: bytes, what: str, strict: bool = True) -> Any:
+    """Parse UTF-8 JSON. ``what`` names the file in the CheckpointError.
+
+    Strict (headers, indexes) refuses duplicate keys and NaN or Infinity; configs of real models hold such.
+    """
+    try:
+        text = data.decode("utf-8")
+        if strict:
+            return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{what} is not UTF-8 text (byte {error.start})") from error
+    except _DuplicateKeyError as error:
+        raise CheckpointError(f"{what} is ambiguous: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON ({reason(error)})") from error
+
+
+def parse_object(data: bytes, what: str, strict: bool = True) -> dict[str, Any]:
+    """Like :func:`parse_json`, for files whose outermost value must be an object."""
+    value = parse_json(data, what, strict)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} must hold a JSON object, not {type(value).__name__}")
+    return value

@@ -1,0 +1,147 @@
+"""Which files of a checkpoint folder are weights, which travel along unchanged, and which are left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from halfbyte.checkpoint.files import parse_object, read_small, reason
+from halfbyte.errors import CheckpointError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Weights in other formats (and their indexes): another copy of the model, never side files.
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", ".bin.index.json")
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)(?:-of-(?P<count>\d+))?\.safetensors")
+
+
+@dataclass
+class Contents:
+    """Sorted names relative to the folder.
+
+    weights: the safetensors files to read; index: tensor -> file, None without an index file; index_metadata:
+    what the index says besides; side_files: name -> bytes; ignored: weights that are not read.
+    """
+
+    weights: list[str]
+    index: dict[str, str] | None = None
+    index_metadata: dict[str, Any] = field(default_factory=dict)
+    side_files: dict[str, int] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+
+def scan(root: Path, only: str | None = None) -> Contents:
+    """Sort the files of ``root``; with ``only``, that one safetensors file is the checkpoint."""
+    names = _list(root)
+    top = sorted(n for n in names if n.endswith(".safetensors") and "/" not in n)
+    index_name = None if only else find_index(names)
+    if only:
+        contents = Contents([only])
+    elif index_name:
+        index, metadata = read_index(root / index_name)
+        contents = Contents(sorted(set(index.values())), index, metadata)
+    else:
+        contents = Contents(_without_index(root, top, names))
+    for name, size in sorted(names.items()):
+        if name in contents.weights or name in (index_name, CONFIG):
+            continue
+        if size is None or name.endswith((".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)):
+            contents.ignored.append(name)
+        else:
+            contents.side_files[name] = size
+    if only and CONFIG not in names:
+        contents.side_files = {}  # a lone file in a folder of other things: they do not belong to it
+    return contents
+
+
+def find_index(names: Iterable[str]) -> str | None:
+    """The index file among the names: the usual one, else the only one that there is."""
+    indexes = sorted(n for n in names if n.endswith(".safetensors.index.json") and "/" not in n)
+    if INDEX in indexes:
+        return INDEX
+    return indexes[0] if len(indexes) == 1 else None
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """(tensor -> shard, metadata) of an index file, with shard names that stay inside the folder."""
+    table = parse_object(read_small(path), path.name)
+    weight_map = table.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path.name} has no weight_map from tensors to files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{path.name} maps tensor {name} to something that is no file name")
+    for file in set(weight_map.values()):
+        pure = PurePosixPath(file)
+        if not file or file != str(pure) or pure.is_absolute() or ".." in pure.parts or set(file) & {"\\", ":", "\0"}:
+            raise CheckpointError(f"{path.name} names the file {file!r}, which is no plain path inside its folder")
+    metadata = table.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def _list(root: Path) -> dict[str, int | None]:
+    """Visible files of the folder and its direct sub-folders -> bytes; deeper folders "a/b/" -> None."""
+    found: dict[str, int | None] = {}
+    try:
+        for path in root.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                for inner in path.iterdir():
+                    if not inner.name.startswith("."):
+                        _note(found, inner, f"{path.name}/{inner.name}")
+            else:
+                _note(found, path, path.name)
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be listed ({reason(error)})") from error
+    return found
+
+
+def _note(found: dict[str, int | None], path: Path, name: str) -> None:
+    if path.is_dir():
+        found[name + "/"] = None
+    elif path.is_file():
+        found[name] = path.stat().st_size
+    elif path.is_symlink() and not path.exists() and not name.endswith((".safetensors", *OTHER_WEIGHTS)):
+        raise CheckpointError(f"{path} is a link to a file that is not there; restore or remove it")
+
+
+def _without_index(root: Path, top: list[str], names: dict[str, int | None]) -> list[str]:
+    if SINGLE in top:
+        return [SINGLE]
+    groups: dict[str, list[str]] = {}
+    for name in top:
+        match = _SHARD.fullmatch(name)
+        groups.setdefault(match["stem"] + "-*" if match else name, []).append(name)
+    if "model-*" in groups:
+        groups = {"model-*": groups["model-*"]}
+    if len(groups) == 1:
+        shards = next(iter(groups.values()))
+        _check_numbers(root, shards)
+        return shards
+    if groups:
+        raise CheckpointError(
+            f"{root} has several safetensors files and no index ({', '.join(top[:4])}); name the file to read"
+        )
+    other = next((n for n in sorted(names) if n.endswith(OTHER_WEIGHTS)), None)
+    hint = f"; {other} is in another format, save it as safetensors first" if other else ""
+    raise CheckpointError(f"{root} holds no .safetensors weights{hint}")
+
+
+def _check_numbers(root: Path, shards: list[str]) -> None:
+    """Only "-of-N" betrays a missing shard without an index. Real numbers run 1..N, 0..N-1 or 0..N."""
+    matches = [m for m in map(_SHARD.fullmatch, shards) if m]
+    if len({m["count"] for m in matches}) > 1:
+        raise CheckpointError(f"{root} mixes shards of several checkpoints ({shards[0]}, {shards[-1]})")
+    if not matches or matches[0]["count"] is None:
+        return
+    count, numbers = int(matches[0]["count"]), [int(m["number"]) for m in matches]
+    if sorted(numbers) not in (list(range(1, count + 1)), list(range(count)), list(range(count + 1))):
+        missing = next((n for n in range(1, count + 1) if n not in set(numbers)), None)
+        detail = f"shard {missing} of {count} is missing" if missing is not None else "a shard number is off"
+        raise CheckpointError(f"{root} has no index and its shards are not complete: {detail}")

@@ -1,0 +1,183 @@
+"""Inventory: what a checkpoint holds, from headers alone. No weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.dtypes import nbytes
+from halfbyte.checkpoint.files import collector_paused, parse_object, read_small
+from halfbyte.checkpoint.folder import CONFIG, Contents, scan
+from halfbyte.checkpoint.header import TensorInfo, check_shape, read_header
+from halfbyte.checkpoint.source import resolve
+from halfbyte.errors import CheckpointError
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAX_EXPANDED = 10_000_000
+
+
+@dataclass(eq=False)
+class Inventory:
+    """Names, dtypes, shapes and positions of every tensor of a checkpoint.
+
+    tensors: ordered by file, then offset; config: config.json, {} without one; side_files: files that travel
+    along unchanged, name -> bytes; ignored_files: weights in the folder that are not part of this checkpoint,
+    and folders too deep to be copied ("a/b/"); meta: what an index or an inventory file says besides; files:
+    weight file -> bytes; metadata: weight file -> its __metadata__; source: what the user typed; revision: the
+    hub's commit.
+    """
+
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    root: Path | None = None
+    side_files: dict[str, int] = field(default_factory=dict)
+    side_file_bytes: int = 0
+    ignored_files: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    source: str = ""
+    revision: str | None = None
+
+    @classmethod
+    def open(cls, src: str | Path, revision: str | None = None) -> Inventory:
+        """Read the headers of a local folder, a .safetensors file, or a hub id (fetched to the hub's cache).
+
+        CheckpointError, with the file or tensor named, when anything is missing, damaged or ambiguous.
+        """
+        found = resolve(src, revision)
+        contents = scan(found.root, found.file)
+        tensors, metadata, files = _read_headers(found.root, contents)
+        if not tensors:
+            raise CheckpointError(f"{src} holds no tensor")
+        return cls(
+            tensors=tensors,
+            config=_config(found.root / CONFIG),
+            root=found.root,
+            side_files=contents.side_files,
+            side_file_bytes=sum(contents.side_files.values()),
+            ignored_files=contents.ignored,
+            meta=contents.index_metadata,
+            files=files,
+            metadata=metadata,
+            source=str(src),
+            revision=found.revision,
+        )
+
+    @classmethod
+    @collector_paused()
+    def from_json(cls, path: str | Path) -> Inventory:
+        """Load {"config", "meta", "tensors": {name: [dtype, shape]}}: a checkpoint without its weights.
+
+        Ranges in names ("layers.{0..60}.experts.{0..383}") stand for every combination. All tensors lie one
+        after the other in a file named ""; root is None.
+        """
+        path = Path(path)
+        table = parse_object(read_small(path), path.name)
+        config, meta, entries = table.get("config", {}), table.get("meta", {}), table.get("tensors")
+        if not isinstance(config, dict) or not isinstance(meta, dict) or not isinstance(entries, dict):
+            raise CheckpointError(f"{path.name} must hold the objects config, meta and tensors")
+        side_bytes = meta.get("side_file_bytes", 0)
+        if type(side_bytes) is not int or side_bytes < 0:
+            raise CheckpointError(f"meta.side_file_bytes in {path.name} must be a number of bytes")
+        tensors: dict[str, TensorInfo] = {}
+        offset = 0
+        for pattern, entry in entries.items():
+            what = f"tensor {pattern} in {path.name}"
+            if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+                raise CheckpointError(f"{what} must be [dtype, shape]")
+            dtype, shape = entry[0], entry[1]
+            check_shape(shape, what)
+            try:
+                size = nbytes(dtype, shape)
+            except CheckpointError as error:
+                raise CheckpointError(f"{what}: {error}") from error
+            for name in _expand(pattern, path.name, _MAX_EXPANDED - len(tensors)):
+                if name in tensors:
+                    raise CheckpointError(f"tensor {name} appears twice in {path.name}")
+                tensors[name] = TensorInfo(name, dtype, tuple(shape), "", offset, size)
+                offset += size
+        if not tensors:
+            raise CheckpointError(f"{path.name} holds no tensor")
+        return cls(
+            tensors=tensors,
+            config=config,
+            meta=meta,
+            side_file_bytes=side_bytes,
+            files={"": offset},
+            source=str(path),
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, without headers and side files."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over names, dtypes, shapes, files, offsets and config; the folder does not matter."""
+        rows = [(t.name, t.dtype, t.shape, t.file, t.offset) for t in self.tensors.values()]
+        digest = hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode())
+        digest.update(json.dumps(self.config, sort_keys=True, separators=(",", ":")).encode())
+        return digest.hexdigest()
+
+
+def _config(path: Path) -> dict[str, Any]:
+    # Not strict: configs of real models contain Infinity.
+    return parse_object(read_small(path), str(path), strict=False) if path.exists() else {}
+
+
+@collector_paused()
+def _read_headers(
+    root: Path, contents: Contents
+) -> tuple[dict[str, TensorInfo], dict[str, dict[str, str]], dict[str, int]]:
+    """(tensors, metadata by file, bytes by file) of all weight files, compared with the index."""
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    files: dict[str, int] = {}
+    for file in contents.weights:
+        path = root / file
+        if contents.index is not None and not path.exists():
+            raise CheckpointError(f"shard {file} is named by the index but is missing from {root}")
+        infos, metadata[file], files[file] = read_header(path, file)
+        for info in infos:
+            if info.name in tensors:
+                raise CheckpointError(f"tensor {info.name} is in both {tensors[info.name].file} and {file}")
+            tensors[info.name] = info
+    if contents.index is not None:
+        _compare_with_index(tensors, contents.index)
+    return tensors, metadata, files
+
+
+def _compare_with_index(tensors: dict[str, TensorInfo], index: dict[str, str]) -> None:
+    for name, file in index.items():
+        info = tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"tensor {name} is not in {file}, where the index places it, nor in any other shard")
+        if info.file != file:
+            raise CheckpointError(f"tensor {name} is in {info.file}, but the index places it in {file}")
+    if len(index) < len(tensors):
+        info = next(t for t in tensors.values() if t.name not in index)
+        raise CheckpointError(f"tensor {info.name} in {info.file} is not in the index; the index is incomplete")
+
+
+def _expand(pattern: str, what: str, budget: int) -> Iterator[str]:
+    """All names of a pattern, the last range counting fastest."""
+    if "{" not in pattern:
+        return iter((pattern,))
+    parts = _RANGE.split(pattern)  # text, first, last, text, first, last, ..., text
+    ranges = [range(int(a), int(b) + 1) for a, b in zip(parts[1::3], parts[2::3], strict=True)]
+    count = 1
+    for numbers in ranges:
+        count *= max(numbers.stop - numbers.start, 0)
+    if not count or count > budget:
+        raise CheckpointError(f"the ranges of {pattern} in {what} stand for no name or for more than {_MAX_EXPANDED}")
+    template = "%d".join(text.replace("%", "%%") for text in parts[0::3])
+    return (template % numbers for numbers in itertools.product(*ranges))

@@ -1,0 +1,132 @@
+"""Which output files are finished, so that a conversion can continue; and which folders may be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.files import reason
+from halfbyte.checkpoint.writer import sync_folder, write_file_atomic
+from halfbyte.errors import OutputError
+
+FOLDER = ".halfbyte"
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """Finished files of one conversion, in ``<folder>/.halfbyte/journal.jsonl``; opened or created.
+
+    The first line holds the conversion's fingerprint; a journal of another one is an OutputError. ``done`` maps
+    a file name to {"nbytes": n, **extra}, only for files that are there with that size.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+        self.folder = Path(folder)
+        self.fingerprint = fingerprint
+        self.path = self.folder / FOLDER / NAME
+        self.done: dict[str, dict[str, Any]] = {}
+        if not self.path.exists():
+            line = json.dumps({"journal": 1, "fingerprint": fingerprint}) + "\n"
+            write_file_atomic(self.path, line.encode())
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the journal again, for what other processes have finished meanwhile."""
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise OutputError(f"the journal {self.path} cannot be read ({reason(error)})") from error
+        first = _object(lines[0])
+        if first is None or first.get("fingerprint") != self.fingerprint:
+            raise OutputError(
+                f"{self.folder} holds the unfinished output of another conversion; choose another folder"
+                " or remove this one"
+            )
+        self.done = {}
+        for line in lines[1:]:
+            record = _object(line)  # None for a line that was torn when its process was killed
+            if record is None:
+                continue
+            name, size, extra = record.get("file"), record.get("nbytes"), record.get("extra")
+            if isinstance(name, str) and type(size) is int and isinstance(extra, dict):
+                if self._size(name) == size:
+                    self.done[name] = {"nbytes": size, **extra}
+                else:
+                    self.done.pop(name, None)
+
+    def record(self, filename: str, nbytes: int, extra: dict[str, Any] | None = None) -> None:
+        """Note that a file is complete under its final name; durable when this returns."""
+        extra = extra or {}
+        line = json.dumps({"file": filename, "nbytes": nbytes, "extra": extra}).encode() + b"\n"
+        try:
+            # No O_CREAT: if the journal is gone, the folder is no longer ours.
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
+            try:
+                size = os.fstat(descriptor).st_size
+                if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                    line = b"\n" + line  # a torn line must not swallow this one
+                view = memoryview(line)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise OutputError(f"the journal {self.path} cannot be written ({reason(error)})") from error
+        self.done[filename] = {"nbytes": nbytes, **extra}
+
+    def finish(self) -> None:
+        """The conversion is complete: remove the journal and its folder."""
+        try:
+            shutil.rmtree(self.path.parent)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise OutputError(f"the journal folder {self.path.parent} cannot be removed ({reason(error)})") from error
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return (self.folder / name).stat().st_size
+        except (OSError, ValueError):
+            return None
+
+
+def prepare_output(out: str | Path, source_root: str | Path | None, fingerprint: str) -> Journal:
+    """Make the output folder, or continue in one whose journal has this fingerprint.
+
+    OutputError for a file, a folder that holds anything else, or a folder that is the input or inside it.
+    """
+    out = Path(out).expanduser()
+    try:
+        resolved = out.resolve()
+        if resolved.exists() and not resolved.is_dir():
+            raise OutputError(f"the output {out} is a file; choose a folder")
+        if source_root is not None:
+            _refuse_inside(out, resolved, Path(source_root).expanduser().resolve())
+        resolved.mkdir(parents=True, exist_ok=True)
+        names = [path.name for path in resolved.iterdir()]
+        inner = resolved / FOLDER
+        # Killed before its first line, a run leaves an empty journal folder behind.
+        fresh = not names or (names == [FOLDER] and all(p.name.endswith(".partial") for p in inner.iterdir()))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutputError(f"the output folder {out} cannot be used ({reason(error)})") from error
+    if not fresh and not (inner / NAME).is_file():
+        raise OutputError(f"the output folder {out} is not empty; choose another folder or empty it")
+    return Journal(out, fingerprint)
+
+
+def _refuse_inside(out: Path, resolved: Path, source: Path) -> None:
+    for folder in (resolved, *resolved.parents):
+        if folder == source or (folder.exists() and source.exists() and os.path.samefile(folder, source)):
+            place = "the input folder itself" if folder is resolved else f"inside the input folder {source}"
+            raise OutputError(f"the output {out} is {place}; choose a folder elsewhere")
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

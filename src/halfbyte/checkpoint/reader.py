@@ -1,0 +1,104 @@
+"""Reading tensors, or rows of them, as NumPy arrays by byte ranges."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from halfbyte.checkpoint.dtypes import numpy_dtype
+from halfbyte.checkpoint.files import open_regular, read_into, reason
+from halfbyte.checkpoint.header import TensorInfo
+from halfbyte.checkpoint.inventory import Inventory
+from halfbyte.errors import CheckpointError
+
+
+class Reader:
+    """Reads the tensors of an inventory. Threads may share it; a context manager that closes its files."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        if inventory.root is None:
+            raise CheckpointError(f"{inventory.source} is an inventory without weights, so nothing can be read")
+        self.inventory = inventory
+        self._root = inventory.root
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray[Any, np.dtype[Any]]:
+        """Rows start:stop of the leading axis (default: all) in the stored dtype, as a fresh writable array.
+
+        Only the bytes of these rows are read. CheckpointError for an unknown tensor, rows outside of it,
+        packed sub-byte dtypes, or a file that ends early.
+        """
+        info = self._info(name)
+        dtype = numpy_dtype(info.dtype)
+        shape, offset, size = info.shape, info.offset, info.nbytes
+        if start is not None or stop is not None:
+            rows = shape[0] if shape else 0
+            first = 0 if start is None else start
+            last = rows if stop is None else stop
+            if not shape or not 0 <= first <= last <= rows:
+                raise CheckpointError(f"rows {first}:{last} are outside tensor {name} of shape {list(shape)}")
+            row = size // rows if rows else 0
+            shape, offset, size = (last - first, *shape[1:]), offset + first * row, (last - first) * row
+        return self._fetch(info, offset, size).view(dtype).reshape(shape)
+
+    def chunks(self, name: str, size: int) -> Iterator[memoryview]:
+        """The raw bytes of a tensor in order, in pieces of at most ``size`` bytes; works for every dtype."""
+        if size <= 0:
+            raise ValueError("a chunk must have at least one byte")
+        info = self._info(name)
+        for done in range(0, info.nbytes, size):
+            yield self._fetch(info, info.offset + done, min(size, info.nbytes - done)).data
+
+    def close(self) -> None:
+        """Close the files; reading afterwards is an error."""
+        with self._lock:
+            self._closed = True
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _info(self, name: str) -> TensorInfo:
+        try:
+            return self.inventory.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"there is no tensor {name} in {self.inventory.source}") from None
+
+    def _fetch(self, info: TensorInfo, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        buffer = np.empty(size, np.uint8)
+        try:
+            count = read_into(self._descriptor(info.file), buffer.data, offset)
+        except OSError as error:
+            raise CheckpointError(f"tensor {info.name} in {info.file} cannot be read ({reason(error)})") from error
+        if count < size:
+            raise CheckpointError(
+                f"tensor {info.name} in {info.file} is truncated: {count} of {size} bytes could be read"
+            )
+        return buffer
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if self._closed:
+                raise CheckpointError(f"the reader of {self.inventory.source} is closed")
+            if file not in self._descriptors:
+                descriptor, size = open_regular(self._root / file)
+                self._descriptors[file] = descriptor
+                if size < self.inventory.files[file]:
+                    raise CheckpointError(
+                        f"{file} is truncated: it has {size} bytes, it had {self.inventory.files[file]}"
+                    )
+            return self._descriptors[file]

@@ -1,0 +1,217 @@
+"""Writing files so that they are either complete or absent: temporary name, preallocation, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from halfbyte.checkpoint.files import open_regular, read_into, reason
+from halfbyte.checkpoint.layout import Layout
+from halfbyte.errors import CheckpointError, OutputError
+
+_LARGEST_WRITE = 1 << 30
+_COPY_CHUNK = 1 << 24
+
+
+class _AtomicFile:
+    """A preallocated ``<path>.partial`` that becomes ``path`` at commit or vanishes."""
+
+    def __init__(self, path: Path, total: int) -> None:
+        self.path = path
+        self.total = total
+        self.partial = path.with_name(path.name + ".partial")
+        self._descriptor: int | None = None
+        self._ours = False
+        try:
+            self.partial.unlink(missing_ok=True)  # left by a killed run
+            self._descriptor = os.open(
+                self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666
+            )
+            self._ours = True
+            _allocate(self._descriptor, total, path)
+        except OSError as error:
+            self.abort()
+            raise self._error(error) from error
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if self._descriptor is None:
+            raise OutputError(f"{self.path} is closed already and cannot be written any more")
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._descriptor, data[done : done + _LARGEST_WRITE], offset + done)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def commit(self) -> None:
+        if self._descriptor is None:
+            raise OutputError(f"{self.path} is closed already and cannot be committed")
+        try:
+            os.fsync(self._descriptor)
+            mine, there = os.fstat(self._descriptor), os.stat(self.partial)
+            self._ours = (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+            self._close()
+            if not self._ours:
+                raise OutputError(f"another process is writing {self.path} too; run only one at a time")
+            os.replace(self.partial, self.path)
+            self._ours = False
+            sync_folder(self.path.parent)
+        except OSError as error:
+            self.abort()
+            raise self._error(error) from error
+
+    def abort(self) -> None:
+        self._close()
+        if self._ours:
+            self._ours = False
+            self.partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)
+
+    def _error(self, error: OSError) -> OutputError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return OutputError(f"the disk has no room for the {self.total} bytes of {self.path}; free some space")
+        return OutputError(f"{self.path} cannot be written ({reason(error)})")
+
+
+class ShardWriter:
+    """Writes one planned file at known offsets, from any thread, in any order.
+
+    The file is preallocated under a temporary name, so a full disk is an OutputError here, not hours later.
+    It gets its real name in :meth:`commit`; leaving the context without a commit removes it.
+    """
+
+    def __init__(self, path: str | Path, layout: Layout) -> None:
+        self.layout = layout
+        self.path = Path(path)
+        self._file = _AtomicFile(self.path, layout.total)
+        self._written: list[tuple[int, int]] = []
+        self._lock = threading.Lock()
+        try:
+            self._file.write(0, memoryview(layout.header))
+        except OutputError:
+            self.abort()
+            raise
+
+    def write_at(self, offset: int, buffer: Any) -> None:
+        """Write bytes, or the bytes of a NumPy array (any dtype), at an absolute offset behind the header."""
+        data = _bytes_of(buffer)
+        end = offset + len(data)
+        if offset < len(self.layout.header) or end > self.layout.total:
+            raise OutputError(f"bytes {offset} to {end} are outside the data of {self.path}")
+        self._file.write(offset, data)
+        with self._lock:
+            self._written.append((offset, end))
+
+    def commit(self) -> None:
+        """Make the file durable and give it its name. OutputError when a byte of it was never written."""
+        reached = len(self.layout.header)
+        for start, end in sorted(self._written):
+            if start > reached:
+                break
+            reached = max(reached, end)
+        if reached < self.layout.total:
+            self.abort()
+            raise OutputError(f"byte {reached} of {self.path} was never written, so the file is not complete")
+        self._file.commit()
+
+    def abort(self) -> None:
+        """Remove the temporary file. Only once no thread writes any more; harmless after a commit."""
+        self._file.abort()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+def write_file_atomic(path: str | Path, data: bytes) -> None:
+    """Write a small file (config, index) completely or not at all, with its folder; or OutputError."""
+    path = Path(path)
+    _make_parent(path)
+    file = _AtomicFile(path, len(data))
+    try:
+        file.write(0, memoryview(data))
+        file.commit()
+    finally:
+        file.abort()
+
+
+def copy_file_atomic(src: str | Path, dst: str | Path) -> int:
+    """Copy a file bit for bit, completely or not at all; returns its bytes. Links are followed."""
+    source, target = Path(src), Path(dst)
+    descriptor, size = open_regular(source)
+    try:
+        _make_parent(target)
+        file = _AtomicFile(target, size)
+        try:
+            buffer = memoryview(bytearray(min(size, _COPY_CHUNK)))
+            for offset in range(0, size, _COPY_CHUNK):
+                part = buffer[: min(_COPY_CHUNK, size - offset)]
+                if read_into(descriptor, part, offset) < len(part):
+                    raise CheckpointError(f"{source} became shorter while it was copied")
+                file.write(offset, part)
+            file.commit()
+        finally:
+            file.abort()
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read ({reason(error)})") from error
+    finally:
+        os.close(descriptor)
+    return size
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable; some network file systems cannot, and do it by themselves."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {path.parent} cannot be made ({reason(error)})") from error
+
+
+def _allocate(descriptor: int, total: int, path: Path) -> None:
+    """Reserve ``total`` bytes; OSError or OutputError when the disk does not have them."""
+    if not total:
+        return
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, total)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
+                raise
+    # Nothing is reserved here, so at least compare with what is free now.
+    if shutil.disk_usage(path.parent).free < total:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(descriptor, total)
+
+
+def _bytes_of(buffer: Any) -> memoryview:
+    if isinstance(buffer, np.ndarray):
+        # Through uint8, since the types of ml_dtypes have no buffer interface; reshape(-1) lets scalars pass.
+        return np.ascontiguousarray(buffer).reshape(-1).view(np.uint8).data
+    return memoryview(buffer).cast("B")
