@@ -1,0 +1,136 @@
+"""From a normalised tensor name to everything that its role implies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from halfbyte.models.patterns import Match, Templates
+from halfbyte.models.roles import is_matrix
+from halfbyte.models.schema import FamilyFile
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What all names of one pattern share.
+
+    `role` is for a plain matrix, `quantized_role` for a packed dtype, `flat_role` for fewer dimensions than
+    2, `mtp_role` for a layer beyond the main model's. `layer` and `expert` say which number is which.
+    `group` names the fusion group, `stem` the text up to and including the layer's number. A per-expert name
+    has the pattern of its fused weight in `fused`, its own place among `parts`, and the patterns of all of
+    them in `spellings`.
+    """
+
+    role: str
+    quantized_role: str
+    flat_role: str
+    mtp_role: str
+    layer: int | None = None
+    expert: int | None = None
+    group: str | None = None
+    stem: str = ""
+    fused: str | None = None
+    part: int = 0
+    parts: tuple[str, ...] = ()
+    spellings: tuple[str, ...] = ()
+
+
+class Classifier:
+    """The templates of one family, ready to be asked."""
+
+    def __init__(self, data: FamilyFile) -> None:
+        self._data = data
+        self._vision = Templates(data.vision.items())
+        entries = list(data.roles.items())
+        self._parts: dict[str, tuple[str, int]] = {}
+        for fused, layout in data.experts.items():
+            entries.append((fused, layout.role))
+            for index, template in enumerate(layout.parts.values()):
+                self._parts[template] = (fused, index)
+        # an expert's template must not lose to a wide template such as `*.gate_proj.weight`
+        self._experts = Templates((template, template) for template in self._parts)
+        entries.sort(key=lambda entry: "*" in entry[0])
+        self._roles = Templates(entries)
+        self._group_of = {role: name for name, roles in data.groups.items() for role in roles}
+
+    def kind(self, normalised: str) -> Kind:
+        """The kind of all names that normalise to `normalised`; its role is `other` when no template fits."""
+        for prefix in self._data.vision_prefixes:
+            if normalised.startswith(prefix):
+                found = self._vision.find(normalised[len(prefix) :])
+                return _kind_of(found.value if found else "vision.other", "vision.")
+        for prefix in self._data.mtp_prefixes:
+            if normalised.startswith(prefix):
+                inner = (prefix, *(prefix + more for more in self._data.prefixes))
+                return self._text(normalised, inner, "mtp.") or _kind_of("mtp.other", "mtp.")
+        return self._text(normalised, (*self._data.prefixes, ""), "") or _kind_of("other", "")
+
+    def _text(self, normalised: str, prefixes: tuple[str, ...], wrapper: str) -> Kind | None:
+        for prefix in prefixes:
+            if not normalised.startswith(prefix):
+                continue
+            stripped = normalised[len(prefix) :]
+            kind = self._plain(prefix, stripped, wrapper) or self._quantized(prefix, stripped, wrapper)
+            if kind is not None:
+                return kind
+        return None
+
+    def _quantized(self, prefix: str, stripped: str, wrapper: str) -> Kind | None:
+        for suffix in self._data.quantized_suffixes:
+            if not stripped.endswith(suffix):
+                continue
+            for ending in (".weight", ""):
+                inner = self._plain(prefix, stripped.removesuffix(suffix) + ending, wrapper)
+                if inner is not None and is_matrix(inner.role):
+                    role, in_mtp = inner.quantized_role, f"quantized.{inner.mtp_role}"
+                    return Kind(role, role, role, in_mtp, inner.layer, inner.expert)
+        return None
+
+    def _plain(self, prefix: str, stripped: str, wrapper: str) -> Kind | None:
+        found = self._experts.find(stripped)
+        if found is not None:
+            return self._expert(prefix, found, wrapper)
+        found = self._roles.find(stripped)
+        if found is None:
+            return None
+        return replace(
+            _kind_of(_wrap(wrapper, found.value), wrapper),
+            layer=found.layer,
+            expert=found.expert,
+            group=self._group_of.get(found.value),
+            stem=_stem(prefix + stripped, found.layer),
+        )
+
+    def _expert(self, prefix: str, found: Match, wrapper: str) -> Kind:
+        fused, index = self._parts[found.value]
+        layout = self._data.experts[fused]
+        return replace(
+            _kind_of(_wrap(wrapper, layout.role), wrapper),
+            layer=found.layer,
+            expert=found.expert,
+            fused=prefix + fused,
+            part=index,
+            parts=tuple(layout.parts),
+            spellings=tuple(prefix + template for template in layout.parts.values()),
+        )
+
+
+def _kind_of(role: str, wrapper: str) -> Kind:
+    matrix = is_matrix(role)
+    return Kind(
+        role=role,
+        quantized_role=f"quantized.{role}" if matrix else role,
+        flat_role=wrapper + "other" if matrix else role,
+        mtp_role=role if wrapper else _wrap("mtp.", role),
+    )
+
+
+def _wrap(wrapper: str, role: str) -> str:
+    return role if role.startswith((wrapper, "quantized.")) else wrapper + role
+
+
+def _stem(normalised: str, layer: int | None) -> str:
+    """The text up to the dot after the layer's number, e.g. `model.layers.#.`."""
+    if layer is None:
+        return ""
+    parts = normalised.split("#")
+    return "#".join(parts[: layer + 1]) + "#."

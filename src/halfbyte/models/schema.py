@@ -1,0 +1,88 @@
+"""What a family's YAML file may say, and how the files under `families/` are read."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.models.patterns import merge
+from halfbyte.models.roles import bare_role, is_known
+from halfbyte.models.strict_yaml import load_yaml
+
+
+class ExpertLayout(BaseModel):
+    """One fused tensor of stacked experts, and the per-expert tensors that spell it, in row order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: str
+    parts: dict[str, str] = Field(min_length=1)
+
+
+class FamilyFile(BaseModel):
+    """The content of one file `families/<name>.yaml`; `docs/architectures.md` explains every key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    extends: str | None = None
+    model_types: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    mtp_prefixes: tuple[str, ...] = ()
+    mtp_from_layer: str | None = None
+    vision_prefixes: tuple[str, ...] = ()
+    roles: dict[str, str] = {}
+    experts: dict[str, ExpertLayout] = {}
+    interleaved: bool = False
+    transposed: bool = False
+    groups: dict[str, tuple[str, ...]] = {}
+    vision: dict[str, str] = {}
+    quantized_suffixes: tuple[str, ...] = ()
+
+    @field_validator("roles", "vision")
+    @classmethod
+    def _roles_exist(cls, roles: dict[str, str]) -> dict[str, str]:
+        for template, role in roles.items():
+            if not is_known(bare_role(role)):
+                raise ValueError(f"{template}: there is no role {role!r}")
+        return roles
+
+    def extended(self, parent: FamilyFile) -> FamilyFile:
+        """This file completed by `parent`: its own entries come first and win."""
+        own: dict[str, Any] = {key: getattr(self, key) for key in self.model_fields_set}
+        for key in ("roles", "experts", "groups", "vision"):
+            own[key] = merge(getattr(self, key), getattr(parent, key))
+        inherited = {
+            key: getattr(parent, key)
+            for key in ("prefixes", "mtp_prefixes", "mtp_from_layer", "vision_prefixes", "quantized_suffixes")
+        }
+        return FamilyFile.model_construct(**{**inherited, **own})
+
+
+def parse(text: str, name: str) -> FamilyFile:
+    """Read one family file; `HalfbyteError` names the file and the place when it is not valid."""
+    try:
+        return FamilyFile.model_validate(load_yaml(text))
+    except (ValueError, ValidationError) as error:
+        raise HalfbyteError(f"the family file {name}.yaml is not valid: {error}") from None
+
+
+@cache
+def read(name: str) -> FamilyFile:
+    """The packaged family file `name`, completed by everything that it extends."""
+    path = resources.files("halfbyte.models") / "families" / f"{name}.yaml"
+    own = parse(path.read_text(encoding="utf-8"), name)
+    return own.extended(read(own.extends)) if own.extends else own
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """All packaged families but `base`, sorted."""
+    folder = resources.files("halfbyte.models") / "families"
+    found = (path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+    return tuple(sorted(name for name in found if name != "base"))

@@ -1,0 +1,127 @@
+"""A recipe applied to the weights of a checkpoint: one decision for each, or a refusal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from halfbyte.errors import RecipeError
+from halfbyte.models.patterns import normalise
+from halfbyte.models.roles import LINEAR, is_under
+from halfbyte.models.weight import Weight
+from halfbyte.recipes.recipe import REGEX, Recipe, Rule, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to one weight, and why.
+
+    `format`, `search` and `tensor_scale` are None unless the action is `quantize`. `rule` counts from 1, as the
+    messages do; None means that no rule matched.
+    """
+
+    action: Literal["quantize", "keep", "drop"]
+    format: str | None
+    search: str | None
+    tensor_scale: str | None
+    indivisible: Literal["error", "keep"]
+    reason: str
+    rule: int | None
+
+
+UNMATCHED = Decision("keep", None, None, None, "error", "no rule of the recipe selects it", None)
+
+
+def resolve(recipe: Recipe, weights: Sequence[Weight]) -> list[Decision]:
+    """One decision per weight, in the same order; of the rules that match a weight, the last wins.
+
+    Raises `RecipeError` if an entry of a rule matches nothing (unless the rule is `optional`), if it matches
+    only some source tensors of a fused weight, or if a fusion group would get two formats.
+    """
+    result = [UNMATCHED] * len(weights)
+    by_role: dict[str, list[int]] = {}
+    for index, weight in enumerate(weights):
+        by_role.setdefault(weight.role, []).append(index)
+    for number, rule in enumerate(recipe.rules, start=1):
+        decision = _decision(rule, number, recipe.name)
+        for entry in rule.match:
+            where = f"recipe {recipe.name}, rule {number}"
+            found = _matches(entry, weights, by_role, where)
+            if not found and not rule.optional:
+                raise RecipeError(_nothing(entry, weights, by_role, where))
+            for index in found:
+                result[index] = decision
+    _check_groups(weights, result, recipe.name)
+    return result
+
+
+def _decision(rule: Rule, number: int, recipe: str) -> Decision:
+    reason = rule.reason or f"rule {number} of {recipe}"
+    if rule.action != "quantize":
+        return Decision(rule.action, None, None, None, "error", reason, number)
+    return Decision("quantize", rule.format, rule.search, rule.tensor_scale, rule.indivisible, reason, number)
+
+
+def _matches(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]], where: str) -> Sequence[int]:
+    if entry.startswith(REGEX):
+        return _regex_matches(entry, weights, where)
+    if entry == "all":
+        return range(len(weights))
+    prefixes = LINEAR if entry == "linear" else (entry,)
+    found = [i for role, ids in by_role.items() if any(is_under(role, p) for p in prefixes) for i in ids]
+    return [i for i in found if len(weights[i].shape) >= 2] if entry == "linear" else found
+
+
+def _regex_matches(entry: str, weights: Sequence[Weight], where: str) -> list[int]:
+    search = re.compile(entry[len(REGEX) :]).search
+    found = []
+    for index, weight in enumerate(weights):
+        if search(weight.name):
+            found.append(index)
+            continue
+        hits = [piece.source for piece in weight.pieces if search(piece.source)]
+        if hits and len(hits) < len(weight.pieces):
+            raise RecipeError(
+                f"{where}: {entry!r} matches only {len(hits)} of the {len(weight.pieces)} tensors of "
+                f"{weight.name} (e.g. {hits[0]}), but a fused weight has one format; match all of it or none"
+            )
+        if hits:
+            found.append(index)
+    return found
+
+
+def _nothing(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]], where: str) -> str:
+    if entry.startswith(REGEX):
+        # by pattern, so that one layer speaks for all and a huge checkpoint is still compared in no time
+        examples = {normalise(weight.name): weight.name for weight in weights}
+        hint = nearest(entry[len(REGEX) :].replace("\\", ""), list(examples.values()))
+    else:
+        roles = sorted(by_role)
+        hint = nearest(entry, roles) or f"; the roles here are {', '.join(roles)}"
+    return f"{where}: {entry!r} matches nothing{hint}; correct it or mark the rule `optional: true`"
+
+
+def _check_groups(weights: Sequence[Weight], decisions: list[Decision], recipe: str) -> None:
+    first: dict[str, int] = {}
+    for index, weight in enumerate(weights):
+        if weight.group is None:
+            continue
+        other = first.setdefault(weight.group, index)
+        if other != index and _fate(decisions[other]) != _fate(decisions[index]):
+            raise RecipeError(
+                f"recipe {recipe} splits the fusion group {weight.group}: "
+                f"{_said(weights[other], decisions[other])} but {_said(weight, decisions[index])}; "
+                "engines fuse these tensors, so give all of them the same format"
+            )
+
+
+def _fate(decision: Decision) -> tuple[str, str | None, str | None]:
+    return decision.action, decision.format, decision.tensor_scale
+
+
+def _said(weight: Weight, decision: Decision) -> str:
+    what = decision.format if decision.action == "quantize" else decision.action
+    by = f"rule {decision.rule}" if decision.rule else "no rule"
+    return f"{weight.name} gets {what} ({by})"
