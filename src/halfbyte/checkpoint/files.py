@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,14 @@ def reason(error: BaseException) -> str:
         return error.strerror
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def check_unicode(texts: Iterable[str], what: str) -> None:
+    """Refuse unpaired surrogates, which JSON can spell but no output can hold or print."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{what} holds text with an unpaired surrogate") from None
 
 
 @contextmanager

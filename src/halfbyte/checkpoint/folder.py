@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from halfbyte.checkpoint.files import parse_object, read_small, reason
+from halfbyte.checkpoint.files import check_unicode, parse_object, read_small, reason
 from halfbyte.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -17,7 +17,7 @@ SINGLE = "model.safetensors"
 #: Weights in other formats (and their indexes): another copy of the model, never side files.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", ".bin.index.json")
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)(?:-of-(?P<count>\d+))?\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+?)-(?P<number>\d+)(?:-of-(?P<count>\d+))?\.safetensors")
 
 
 @dataclass
@@ -76,9 +76,17 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise CheckpointError(f"{path.name} maps tensor {name} to something that is no file name")
-    for file in set(weight_map.values()):
+    files = set(weight_map.values())
+    check_unicode([*weight_map, *files], path.name)
+    for file in files:
         pure = PurePosixPath(file)
-        if not file or file != str(pure) or pure.is_absolute() or ".." in pure.parts or set(file) & {"\\", ":", "\0"}:
+        if (
+            file in ("", ".")
+            or file != str(pure)
+            or pure.is_absolute()
+            or ".." in pure.parts
+            or set(file) & {"\\", ":", "\0"}
+        ):
             raise CheckpointError(f"{path.name} names the file {file!r}, which is no plain path inside its folder")
     metadata = table.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.dtypes import BITS
-from halfbyte.checkpoint.files import open_regular, parse_object, read_into, reason
+from halfbyte.checkpoint.files import check_unicode, open_regular, parse_object, read_into, reason
 from halfbyte.errors import CheckpointError
 
 #: The safetensors library refuses longer headers too.
@@ -73,10 +73,7 @@ def parse_header(raw: bytes, file: str, file_size: int) -> tuple[list[TensorInfo
     what = f"the header of {file}"
     table = parse_object(raw, what)
     metadata = _metadata(table.pop("__metadata__", None), what)
-    try:
-        "".join(table).encode()
-    except UnicodeEncodeError:
-        raise CheckpointError(f"{what} holds a tensor name with an unpaired surrogate") from None
+    check_unicode(table, what)
     start = 8 + len(raw)
     tensors = [_entry(name, value, file, start) for name, value in table.items()]
     # Empty tensors share their offset with the next one and come first; the sort is stable.
@@ -112,10 +109,7 @@ def _metadata(value: Any, what: str) -> dict[str, str]:
         return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise CheckpointError(f"__metadata__ in {what} must map text to text")
-    try:
-        "".join([*value, *value.values()]).encode()
-    except UnicodeEncodeError:
-        raise CheckpointError(f"__metadata__ in {what} holds an unpaired surrogate") from None
+    check_unicode([*value, *value.values()], f"__metadata__ in {what}")
     return value
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.dtypes import nbytes
-from halfbyte.checkpoint.files import collector_paused, parse_object, read_small
+from halfbyte.checkpoint.files import check_unicode, collector_paused, parse_object, read_small
 from halfbyte.checkpoint.folder import CONFIG, Contents, scan
 from halfbyte.checkpoint.header import TensorInfo, check_shape, read_header
 from halfbyte.checkpoint.source import resolve
@@ -84,6 +84,7 @@ class Inventory:
         config, meta, entries = table.get("config", {}), table.get("meta", {}), table.get("tensors")
         if not isinstance(config, dict) or not isinstance(meta, dict) or not isinstance(entries, dict):
             raise CheckpointError(f"{path.name} must hold the objects config, meta and tensors")
+        check_unicode(entries, path.name)
         side_bytes = meta.get("side_file_bytes", 0)
         if type(side_bytes) is not int or side_bytes < 0:
             raise CheckpointError(f"meta.side_file_bytes in {path.name} must be a number of bytes")

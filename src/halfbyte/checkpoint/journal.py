@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.files import reason
-from halfbyte.checkpoint.writer import sync_folder, write_file_atomic
+from halfbyte.checkpoint.writer import sync_folder
 from halfbyte.errors import OutputError
 
 FOLDER = ".halfbyte"
@@ -29,8 +30,7 @@ class Journal:
         self.path = self.folder / FOLDER / NAME
         self.done: dict[str, dict[str, Any]] = {}
         if not self.path.exists():
-            line = json.dumps({"journal": 1, "fingerprint": fingerprint}) + "\n"
-            write_file_atomic(self.path, line.encode())
+            self._start()
         self.refresh()
 
     def refresh(self) -> None:
@@ -85,6 +85,27 @@ class Journal:
             sync_folder(self.folder)
         except OSError as error:
             raise OutputError(f"the journal folder {self.path.parent} cannot be removed ({reason(error)})") from error
+
+    def _start(self) -> None:
+        """Write the first line; where several processes start at once, the first one wins and none fails."""
+        line = json.dumps({"journal": 1, "fingerprint": self.fingerprint}) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(".partial", NAME, self.path.parent)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(descriptor)
+            try:
+                os.link(temporary, self.path)  # unlike a rename, never replaces a journal
+                os.unlink(temporary)
+            except FileExistsError:
+                os.unlink(temporary)
+            except OSError:  # no hard links on this file system
+                os.replace(temporary, self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise OutputError(f"the journal {self.path} cannot be written ({reason(error)})") from error
 
     def _size(self, name: str) -> int | None:
         try:

@@ -54,7 +54,8 @@ def _from_hub(repository: str, revision: str | None) -> Source:
     hidden = [".*", "*/.*"]
     root = _download(repository, revision, None, ["*.safetensors", *others, *hidden])
     commit = root.name
-    index = find_index(path.name for path in root.iterdir())
+    # A repository of nothing but weights has no folder yet.
+    index = find_index(path.name for path in root.iterdir()) if root.is_dir() else None
     wanted = [SINGLE, "model-*.safetensors"]
     if index:
         wanted = sorted(set(read_index(root / index)[0].values()))

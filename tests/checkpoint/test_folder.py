@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halfbyte.checkpoint.folder import scan
+from halfbyte.errors import CheckpointError
+
+from .builders import write_floats, write_index
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 3)
+
+
+def test_a_single_file_wins_over_other_safetensors(tmp_path: Path) -> None:
+    touch(tmp_path, "model.safetensors", "consolidated.safetensors", "adapter_model.safetensors")
+    contents = scan(tmp_path)
+    assert contents.weights == ["model.safetensors"]
+    assert contents.ignored == ["adapter_model.safetensors", "consolidated.safetensors"]
+
+
+def test_any_other_lone_file_is_the_checkpoint(tmp_path: Path) -> None:
+    touch(tmp_path, "weights.safetensors")
+    assert scan(tmp_path).weights == ["weights.safetensors"]
+
+
+def test_several_files_without_numbers_are_ambiguous(tmp_path: Path) -> None:
+    touch(tmp_path, "a.safetensors", "b.safetensors")
+    with pytest.raises(CheckpointError, match="name the file"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (0, 1), (0, 1, 2)], ids=["from 1", "from 0", "0 to N"])
+def test_shards_without_an_index_are_all_taken(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    names = [f"model-{n:05d}-of-00002.safetensors" for n in numbers]
+    touch(tmp_path, *names, "consolidated.safetensors")
+    assert scan(tmp_path).weights == names
+
+
+def test_shards_may_lack_a_count(tmp_path: Path) -> None:
+    touch(tmp_path, "model-00001.safetensors", "model-00002.safetensors")
+    assert scan(tmp_path).weights == ["model-00001.safetensors", "model-00002.safetensors"]
+
+
+def test_a_missing_shard_is_noticed_without_an_index(tmp_path: Path) -> None:
+    touch(tmp_path, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match="shard 2 of 3 is missing"):
+        scan(tmp_path)
+
+
+def test_shards_of_two_checkpoints_are_not_mixed(tmp_path: Path) -> None:
+    touch(tmp_path, "model-00001-of-00001.safetensors", "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="several checkpoints"):
+        scan(tmp_path)
+
+
+def test_the_index_decides_which_files_are_read(tmp_path: Path) -> None:
+    touch(tmp_path, "model-00000-of-00001.safetensors", "model-00001-of-00001.safetensors", "old.safetensors")
+    write_index(tmp_path, {"b": "model-00001-of-00001.safetensors", "a": "model-00000-of-00001.safetensors"})
+    contents = scan(tmp_path)
+    assert contents.weights == ["model-00000-of-00001.safetensors", "model-00001-of-00001.safetensors"]
+    assert contents.ignored == ["old.safetensors"]
+
+
+def test_an_index_of_another_name_is_found(tmp_path: Path) -> None:
+    touch(tmp_path, "consolidated-1.safetensors")
+    index = {"weight_map": {"a": "consolidated-1.safetensors"}}
+    (tmp_path / "consolidated.safetensors.index.json").write_text(json.dumps(index))
+    assert scan(tmp_path).index == {"a": "consolidated-1.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "file", ["../x.safetensors", "/x.safetensors", "a/../../x.safetensors", "", ".", "a\\x", "C:x", "a\0b", "./x"]
+)
+def test_an_index_cannot_name_files_outside_the_folder(tmp_path: Path, file: str) -> None:
+    write_index(tmp_path, {"a": file})
+    with pytest.raises(CheckpointError, match="no plain path inside its folder"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{}", "no weight_map"),
+        ('{"weight_map": []}', "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ('{"weight_map": {"a": 1}}', "tensor a"),
+        ('{"weight_map": {"a": "m.safetensors", "a": "n.safetensors"}}', "'a' appears twice"),
+        ('{"weight_map": {"\\ud800": "m.safetensors"}}', "surrogate"),
+        ('{"weight_map": {"a": "\\ud800.safetensors"}}', "surrogate"),
+        ("[]", "JSON object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_damaged_index_is_refused_by_name(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json") as caught:
+        scan(tmp_path)
+    assert says in str(caught.value)
+
+
+def test_side_files_are_everything_else_down_to_one_level(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "model.safetensors", "config.json", "tokenizer.json", "LICENSE", "chat/a.jinja", ".git/config",
+        ".gitattributes", ".cache/x", ".halfbyte/journal.jsonl", "chat/.hidden",
+    )  # fmt: skip
+    assert scan(tmp_path).side_files == {"LICENSE": 3, "chat/a.jinja": 3, "tokenizer.json": 3}
+
+
+def test_other_weights_and_deep_folders_are_listed_as_ignored(tmp_path: Path) -> None:
+    others = ["a.gguf", "b.pt", "original/c.pth", "onnx/model.safetensors", "pytorch_model.bin"]
+    touch(tmp_path, "model.safetensors", *others, "pytorch_model.bin.index.json", "a/b/deep.txt")
+    contents = scan(tmp_path)
+    assert contents.side_files == {}
+    assert sorted(contents.ignored) == sorted([*others, "pytorch_model.bin.index.json", "a/b/"])
+
+
+def test_links_to_files_count_as_files(tmp_path: Path) -> None:
+    touch(tmp_path, "blobs/0", "snapshot/model.safetensors")
+    (tmp_path / "snapshot" / "tokenizer.json").symlink_to("../blobs/0")
+    assert scan(tmp_path / "snapshot").side_files == {"tokenizer.json": 3}
+
+
+def test_a_dangling_link_is_not_dropped_silently(tmp_path: Path) -> None:
+    touch(tmp_path, "model.safetensors")
+    (tmp_path / "tokenizer.json").symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link"):
+        scan(tmp_path)
+
+
+def test_a_folder_of_pickled_weights_says_what_to_do(tmp_path: Path) -> None:
+    touch(tmp_path, "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is in another format"):
+        scan(tmp_path)
+
+
+def test_a_named_file_brings_the_side_files_only_with_a_config(tmp_path: Path) -> None:
+    write_floats(tmp_path / "x.safetensors", "a")
+    touch(tmp_path, "holiday.jpg", "y.safetensors")
+    assert scan(tmp_path, "x.safetensors").side_files == {}
+    (tmp_path / "config.json").write_text("{}")
+    contents = scan(tmp_path, "x.safetensors")
+    assert (contents.weights, contents.ignored) == (["x.safetensors"], ["y.safetensors"])
+    assert contents.side_files == {"holiday.jpg": 3}
