@@ -15,9 +15,8 @@ class Kind:
 
     `role` is for a plain matrix, `quantized_role` for a packed dtype, `flat_role` for fewer dimensions than
     2, `mtp_role` for a layer beyond the main model's. `layer` and `expert` say which number is which.
-    `group` names the fusion group, `stem` the text up to and including the layer's number. A per-expert name
-    has the pattern of its fused weight in `fused`, its own place among `parts`, and the patterns of all of
-    them in `spellings`.
+    `group` names the fusion group. A per-expert name has the pattern of its fused weight in `fused`, its own
+    place among `parts`, and the patterns of all of them in `spellings`.
     """
 
     role: str
@@ -27,7 +26,6 @@ class Kind:
     layer: int | None = None
     expert: int | None = None
     group: str | None = None
-    stem: str = ""
     fused: str | None = None
     part: int = 0
     parts: tuple[str, ...] = ()
@@ -97,7 +95,6 @@ class Classifier:
             layer=found.layer,
             expert=found.expert,
             group=self._group_of.get(found.value),
-            stem=_stem(prefix + stripped, found.layer),
         )
 
     def _expert(self, prefix: str, found: Match, wrapper: str) -> Kind:
@@ -126,11 +123,3 @@ def _kind_of(role: str, wrapper: str) -> Kind:
 
 def _wrap(wrapper: str, role: str) -> str:
     return role if role.startswith((wrapper, "quantized.")) else wrapper + role
-
-
-def _stem(normalised: str, layer: int | None) -> str:
-    """The text up to the dot after the layer's number, e.g. `model.layers.#.`."""
-    if layer is None:
-        return ""
-    parts = normalised.split("#")
-    return "#".join(parts[: layer + 1]) + "#."

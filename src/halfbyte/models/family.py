@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Protocol
 
+from halfbyte.errors import CheckpointError
 from halfbyte.models import schema
 from halfbyte.models.classify import Classifier, Kind
 from halfbyte.models.gather import Gather, TensorLike
@@ -95,7 +96,8 @@ class Family:
                 found[1].sources[expert, kind.part] = tensor
                 continue
             elif kind.group is not None and plain:
-                group = kind.stem.replace("#", str(layer)) + kind.group
+                # named as the module that engines make of the group: model.layers.3.self_attn.qkv_proj
+                group = f"{name.rsplit('.', 2)[0]}.{kind.group}"
                 grouped.append((len(result), tensor, role, layer, group))
                 result.append(None)
                 continue
@@ -105,6 +107,8 @@ class Family:
             result[index] = self._single(tensor, role, layer, group if members[group] > 1 else None, config)
         expected = _expert_count(config)
         for index, gather in gathers.values():
+            if gather.name in inventory.tensors:
+                raise CheckpointError(f"{gather.name} is there twice: fused, and as one tensor per expert")
             result[index] = gather.weight(expected)
         return [weight for weight in result if weight is not None]
 
@@ -162,7 +166,7 @@ def family_for(config: Mapping[str, Any], names: Iterable[str] = ()) -> Family:
     model_types = [config.get("model_type"), text.get("model_type")]
     architectures = [*(config.get("architectures") or ()), *(text.get("architectures") or ())]
     for key in (*model_types, *architectures):
-        if key in registry:
+        if isinstance(key, str) and key in registry:
             return _family(registry[key])
     return _generic(next((key for key in (*model_types, *architectures) if key), None), names)
 

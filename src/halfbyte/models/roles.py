@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _ROLES = """
-    embedding lm_head norm bias sink buffer router shared_expert_gate other
+    embedding lm_head norm bias sink buffer router shared_expert_gate indexer other
     attention.q attention.k attention.v attention.o attention.qkv
     attention.q_a attention.q_b attention.kv_a attention.kv_b
     linear_attention.qkv linear_attention.z linear_attention.qkvz linear_attention.a linear_attention.b
@@ -11,6 +11,7 @@ _ROLES = """
     mamba.in mamba.out mamba.conv mamba.state
     mlp.gate mlp.up mlp.down mlp.gate_up
     experts.gate_up experts.up experts.down
+    experts_latent.in experts_latent.out
     shared_expert.gate shared_expert.up shared_expert.down
     mtp.fc vision.linear vision.norm vision.bias vision.other
 """
@@ -36,7 +37,7 @@ LINEAR = (
 _MATRICES = (
     *LINEAR,
     *("linear_attention.a", "linear_attention.b", "linear_attention.ba", "mamba.in", "mamba.out"),
-    *("embedding", "lm_head", "router", "shared_expert_gate", "vision.linear", "mtp.fc"),
+    *("embedding", "lm_head", "shared_expert_gate", "indexer", "experts_latent", "vision.linear", "mtp.fc"),
 )
 
 

@@ -74,7 +74,10 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Rules in order, the last match wins; weights that no rule matches are kept as they are."""
+    """Rules in order, the last match wins; weights that no rule matches are kept as they are.
+
+    `dialect` is what the recipe is written in when the user names none.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -82,6 +85,7 @@ class Recipe(BaseModel):
     description: str = ""
     source: str = ""
     aliases: tuple[str, ...] = ()
+    dialect: str | None = None
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     @field_validator("rules", "aliases", mode="before")

@@ -99,6 +99,11 @@ def _nothing(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]
         hint = nearest(entry[len(REGEX) :].replace("\\", ""), list(examples.values()))
     else:
         roles = sorted(by_role)
+        if any(is_under(role, f"quantized.{entry}") for role in roles):
+            return (
+                f"{where}: {entry!r} matches nothing, because this checkpoint holds it already quantized; "
+                "start from an unquantized checkpoint or mark the rule `optional: true`"
+            )
         hint = nearest(entry, roles) or f"; the roles here are {', '.join(roles)}"
     return f"{where}: {entry!r} matches nothing{hint}; correct it or mark the rule `optional: true`"
 

@@ -28,6 +28,7 @@ def encode(
     importance: ArrayLike | None = None,
     *,
     tensor_scale: ArrayLike | None = None,
+    amax: ArrayLike | None = None,
     power_of_two: bool = False,
 ) -> QuantizedTensor:
     """Quantize ``weight`` [..., N, K] (BF16, FP16, FP32 or FP64) to ``format``.
@@ -35,7 +36,8 @@ def encode(
     ``search`` names how scales and tables are chosen (``halfbyte.search.SEARCHES``). ``importance`` [K] or
     [..., K], non-negative, weights the squared error of each column. Leading dimensions are experts, each with
     a tensor scale of its own; ``tensor_scale`` FP32 [...] sets them (tensors that an engine fuses must share
-    one), ``power_of_two`` rounds them up to powers of two.
+    one), ``amax`` FP32 [...] derives them where ``weight`` is a slice of a larger tensor or fusion group, and
+    ``power_of_two`` rounds them up to powers of two.
 
     Raises FormatError for unknown names, shapes that the format cannot hold, NaN and infinities.
     """
@@ -60,7 +62,7 @@ def encode(
     scale: Floats | None = None
     if fmt.has_tensor_scale:
         scale = (
-            tensor_scale_of(np.abs(flat).max(axis=(1, 2)), fmt, how, power_of_two).reshape(lead)
+            tensor_scale_of(_amax(amax, flat, lead), fmt, how, power_of_two)
             if tensor_scale is None
             else np.broadcast_to(np.asarray(tensor_scale, dtype=np.float32), lead).copy()
         )
@@ -68,7 +70,25 @@ def encode(
             raise FormatError("a tensor scale must be positive and finite")
     elif tensor_scale is not None:
         raise FormatError(f"{fmt.name} has no tensor scale; leave the argument tensor_scale out")
+    if fmt.block == (-1, -1):
+        return _whole(flat, array.shape, fmt, _amax(amax, flat, lead))
     return _block(flat, array.shape, fmt, how, scale, weights)
+
+
+def _amax(given: ArrayLike | None, flat: Floats, lead: tuple[int, ...]) -> Floats:
+    """Largest magnitude per leading index, shape [...]."""
+    if given is None:
+        return np.abs(flat).max(axis=(1, 2)).reshape(lead)
+    return np.broadcast_to(np.asarray(given, dtype=np.float32), lead)
+
+
+def _whole(flat: Floats, shape: tuple[int, ...], fmt: BlockFormat, amax: Floats) -> QuantizedTensor:
+    """One scale for the whole matrix: always absmax, since a search over FP8 scales gains nothing."""
+    table = fmt.tables[0]
+    stored = fmt.scale.to_code(np.where(amax == 0, np.float32(1), amax / np.float32(table.top)))
+    inverse = np.float32(1) / fmt.scale.to_value(stored)
+    codes = table.encode(flat * inverse.reshape(-1, 1, 1))
+    return QuantizedTensor(fmt, shape, codes.reshape(shape), stored.reshape(fmt.scales_shape(shape)))
 
 
 def _block(

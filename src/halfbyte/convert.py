@@ -1,0 +1,259 @@
+"""The plan becomes files: shard by shard, in slices, resumable, with the error of every tensor measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.checkpoint import (
+    Journal,
+    Reader,
+    ShardWriter,
+    copy_file_atomic,
+    nbytes,
+    numpy_dtype,
+    prepare_output,
+    write_file_atomic,
+)
+from halfbyte.errors import CheckpointError, FormatError, OutputError, PlanError
+from halfbyte.formats import BlockFormat, Format, QuantizedTensor
+from halfbyte.models import Weight
+from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Item, Plan, Shard
+from halfbyte.search import encode, get_search, tensor_scale
+from halfbyte.view import FLOATS
+
+SLICE_BYTES = 32 << 20
+Progress = Callable[[int], None]
+"""Called with the number of source bytes that have just been dealt with."""
+
+
+@dataclass
+class TensorError:
+    """Error of one quantized weight against its source; sums are over all its elements."""
+
+    name: str
+    role: str
+    format: str
+    elements: int
+    squared_error: float = 0.0
+    squares: float = 0.0
+    max_error: float = 0.0
+    table_blocks: list[int] = field(default_factory=list)
+
+    @property
+    def relmse(self) -> float:
+        """Squared error over the sum of squares."""
+        return self.squared_error / self.squares if self.squares else 0.0
+
+    def add(self, source: NDArray[Any], tensor: QuantizedTensor) -> None:
+        """Count a slice."""
+        wide = source.astype(np.float32)
+        error = tensor.decode() - wide
+        self.squared_error += float(np.einsum("i,i->", error.ravel(), error.ravel(), dtype=np.float64))
+        self.squares += float(np.einsum("i,i->", wide.ravel(), wide.ravel(), dtype=np.float64))
+        self.max_error = max(self.max_error, float(np.abs(error).max(initial=0)))
+        if isinstance(tensor.format, BlockFormat) and len(tensor.format.tables) > 1:
+            counts = np.bincount(tensor.tables.ravel(), minlength=len(tensor.format.tables))
+            self.table_blocks = [
+                a + int(b) for a, b in zip(self.table_blocks or [0] * len(counts), counts, strict=True)
+            ]
+
+
+@dataclass
+class Conversion:
+    """What a conversion did."""
+
+    out: Path
+    errors: list[TensorError]
+    seconds: float
+    resumed_shards: int
+
+    @property
+    def relmse(self) -> float:
+        """Squared error over sum of squares, all quantized weights together."""
+        squares = sum(e.squares for e in self.errors)
+        return sum(e.squared_error for e in self.errors) / squares if squares else 0.0
+
+
+def source_bytes(plan: Plan) -> int:
+    """Bytes of the source tensors that a conversion reads: the total for a progress bar."""
+    return sum(_source_bytes(item) for shard in plan.shards for unit in shard.units for item in unit)
+
+
+def convert(plan: Plan, out: str | Path, workers: int | None = None, progress: Progress | None = None) -> Conversion:
+    """Write the plan's output to the folder ``out``, or continue there after an interruption.
+
+    ``workers`` threads (default: one per core) encode units side by side; the bytes do not depend on it.
+    Raises OutputError for an unusable folder or a full disk, CheckpointError for a damaged source.
+    """
+    began = time.monotonic()
+    inventory = plan.checkpoint.inventory
+    if inventory.root is None:
+        raise PlanError(f"{inventory.source} is an inventory without weights; give the checkpoint itself")
+    out = Path(out)
+    journal = prepare_output(out, inventory.root, plan.fingerprint)
+    todo = [shard for shard in plan.shards if shard.name not in journal.done]
+    _check_disk(plan, out, todo)
+    report = progress or (lambda _: None)
+    for shard in plan.shards:
+        if shard.name in journal.done:
+            report(sum(_source_bytes(item) for unit in shard.units for item in unit))
+    with Reader(inventory) as reader, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for shard in todo:
+            _write_shard(plan, shard, out, reader, journal, pool, report)
+    _finish(plan, out, inventory.root)
+    errors = [TensorError(**e) for shard in plan.shards for e in journal.done[shard.name]["errors"]]
+    journal.finish()
+    return Conversion(out, errors, time.monotonic() - began, len(plan.shards) - len(todo))
+
+
+def _write_shard(
+    plan: Plan, shard: Shard, out: Path, reader: Reader, journal: Journal, pool: ThreadPoolExecutor, report: Progress
+) -> None:
+    with ShardWriter(out / shard.name, shard.layout) as writer:
+        jobs = [pool.submit(_unit, plan, unit, reader, writer, report) for unit in shard.units]
+        try:
+            errors = [error for job in jobs for error in job.result()]
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            for job in jobs:
+                if not job.cancelled():
+                    job.exception()  # let running units end before the file is closed
+            raise
+        writer.commit()
+    journal.record(shard.name, shard.layout.total, {"errors": [asdict(e) for e in errors]})
+
+
+def _unit(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress) -> list[TensorError]:
+    copied = [item for item in unit if item.action == "keep"]
+    for item in copied:
+        _copy(item, reader, writer)
+        report(_source_bytes(item))
+    chosen = [item for item in unit if item.action == "quantize"]
+    return _quantize(plan, chosen, reader, writer, report) if chosen else []
+
+
+def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:
+    for output, offset in zip(item.outputs, item.offsets, strict=True):
+        for chunk in reader.chunks(output.name, SLICE_BYTES):
+            if output.dtype in FLOATS and not np.isfinite(np.frombuffer(chunk, dtype=numpy_dtype(output.dtype))).all():
+                raise _not_finite(item.weight.name)
+            writer.write_at(offset, chunk)
+            offset += len(chunk)
+
+
+def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress) -> list[TensorError]:
+    """Weights that share a tensor scale: read a slice of each, find their amax, encode, write."""
+    fmt = unit[0].format
+    assert fmt is not None
+    errors = [TensorError(i.weight.name, i.weight.role, fmt.name, i.parameters) for i in unit]
+    stacked = len(unit[0].weight.shape) > 2
+    cuts = [_cuts(item.weight, fmt, len(unit)) for item in unit]
+    # matrices share one amax; each expert of a stack has its own, so a slice of experts is complete in itself
+    amax = None
+    held: dict[int, NDArray[Any]] = {}
+    if not stacked and (_needs_amax(fmt)):
+        amax = np.float32(0)
+        for k, item in enumerate(unit):
+            for first, stop in cuts[k]:
+                array = _read(plan, reader, item, first, stop)
+                amax = np.maximum(amax, np.abs(array).max(initial=0).astype(np.float32))
+                if len(cuts[k]) == 1:
+                    held[k] = array
+    for k, item in enumerate(unit):
+        places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
+        for first, stop in cuts[k]:
+            array = held.pop(k) if k in held else _read(plan, reader, item, first, stop)
+            tensor = _encode(plan, item, array, amax)
+            errors[k].add(array, tensor)
+            where = (first, 0) if stacked else (0, first)
+            for part in plan.dialect.write(item.outputs, fmt, tensor, *where):
+                start = part.start * part.array.dtype.itemsize
+                writer.write_at(places[part.output.name] + start, part.array)
+            report(_source_bytes(item) * (stop - first) // item.weight.shape[0])
+    return errors
+
+
+def _encode(plan: Plan, item: Item, array: NDArray[Any], amax: NDArray[np.float32] | None) -> QuantizedTensor:
+    fmt = item.format
+    assert fmt is not None
+    if amax is None:
+        amax = np.abs(array).max(axis=(-2, -1)).astype(np.float32)
+    try:
+        if not (isinstance(fmt, BlockFormat) and fmt.has_tensor_scale):
+            return encode(array, fmt, item.search, amax=amax)
+        scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two)
+        if not plan.dialect.divisor:
+            return encode(array, fmt, item.search, tensor_scale=scale)
+        divisor = np.asarray(np.float32(1) / scale)
+        tensor = encode(array, fmt, item.search, tensor_scale=np.float32(1) / divisor)
+    except FormatError as error:
+        raise CheckpointError(f"{item.weight.name}: {error}") from error
+    tensor.divisor = divisor
+    return tensor
+
+
+def _needs_amax(fmt: Format) -> bool:
+    return isinstance(fmt, BlockFormat) and (fmt.has_tensor_scale or fmt.block == (-1, -1))
+
+
+def _read(plan: Plan, reader: Reader, item: Item, first: int, stop: int) -> NDArray[Any]:
+    array = plan.checkpoint.read(reader, item.weight, first, stop)
+    if not np.isfinite(array).all():
+        raise _not_finite(item.weight.name)
+    return array
+
+
+def _cuts(weight: Weight, fmt: Format, members: int) -> list[tuple[int, int]]:
+    """Ranges of leading indices (or of rows, for a matrix) that are worked on at a time."""
+    count = weight.shape[0]
+    one = nbytes("BF16", weight.shape) // max(count, 1)
+    step = max(1, SLICE_BYTES // max(one * members, 1))
+    if len(weight.shape) == 2:
+        # rows of a tile and packed zero points stay together
+        whole = max(fmt.block[0], 8)
+        step = max(whole, step // whole * whole)
+    return [(i, min(i + step, count)) for i in range(0, count, step)]
+
+
+def _source_bytes(item: Item) -> int:
+    return nbytes(item.weight.dtype, item.weight.shape)
+
+
+def _not_finite(name: str) -> CheckpointError:
+    return CheckpointError(f"{name} holds a NaN or an infinity; repair the source, or drop the tensor by a rule")
+
+
+def _check_disk(plan: Plan, out: Path, todo: Sequence[Shard]) -> None:
+    rest = plan.repository_bytes - plan.shard_bytes + sum(shard.layout.total for shard in todo)
+    free = shutil.disk_usage(out).free
+    if free < rest:
+        raise OutputError(
+            f"{out} needs {rest} more bytes, but the disk has {free} free; free some space or choose another disk"
+        )
+
+
+def _finish(plan: Plan, out: Path, root: Path) -> None:
+    """Side files, then index, then config.json: a folder with a config is complete."""
+    for name in plan.side_files:
+        copy_file_atomic(root / name, out / name)
+    for name, content in _written(plan):
+        write_file_atomic(out / name, content)
+
+
+def _written(plan: Plan) -> Iterator[tuple[str, bytes]]:
+    yield from plan.extra_files.items()
+    if plan.index is not None:
+        yield INDEX, plan.index
+    yield PROVENANCE, plan.provenance
+    yield CONFIG, plan.config

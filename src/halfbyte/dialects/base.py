@@ -1,0 +1,189 @@
+"""What a dialect is: an engine's spelling of quantized tensors, both ways."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.checkpoint import Inventory, TensorInfo, numpy_dtype
+from halfbyte.errors import PlanError
+from halfbyte.formats import Format, QuantizedTensor
+from halfbyte.models import Weight
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the output, and which part of which region of a weight it holds.
+
+    ``part`` is an array of QuantizedTensor (``codes``, ``scales``, ``tensor_scale``, ``offsets``) or the
+    dialect's own word. ``expert`` is the leading index it belongs to, None for all of them. ``rows`` are the
+    weight's rows (first, stop, step) that it holds, None for all. ``rows_per_row``: how many of the weight's
+    rows one stored row stands for (1 for codes, 128 for scales of 128x128 blocks, 0 if rows do not matter).
+    ``constant``: the content, where it is known from the shape alone.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    part: str
+    expert: int | None = None
+    rows: tuple[int, int, int] | None = None
+    rows_per_row: int = 1
+    constant: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Bytes for a planned tensor: ``array`` goes ``start`` elements after its beginning."""
+
+    output: OutputTensor
+    start: int
+    array: Array
+
+
+class Dialect(ABC):
+    """Names, packing and configuration of one engine family.
+
+    ``divisor``: tensor scales are stored as reciprocals, and the stored number is the exact one.
+    """
+
+    name: str
+    about: str
+    divisor: bool = False
+
+    @abstractmethod
+    def problem(self, weight: Weight, fmt: Format) -> str | None:
+        """Why this dialect cannot spell this weight in this format, or None."""
+
+    @abstractmethod
+    def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
+        """The tensors that stand for a quantized weight, in file order."""
+
+    @abstractmethod
+    def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
+        """A part of a quantized tensor (rows and experts already selected) as it is stored."""
+
+    @abstractmethod
+    def unpack(self, output: OutputTensor, stored: Array, fmt: Format) -> Array:
+        """The inverse of ``pack``."""
+
+    @abstractmethod
+    def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
+        """The ``quantization_config`` of the output's config.json."""
+
+    @abstractmethod
+    def claims(self, inventory: Inventory) -> bool:
+        """Whether a checkpoint is written in this dialect."""
+
+    @abstractmethod
+    def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
+        """A quantized checkpoint's tensors as if they were dense, and the format of each quantized one.
+
+        Keys are the names that the weights have in a source checkpoint (before experts are gathered).
+        """
+
+    def write(
+        self, outputs: Sequence[OutputTensor], fmt: Format, tensor: QuantizedTensor, expert: int, row: int
+    ) -> Iterator[Written]:
+        """Cut a quantized slice of a weight into stored arrays.
+
+        ``tensor`` holds leading indices from ``expert`` on (for stacks) and rows from ``row`` on.
+        """
+        stacked = len(tensor.shape) > 2
+        count = tensor.shape[0] if stacked else 1
+        for output in outputs:
+            if output.expert is not None and not expert <= output.expert < expert + count:
+                continue
+            if output.constant is not None:
+                yield Written(output, 0, np.array(output.constant, dtype=numpy_dtype(output.dtype)))
+                continue
+            part = _part(tensor, output.part)
+            if output.expert is not None:
+                part = part[output.expert - expert]
+            if output.rows is not None and output.rows_per_row:
+                begin, end, step = output.rows
+                scale = output.rows_per_row
+                part = part[begin // scale : -(-end // scale) : step]
+            packed = self.pack(output, part, fmt)
+            start = 0
+            if output.expert is None and stacked:
+                start = expert * (packed.size // count)
+            elif row and output.rows_per_row:
+                start = row // output.rows_per_row * packed.shape[-1]
+            yield Written(output, start, packed)
+
+    def assemble(
+        self,
+        weight: Weight,
+        fmt: Format,
+        outputs: Sequence[OutputTensor],
+        read: Callable[[OutputTensor, int, int], Array],
+        first: int,
+        stop: int,
+    ) -> QuantizedTensor:
+        """Read leading indices first..stop of a weight back; ``read(output, first, stop)`` gives stored arrays."""
+        stacked = len(weight.shape) > 2
+        shape = (stop - first, *weight.shape[1:]) if stacked else weight.shape
+        arrays: dict[str, Array] = {}
+        wanted = fmt.parts(shape)
+        for output in outputs:
+            if output.part not in wanted or (output.expert is not None and not first <= output.expert < stop):
+                continue
+            value = self.unpack(output, read(output, first, stop), fmt)
+            if output.part not in arrays:
+                # wide scales keep the type that the file has: an FP32 scale is not rounded to BF16
+                kind, dims = wanted[output.part]
+                arrays[output.part] = np.empty(dims, kind if value.dtype.itemsize == 1 else value.dtype)
+            target = arrays[output.part]
+            if output.expert is not None:
+                target = target[output.expert - first : output.expert - first + 1]
+            if output.rows is not None and output.rows_per_row:
+                begin, end, step = output.rows
+                scale = output.rows_per_row
+                target = target[..., begin // scale : -(-end // scale) : step, :]
+            target[...] = value.reshape(target.shape)
+        tensor = QuantizedTensor(fmt, shape, **arrays)
+        if self.divisor and tensor.tensor_scale is not None:
+            tensor.divisor = tensor.tensor_scale
+            tensor.tensor_scale = np.asarray(np.float32(1) / tensor.divisor)
+        return tensor
+
+
+def _part(tensor: QuantizedTensor, part: str) -> Array:
+    if part == "tensor_scale" and tensor.divisor is not None:
+        return tensor.divisor
+    value = getattr(tensor, part)
+    if value is None:
+        raise PlanError(f"format {tensor.format.name} has no array {part!r}, which the dialect wants to write")
+    return np.asarray(value)
+
+
+_DIALECTS: dict[str, Dialect] = {}
+
+
+def register_dialect(dialect: Dialect) -> Dialect:
+    """Add a dialect to the registry under its name."""
+    _DIALECTS[dialect.name] = dialect
+    return dialect
+
+
+def get_dialect(name: str | Dialect) -> Dialect:
+    """The dialect of this name; PlanError names the known ones otherwise."""
+    if isinstance(name, Dialect):
+        return name
+    found = _DIALECTS.get(name.replace("_", "-"))
+    if found is None:
+        raise PlanError(f"unknown dialect {name!r}; known dialects: {', '.join(_DIALECTS)}")
+    return found
+
+
+def list_dialects() -> list[Dialect]:
+    """All registered dialects."""
+    return list(_DIALECTS.values())

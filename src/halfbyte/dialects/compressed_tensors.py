@@ -1,0 +1,187 @@
+"""compressed-tensors: what vLLM, SGLang and transformers load (FORMATS of that library, version 0.20).
+
+Per module P: ``P.weight_packed``, ``P.weight_scale`` and, as the format wants, ``P.weight_global_scale`` (a divisor,
+[1]), ``P.weight_shape``, ``P.weight_zero_point``; FP8 keeps the name ``P.weight``. Experts are written one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from halfbyte.checkpoint import Inventory, TensorInfo
+from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
+from halfbyte.dialects.compressed_tensors_config import SPELLINGS, Schemes, quantization_config
+from halfbyte.formats import AffineFormat, BlockFormat, Format
+from halfbyte.models import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module of the engine that a region of a weight becomes."""
+
+    name: str
+    expert: int | None
+    rows: tuple[int, int, int] | None
+    n: int
+    k: int
+
+
+class CompressedTensorsDialect(Dialect):
+    """NVFP4, MixFP4, MXFP4, INT4, FP8 and MXFP8, and mixtures of them."""
+
+    name = "compressed-tensors"
+    about = "vLLM, SGLang, transformers"
+    divisor = True
+
+    def problem(self, weight: Weight, fmt: Format) -> str | None:
+        """Formats that the library has no compressor for, and weights that are no modules."""
+        if fmt.name not in SPELLINGS:
+            return f"compressed-tensors has no spelling for {fmt.name}; use the dialect halfbyte"
+        if len(weight.shape) == 2 and not weight.name.endswith(".weight"):
+            return f"compressed-tensors stores modules, and {weight.name} is not the weight of one"
+        if len(weight.shape) > 3:
+            return f"compressed-tensors stores matrices, and {weight.name} has {len(weight.shape)} dimensions"
+        rows = fmt.block[0]
+        if rows > 1 and any(first % rows for _, first, _ in weight.row_parts):
+            return f"the projections fused in {weight.name} do not begin at blocks of {rows} rows"
+        return None
+
+    def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
+        """Per module, in the library's names."""
+        make = _fp8_outputs if fmt.name.startswith(("fp8", "mxfp8")) else _packed_outputs
+        return [output for module in modules(weight) for output in make(module, fmt)]
+
+    def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
+        """INT4 nibbles are viewed as words; zero points are packed along the rows."""
+        if output.part == "offsets":
+            return _pack_rows(part)
+        if output.dtype == "I32":
+            return np.ascontiguousarray(part).view("<i4")
+        return part.reshape(output.shape) if output.part == "tensor_scale" else part
+
+    def unpack(self, output: OutputTensor, stored: Array, fmt: Format) -> Array:
+        """The inverse."""
+        if output.part == "offsets":
+            assert output.rows is not None
+            begin, end, step = output.rows
+            return _unpack_rows(stored, -(-(end - begin) // step))
+        if stored.dtype in (np.int32, np.dtype(ml_dtypes.float8_e4m3fn)):
+            return np.ascontiguousarray(stored).view(np.uint8)
+        return stored
+
+    def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
+        """Config groups with unanchored patterns, and the ignore list."""
+        by_format: dict[str, list[str]] = {}
+        for weight, fmt in quantized:
+            by_format.setdefault(fmt.name, []).extend(m.name for m in modules(weight, one_expert=True))
+        ignored = [
+            m.name
+            for weight in kept
+            if len(weight.shape) in (2, 3) and _is_linear(weight)
+            for m in modules(weight, one_expert=True)
+        ]
+        prefixed = {part for w in kept for part in w.role.split(".")[:1]}
+        return quantization_config(by_format, ignored, mtp="mtp" in prefixed, vision="vision" in prefixed)
+
+    def claims(self, inventory: Inventory) -> bool:
+        """By ``quant_method``."""
+        found = inventory.config.get("quantization_config")
+        return isinstance(found, dict) and found.get("quant_method") == self.name
+
+    def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
+        """Replace each module's tensors by its weight."""
+        schemes = Schemes(inventory.config["quantization_config"], inventory.source)
+        tensors: dict[str, TensorInfo] = {}
+        formats: dict[str, Format] = {}
+        companions: set[str] = set()
+        for name, info in inventory.tensors.items():
+            module, _, last = name.rpartition(".")
+            quantized = last == "weight_packed" or (last == "weight" and info.dtype == "F8_E4M3")
+            if not quantized:
+                if name not in companions:
+                    tensors[name] = info
+                continue
+            fmt = formats[f"{module}.weight"] = schemes.format_of(module)
+            widen = {"U8": 2, "I32": 8}.get(info.dtype, 1)
+            shape = (*info.shape[:-1], info.shape[-1] * widen)
+            tensors[f"{module}.weight"] = TensorInfo(
+                f"{module}.weight", "BF16", shape, info.file, info.offset, info.nbytes
+            )
+            for suffix in ("weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point"):
+                companions.add(f"{module}.{suffix}")
+                tensors.pop(f"{module}.{suffix}", None)
+            fmt.check(shape)
+        return tensors, formats
+
+
+def modules(weight: Weight, one_expert: bool = False) -> Iterator[Module]:
+    """The modules of a weight: itself, or per expert and projection; ``one_expert``: of the first expert only."""
+    n, k = weight.shape[-2:]
+    if len(weight.shape) == 2:
+        yield Module(weight.name.removesuffix(".weight"), None, None, n, k)
+        return
+    spelled = {(p.expert, p.rows): p.source.removesuffix(".weight") for p in weight.pieces if p.expert is not None}
+    base, last = weight.name.rsplit(".", 1)
+    parts = weight.row_parts or ((last.removesuffix("_proj"), 0, n),)
+    for expert in range(1 if one_expert else weight.shape[0]):
+        for i, (part, first, stop) in enumerate(parts):
+            rows = (i, n, len(parts)) if weight.interleaved else (first, stop, 1)
+            name = spelled.get((expert, (first, stop))) or spelled.get((expert, None)) or f"{base}.{expert}.{part}_proj"
+            yield Module(name, expert, rows, stop - first, k)
+
+
+def _packed_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
+    where = {"expert": m.expert, "rows": m.rows}
+    columns = fmt.block[1]
+    if fmt.name.startswith("int4"):
+        whole = m.rows or (0, m.n, 1)
+        yield OutputTensor(f"{m.name}.weight_packed", "I32", (m.n, m.k // 8), "codes", **where)
+        yield OutputTensor(f"{m.name}.weight_scale", "BF16", (m.n, m.k // columns), "scales", **where)
+        yield OutputTensor(f"{m.name}.weight_shape", "I64", (2,), "shape", m.expert, None, 0, (m.n, m.k))
+        if isinstance(fmt, AffineFormat):
+            shape = (math.ceil(m.n / 8), m.k // columns)
+            yield OutputTensor(f"{m.name}.weight_zero_point", "I32", shape, "offsets", m.expert, whole)
+        return
+    scale_dtype = "U8" if fmt.name == "mxfp4" else "F8_E4M3"
+    yield OutputTensor(f"{m.name}.weight_packed", "U8", (m.n, m.k // 2), "codes", **where)
+    yield OutputTensor(f"{m.name}.weight_scale", scale_dtype, (m.n, m.k // columns), "scales", **where)
+    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
+        yield OutputTensor(f"{m.name}.weight_global_scale", "F32", (1,), "tensor_scale", m.expert, None, 0)
+
+
+def _fp8_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
+    assert isinstance(fmt, BlockFormat)
+    yield OutputTensor(f"{m.name}.weight", "F8_E4M3", (m.n, m.k), "codes", m.expert, m.rows)
+    dtype = {"fp8_channel": "BF16", "mxfp8": "U8"}.get(fmt.name, "F32")
+    shape = fmt.scales_shape((m.n, m.k))
+    rows = fmt.block[0]
+    if rows < 0:
+        yield OutputTensor(f"{m.name}.weight_scale", dtype, (1,), "scales", m.expert, None, 0)
+    else:
+        yield OutputTensor(f"{m.name}.weight_scale", dtype, shape, "scales", m.expert, m.rows, rows)
+
+
+def _is_linear(weight: Weight) -> bool:
+    return weight.name.endswith(".weight") if len(weight.shape) == 2 else "experts" in weight.role
+
+
+def _pack_rows(codes: Array) -> Array:
+    """Zero points [N, G] (0..15) as int32 words of 8 rows each, [ceil(N / 8), G]."""
+    padded = np.pad(codes, ((0, -len(codes) % 8), (0, 0))).astype(np.uint32).reshape(-1, 8, codes.shape[1])
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)[None, :, None]
+    return np.bitwise_or.reduce(padded << shifts, axis=1).view("<i4")
+
+
+def _unpack_rows(words: Array, n: int) -> Array:
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)[None, :, None]
+    codes = (words.view(np.uint32)[:, None, :] >> shifts) & np.uint32(15)
+    return codes.reshape(-1, words.shape[1])[:n].astype(np.uint8)
+
+
+COMPRESSED_TENSORS = register_dialect(CompressedTensorsDialect())

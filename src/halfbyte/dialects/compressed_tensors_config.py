@@ -1,0 +1,147 @@
+"""``quantization_config`` of compressed-tensors: schemes per format, targets, ignore list; and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from halfbyte.dialects.patterns import compact
+from halfbyte.errors import CheckpointError
+from halfbyte.formats import Format, get_format
+
+# the library version whose configuration this is; its loaders read the field but do not compare it
+VERSION = "0.20.0"
+
+
+def _float4(group: int, strategy: str, scale_dtype: str) -> dict[str, Any]:
+    return {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": group,
+        "dynamic": False,
+        "scale_dtype": scale_dtype,
+    }
+
+
+def _int4(group: int, symmetric: bool) -> dict[str, Any]:
+    return {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group",
+        "group_size": group,
+        "dynamic": False,
+    }
+
+
+def _float8(strategy: str, **more: Any) -> dict[str, Any]:
+    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False, **more}
+
+
+_TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+_BLOCK_INPUT = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": 128,
+    "dynamic": True,
+}
+
+SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "nvfp4": ("nvfp4-pack-quantized", _float4(16, "tensor_group", "torch.float8_e4m3fn"), None),
+    "mixfp4": ("mixfp4-pack-quantized", _float4(16, "tensor_group", "torch.float8_e4m3fn"), None),
+    "mxfp4": ("mxfp4-pack-quantized", _float4(32, "group", "torch.uint8"), None),
+    **{f"int4_g{g}": ("pack-quantized", _int4(g, True), None) for g in (16, 32, 64, 128)},
+    **{f"int4_asym_g{g}": ("pack-quantized", _int4(g, False), None) for g in (16, 32, 64, 128)},
+    "fp8_channel": ("float-quantized", _float8("channel"), _TOKEN),
+    "fp8_tensor": ("float-quantized", _float8("tensor"), _TOKEN),
+    "fp8_block128": ("float-quantized", _float8("block", block_structure=[128, 128]), _BLOCK_INPUT),
+    "mxfp8": ("mxfp8-quantized", _float8("group", group_size=32, scale_dtype="torch.uint8"), None),
+}
+"""Format name -> compressor, weight arguments, activation arguments (dynamic FP8 where engines expect it)."""
+
+
+def quantization_config(
+    by_format: Mapping[str, Sequence[str]], ignored: Sequence[str], mtp: bool, vision: bool
+) -> dict[str, Any]:
+    """Config groups for modules by format; ``ignored`` are the Linear modules that stay as they are.
+
+    ``mtp`` and ``vision``: such tensors are kept, so patterns meant for the main model must not reach them.
+    """
+    everything = {name for names in by_format.values() for name in names} | set(ignored)
+    groups = {}
+    for i, (name, members) in enumerate(by_format.items()):
+        compressor, weights, inputs = SPELLINGS[name]
+        groups[f"group_{i}"] = {
+            "targets": compact(members, everything - set(members)),
+            "weights": weights,
+            "input_activations": inputs,
+            "output_activations": None,
+            "format": compressor,
+        }
+    compressors = {SPELLINGS[name][0] for name in by_format}
+    ignore = ["re:^mtp.*"] if mtp else []
+    ignore += ["re:.*visual.*", "re:.*vision_tower.*"] if vision else []
+    covered = [re.compile(p.removeprefix("re:")) for p in ignore]
+    rest = [name for name in ignored if not any(p.match(name) for p in covered)]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": compressors.pop() if len(compressors) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore + compact(rest, everything - set(rest)),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+class Schemes:
+    """Which format each module of a compressed-tensors checkpoint has."""
+
+    def __init__(self, config: Mapping[str, Any], source: str) -> None:
+        self.source = source
+        self.groups: list[tuple[list[str], Format]] = []
+        for group in config.get("config_groups", {}).values():
+            name = _format_name(group.get("weights") or {}, group.get("format") or config.get("format", ""))
+            if name is None:
+                raise CheckpointError(
+                    f"{source} holds the compressed-tensors scheme {group.get('weights')}, which is not supported"
+                )
+            self.groups.append((list(group.get("targets", [])), get_format(name)))
+
+    def format_of(self, module: str) -> Format:
+        """By target pattern or name, then by a class name such as ``Linear``; as the library does it."""
+        for targets, fmt in self.groups:
+            if any(_matches(target, module) for target in targets):
+                return fmt
+        for targets, fmt in self.groups:
+            if any("." not in target and not target.startswith("re:") for target in targets):
+                return fmt
+        raise CheckpointError(f"no config group of {self.source} has {module} as a target; its scheme is unknown")
+
+
+def _matches(target: str, module: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], module) is not None
+    return target == module
+
+
+def _format_name(weights: Mapping[str, Any], compressor: str) -> str | None:
+    """The format whose arguments agree with these, or None."""
+    keys = ("num_bits", "type", "strategy", "group_size", "symmetric")
+    stated = {"symmetric": True, **{k: v for k, v in weights.items() if k in keys and v is not None}}
+    for name, (spelled, arguments, _) in SPELLINGS.items():
+        wanted = {k: v for k, v in arguments.items() if k in keys}
+        if stated == wanted and (
+            spelled == compressor or compressor in ("", "mixed-precision") or "mix" not in spelled
+        ):
+            if ("mixfp4" in compressor) == (name == "mixfp4"):
+                return name
+    return None

@@ -1,0 +1,147 @@
+"""halfbyte's own dialect: every format, arrays as they are in memory, fused experts stay fused.
+
+A weight T becomes ``T_codes``, ``T_scales`` and, where the format has them, ``T_tensor_scale`` (a multiplier) and
+``T_offsets``. The configuration states each format in full, so that no reader has to guess a convention.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from halfbyte.checkpoint import Inventory, TensorInfo, safetensors_name
+from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
+from halfbyte.dialects.patterns import compact
+from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.formats import BlockFormat, Format, get_format
+from halfbyte.models import Weight
+
+VERSION = 1
+
+
+class HalfbyteDialect(Dialect):
+    """All formats; loaded by ``halfbyte.load`` and, after ``import halfbyte.transformers``, by transformers."""
+
+    name = "halfbyte"
+    about = "every format; for halfbyte.load and transformers"
+
+    def problem(self, weight: Weight, fmt: Format) -> str | None:
+        """Every format can be spelled."""
+        return None
+
+    def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
+        """One tensor per array of the format."""
+        rows = fmt.block[0]
+        return [
+            OutputTensor(
+                f"{weight.name}_{part}",
+                safetensors_name(np.dtype(kind)),
+                shape,
+                part,
+                rows_per_row=1 if part == "codes" else 0 if part == "tensor_scale" or rows < 0 else rows,
+            )
+            for part, (kind, shape) in fmt.parts(weight.shape).items()
+        ]
+
+    def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
+        """As in memory."""
+        return part
+
+    def unpack(self, output: OutputTensor, stored: Array, fmt: Format) -> Array:
+        """As in memory."""
+        return stored
+
+    def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
+        """Formats in full, and which weights (patterns over their names) have which."""
+        names: dict[str, list[str]] = {}
+        for weight, fmt in quantized:
+            names.setdefault(fmt.name, []).append(weight.name)
+        everything = {n for found in names.values() for n in found} | {w.name for w in kept}
+        return {
+            "quant_method": self.name,
+            "version": VERSION,
+            "formats": {name: describe(get_format(name)) for name in names},
+            "weights": {name: compact(found, everything - set(found)) for name, found in names.items()},
+        }
+
+    def claims(self, inventory: Inventory) -> bool:
+        """By ``quant_method``."""
+        return bool(_quantization(inventory).get("quant_method") == self.name)
+
+    def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
+        """Replace each group of ``T_*`` tensors by T."""
+        settings = _quantization(inventory)
+        if settings.get("version") != VERSION:
+            raise CheckpointError(
+                f"{inventory.source} is written in version {settings.get('version')} of the halfbyte dialect, but this "
+                f"release reads version {VERSION}; install a matching release"
+            )
+        for name, stated in settings.get("formats", {}).items():
+            check_description(name, stated)
+        patterns = [
+            (get_format(name), [re.compile(p.removeprefix("re:")) for p in found])
+            for name, found in settings.get("weights", {}).items()
+        ]
+        tensors: dict[str, TensorInfo] = {}
+        formats: dict[str, Format] = {}
+        for name, info in inventory.tensors.items():
+            weight, _, part = name.rpartition("_codes")
+            if weight and not part:
+                formats[weight] = fmt = _format_of(weight, patterns)
+                width = 2 if fmt.parts((2, 256))["codes"][1][-1] == 128 else 1
+                shape = (*info.shape[:-1], info.shape[-1] * width)
+                tensors[weight] = TensorInfo(weight, "BF16", shape, info.file, info.offset, info.nbytes)
+        companions = {f"{w}_{part}" for w, fmt in formats.items() for part in fmt.parts((128, 256))}
+        for name, info in inventory.tensors.items():
+            if name not in companions:
+                tensors[name] = info
+        missing = sorted(companions - set(inventory.tensors))
+        if missing:
+            raise CheckpointError(f"{inventory.source} lacks the tensor {missing[0]}; the checkpoint is incomplete")
+        return tensors, formats
+
+
+def describe(fmt: Format) -> dict[str, Any]:
+    """A format in words that no reader has to guess: block, scale, selector and the tables themselves."""
+    about: dict[str, Any] = {"block": list(fmt.block)}
+    if isinstance(fmt, BlockFormat):
+        about["scale"] = fmt.scale.name
+        about["tensor_scale"] = "multiplier" if fmt.has_tensor_scale else None
+        about["tables"] = [t.name for t in fmt.tables]
+        if fmt.bits == 4:
+            about["table_values"] = [list(t.values) for t in fmt.tables]
+        if len(fmt.tables) > 1:
+            about["selector"] = f"scale byte >> {fmt.scale.bits}"
+    return about
+
+
+def check_description(name: str, stated: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose format is not what this release means by the name."""
+    try:
+        ours = describe(get_format(name))
+    except FormatError as error:
+        raise CheckpointError(f"the checkpoint uses a format that this release does not know: {error}") from error
+    for key, value in ours.items():
+        if key in stated and stated[key] != value:
+            raise CheckpointError(
+                f"the checkpoint's format {name} says {key} = {stated[key]}, but this release means {value}; "
+                "convert the checkpoint with the release that wrote it"
+            )
+
+
+def _format_of(weight: str, patterns: list[tuple[Format, list[re.Pattern[str]]]]) -> Format:
+    for fmt, found in patterns:
+        if any(p.match(weight) for p in found):
+            return fmt
+    raise CheckpointError(f"quantization_config does not say which format {weight} has; the checkpoint is damaged")
+
+
+def _quantization(inventory: Inventory) -> dict[str, Any]:
+    found = inventory.config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
+HALFBYTE = register_dialect(HalfbyteDialect())

@@ -1,0 +1,135 @@
+"""A checkpoint as weights, whatever dialect its files are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.checkpoint import Inventory, Reader, TensorInfo
+from halfbyte.dialects import Dialect, OutputTensor, list_dialects
+from halfbyte.errors import CheckpointError
+from halfbyte.formats import Format, QuantizedTensor
+from halfbyte.models import Family, Weight, family_for
+
+Array = NDArray[Any]
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass
+class _Dense:
+    """The part of an inventory that families look at."""
+
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+
+
+class Checkpoint:
+    """Weights of a checkpoint with roles and, where they are quantized, formats.
+
+    ``dialect`` is None for a plain checkpoint. Reading gives dense arrays or, for quantized weights,
+    QuantizedTensor; leading indices (experts) and rows can be read in slices.
+    """
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.inventory = inventory
+        self.dialect: Dialect | None = next((d for d in list_dialects() if d.claims(inventory)), None)
+        tensors: Mapping[str, TensorInfo] = inventory.tensors
+        by_tensor: dict[str, Format] = {}
+        if self.dialect is not None:
+            tensors, by_tensor = self.dialect.dense(inventory)
+        self.family: Family = family_for(inventory.config, list(tensors))
+        self.weights: list[Weight] = self.family.weights(_Dense(tensors, inventory.config))
+        self.formats: dict[str, Format] = {}
+        for weight in self.weights if by_tensor else ():
+            found = {by_tensor.get(source) for source in weight.sources}
+            if len(found) > 1:
+                raise CheckpointError(
+                    f"the tensors of {weight.name} in {inventory.source} have different formats; it cannot be read as one weight"
+                )
+            fmt = found.pop()
+            if fmt is not None:
+                self.formats[weight.name] = fmt
+
+    @classmethod
+    def open(cls, source: str | Path, revision: str | None = None) -> Checkpoint:
+        """Open a folder, a file or a hub id."""
+        return cls(Inventory.open(source, revision))
+
+    def stored(self, weight: Weight) -> list[OutputTensor]:
+        """The tensors that hold a quantized weight."""
+        assert self.dialect is not None
+        return self.dialect.outputs(weight, self.formats[weight.name])
+
+    def read(self, reader: Reader, weight: Weight, first: int = 0, stop: int | None = None) -> Array:
+        """Leading indices first..stop of a weight, dense: stored dtype, or FP32 where it is quantized.
+
+        For a weight of two or fewer dimensions first..stop are rows.
+        """
+        if weight.name in self.formats:
+            if len(weight.shape) > 2:
+                return self.read_quantized(reader, weight, first, stop).decode()
+            whole = self.read_quantized(reader, weight)
+            return rows_of(whole, first, whole.shape[0] if stop is None else stop).decode()
+        return read_dense(reader, weight, first, stop)
+
+    def read_quantized(
+        self, reader: Reader, weight: Weight, first: int = 0, stop: int | None = None
+    ) -> QuantizedTensor:
+        """Leading indices first..stop of a quantized stack, or the whole quantized matrix."""
+        assert self.dialect is not None
+        fmt = self.formats[weight.name]
+        stacked = len(weight.shape) > 2
+        end = (weight.shape[0] if stacked else 1) if stop is None else stop
+
+        def fetch(output: OutputTensor, begin: int, until: int) -> Array:
+            whole = output.expert is not None or not stacked
+            return reader.read(output.name) if whole else reader.read(output.name, begin, until)
+
+        return self.dialect.assemble(weight, fmt, self.stored(weight), fetch, first, end)
+
+
+def read_dense(reader: Reader, weight: Weight, first: int = 0, stop: int | None = None) -> Array:
+    """Leading indices first..stop of a weight that lies in the file unquantized, in its stored dtype."""
+    if not weight.shape or weight.pieces[0].expert is None:
+        array = reader.read(weight.pieces[0].source, *((first, stop) if weight.shape else ()))
+        return np.ascontiguousarray(np.swapaxes(array, -1, -2)) if weight.transposed else array
+    end = weight.shape[0] if stop is None else stop
+    parts = [(piece, reader.read(piece.source)) for piece in pieces_of(weight, first, end)]
+    array = np.empty((end - first, *weight.shape[1:]), dtype=parts[0][1].dtype)
+    for piece, part in parts:
+        assert piece.expert is not None
+        begin, until = piece.rows or (0, weight.shape[-2])
+        array[piece.expert - first, begin:until] = part
+    return array
+
+
+def pieces_of(weight: Weight, first: int, stop: int) -> Iterator[Any]:
+    """The pieces of a gathered weight that fill leading indices first..stop."""
+    return (p for p in weight.pieces if p.expert is not None and first <= p.expert < stop)
+
+
+def rows_of(tensor: QuantizedTensor, first: int, stop: int) -> QuantizedTensor:
+    """Rows first..stop of a quantized matrix; they must begin and end at blocks."""
+    rows = tensor.format.block[0]
+
+    def cut(array: Array | None) -> Array | None:
+        if array is None:
+            return None
+        return array if rows < 0 else array[first // rows : -(-stop // rows)]
+
+    scales = cut(tensor.scales)
+    assert scales is not None
+    return QuantizedTensor(
+        tensor.format,
+        (stop - first, *tensor.shape[1:]),
+        tensor.codes[first:stop],
+        scales,
+        tensor.tensor_scale,
+        cut(tensor.offsets),
+        tensor.divisor,
+    )
