@@ -200,13 +200,14 @@ def _upright(weight: Weight) -> Weight:
 def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: Dialect) -> Item:
     if decision.action != "quantize":
         return Item(weight, decision.action, decision.reason)
-    assert decision.format is not None
+    assert decision.format is not None and decision.search is not None
     fmt = get_format(decision.format)
     get_search(decision.search, fmt)
     if weight.dtype not in FLOATS or len(weight.shape) < 2:
         raise PlanError(
-            f"rule {decision.rule} of the recipe wants to quantize {weight.name} ({weight.dtype} {list(weight.shape)}), "
-            "which is no floating-point matrix; narrow the rule or keep this tensor"
+            f"rule {decision.rule} of the recipe wants to quantize {weight.name} "
+            f"({weight.dtype} {list(weight.shape)}), which is no floating-point matrix; "
+            "narrow the rule or keep this tensor"
         )
     problem = fmt.problem(weight.shape)
     if problem:

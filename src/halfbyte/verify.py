@@ -105,7 +105,8 @@ def _weight(
         result.errors.append(error)
         if not error.relmse <= max_relmse:
             result.problems.append(
-                f"{weight.name} has a relative error of {error.relmse:.3g} against the source (at most {max_relmse:g} is allowed)"
+                f"{weight.name} has a relative error of {error.relmse:.3g} against the source "
+                f"(at most {max_relmse:g} is allowed)"
             )
         return
     result.kept += 1

@@ -49,7 +49,8 @@ class Checkpoint:
             found = {by_tensor.get(source) for source in weight.sources}
             if len(found) > 1:
                 raise CheckpointError(
-                    f"the tensors of {weight.name} in {inventory.source} have different formats; it cannot be read as one weight"
+                    f"the tensors of {weight.name} in {inventory.source} have different formats; "
+                    "it cannot be read as one weight"
                 )
             fmt = found.pop()
             if fmt is not None:

@@ -137,20 +137,19 @@ def modules(weight: Weight, one_expert: bool = False) -> Iterator[Module]:
 
 
 def _packed_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
-    where = {"expert": m.expert, "rows": m.rows}
     columns = fmt.block[1]
     if fmt.name.startswith("int4"):
         whole = m.rows or (0, m.n, 1)
-        yield OutputTensor(f"{m.name}.weight_packed", "I32", (m.n, m.k // 8), "codes", **where)
-        yield OutputTensor(f"{m.name}.weight_scale", "BF16", (m.n, m.k // columns), "scales", **where)
+        yield OutputTensor(f"{m.name}.weight_packed", "I32", (m.n, m.k // 8), "codes", m.expert, m.rows)
+        yield OutputTensor(f"{m.name}.weight_scale", "BF16", (m.n, m.k // columns), "scales", m.expert, m.rows)
         yield OutputTensor(f"{m.name}.weight_shape", "I64", (2,), "shape", m.expert, None, 0, (m.n, m.k))
         if isinstance(fmt, AffineFormat):
             shape = (math.ceil(m.n / 8), m.k // columns)
             yield OutputTensor(f"{m.name}.weight_zero_point", "I32", shape, "offsets", m.expert, whole)
         return
     scale_dtype = "U8" if fmt.name == "mxfp4" else "F8_E4M3"
-    yield OutputTensor(f"{m.name}.weight_packed", "U8", (m.n, m.k // 2), "codes", **where)
-    yield OutputTensor(f"{m.name}.weight_scale", scale_dtype, (m.n, m.k // columns), "scales", **where)
+    yield OutputTensor(f"{m.name}.weight_packed", "U8", (m.n, m.k // 2), "codes", m.expert, m.rows)
+    yield OutputTensor(f"{m.name}.weight_scale", scale_dtype, (m.n, m.k // columns), "scales", m.expert, m.rows)
     if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
         yield OutputTensor(f"{m.name}.weight_global_scale", "F32", (1,), "tensor_scale", m.expert, None, 0)
 

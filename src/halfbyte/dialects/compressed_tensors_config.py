@@ -139,9 +139,7 @@ def _format_name(weights: Mapping[str, Any], compressor: str) -> str | None:
     stated = {"symmetric": True, **{k: v for k, v in weights.items() if k in keys and v is not None}}
     for name, (spelled, arguments, _) in SPELLINGS.items():
         wanted = {k: v for k, v in arguments.items() if k in keys}
-        if stated == wanted and (
-            spelled == compressor or compressor in ("", "mixed-precision") or "mix" not in spelled
-        ):
-            if ("mixfp4" in compressor) == (name == "mixfp4"):
-                return name
+        # NVFP4 and MixFP4 have the same arguments: only the compressor tells them apart
+        if stated == wanted and ("mixfp4" in compressor) == ("mixfp4" in spelled):
+            return name
     return None
