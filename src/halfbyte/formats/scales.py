@@ -48,7 +48,8 @@ def _e4m3_value(c: NDArray[Any]) -> Floats:
 
 
 def _power_value(c: NDArray[Any]) -> Floats:
-    return np.ldexp(np.float32(1), c.astype(np.int32) - 127).astype(np.float32)
+    powers = np.ldexp(np.float32(1), np.minimum(c, 254).astype(np.int32) - 127).astype(np.float32)
+    return np.where(c == 255, np.float32(np.nan), powers)
 
 
 def _power_code(v: Floats) -> NDArray[np.uint8]:
@@ -96,7 +97,7 @@ E4M3 = ScaleType("e4m3", np.uint8, 7, 448.0, _e4m3_code, _e4m3_value, 1, 126)
 """FP8 scale of NVFP4; bit 7 is free for a selector."""
 
 E8M0 = ScaleType("e8m0", np.uint8, 8, 2.0**127, _power_code, _power_value, 0, 254)
-"""Power-of-two scale of the MX formats: 2**(code - 127)."""
+"""Power-of-two scale of the MX formats: 2**(code - 127); 0xFF is NaN."""
 
 E3M3 = ScaleType(
     "e3m3",

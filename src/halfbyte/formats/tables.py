@@ -86,7 +86,8 @@ def _round_sign_magnitude(table: Table, z: Floats) -> Codes:
 
 
 def _round_twos_complement(table: Table, z: Floats) -> Codes:
-    return np.rint(np.clip(z, np.float32(-7), np.float32(7))).astype(np.int8).view(np.uint8) & 15
+    clipped = np.rint(np.clip(z, np.float32(-7), np.float32(7))).astype(np.int8)
+    return np.asarray(clipped.view(np.uint8) & 15, dtype=np.uint8)
 
 
 def _round_if4_int(table: Table, z: Floats) -> Codes:

@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.formats import AffineFormat
-from halfbyte.search.reference import loss_of
+from halfbyte.search.reference import loss_of, unit_of
+from halfbyte.search.rules import SMALLEST
 from halfbyte.search.searches import Search
 
 Floats = NDArray[np.float32]
+_END = np.float32(2.0**127 * (1 - 2.0**-6))  # levels * scale + bias must not overflow in wider groups
 
 
 def encode_affine(
@@ -20,16 +22,20 @@ def encode_affine(
 ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any]]:
     """Codes [n, B], BF16 scales [n] and offsets [n] of groups x [n, B]."""
     low, high = x.min(axis=1), x.max(axis=1)
+    end = np.where(high / 2 - low / 2 > _END, _END, np.float32(np.inf))
+    low, high = np.clip(low, -end, end), np.clip(high, -end, end)
     solve = _bias if fmt.offset == "bias" else _zero_point
     n = len(x)
     best = np.full(n, np.inf, dtype=np.float32)
     codes = np.zeros(x.shape, dtype=np.uint8)
     scales = np.zeros(n, dtype=ml_dtypes.bfloat16)
     offsets = np.zeros(n, dtype=ml_dtypes.bfloat16 if fmt.offset == "bias" else np.uint8)
+    # a power of two changes no bit of the result; it keeps the squares of huge and tiny weights in range
+    unit = unit_of(np.maximum(np.abs(low), np.abs(high)) + SMALLEST)[:, None]
     for shrink_low in search.shrink:
         for shrink_high in search.shrink:
             q, scale, offset, value = solve(x, low * np.float32(shrink_low), high * np.float32(shrink_high), fmt)
-            loss = loss_of(value - x, weight, "sse")
+            loss = loss_of((value - x) * unit, weight, "sse")
             better = loss < best
             best[better], codes[better] = loss[better], q[better]
             scales[better], offsets[better] = scale[better], offset[better]
@@ -39,7 +45,9 @@ def encode_affine(
 def _bias(x: Floats, low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Any, Any, Any, Floats]:
     """MLX's rule: the end of larger magnitude is met exactly by a whole number of steps."""
     low, high = np.minimum(low, high), np.maximum(low, high)
-    step = np.maximum((high - low) / np.float32(fmt.levels), np.float32(1e-7))
+    # MLX's own floor is 1e-7, which would wipe out groups of tiny weights
+    floor = np.maximum(np.maximum(np.abs(low), np.abs(high)) * np.float32(2.0**-30), SMALLEST)
+    step = np.maximum((high - low) / np.float32(fmt.levels), floor)
     downward = np.abs(low) > np.abs(high)
     step = np.where(downward, step, -step)
     edge = np.where(downward, low, high)
@@ -55,7 +63,7 @@ def _bias(x: Floats, low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Any,
 def _zero_point(x: Floats, low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Any, Any, Any, Floats]:
     """compressed-tensors' asymmetric rule: the range always holds zero, which gets a code of its own."""
     low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
-    span = np.maximum((high - low) / np.float32(fmt.levels), np.float32(1.2e-38))
+    span = np.maximum((high - low) / np.float32(fmt.levels), SMALLEST)
     scale = span.astype(ml_dtypes.bfloat16)
     s = scale.astype(np.float32)
     offset = np.clip(np.rint(-low / s), 0, fmt.levels)

@@ -14,6 +14,7 @@ from halfbyte.search.affine import encode_affine
 from halfbyte.search.blocks import from_blocks, to_blocks
 from halfbyte.search.hif4 import encode_hif4
 from halfbyte.search.reference import encode_blocks
+from halfbyte.search.rules import SMALLEST
 from halfbyte.search.rules import tensor_scale as tensor_scale_of
 from halfbyte.search.searches import Search, get_search
 
@@ -66,8 +67,8 @@ def encode(
             if tensor_scale is None
             else np.broadcast_to(np.asarray(tensor_scale, dtype=np.float32), lead).copy()
         )
-        if not (np.isfinite(scale).all() and (scale > 0).all()):
-            raise FormatError("a tensor scale must be positive and finite")
+        if not (np.isfinite(scale).all() and (scale >= SMALLEST).all()):
+            raise FormatError("a tensor scale must be finite and positive (2**-126 or larger)")
     elif tensor_scale is not None:
         raise FormatError(f"{fmt.name} has no tensor scale; leave the argument tensor_scale out")
     if fmt.block == (-1, -1):

@@ -40,7 +40,8 @@ def encode_hif4(x: Floats, search: Search, weight: Floats | None) -> tuple[NDArr
         quarters = np.minimum(np.floor(magnitude * inverse / micro * 4 + np.float32(0.5)), 7).astype(np.uint8)
         value = quarters.astype(np.float32) * np.float32(0.25) * micro
         loss = loss_of(value - magnitude / step[:, None], weight, "sse") * (step * step)
-        better = loss < best
+        # the first candidate stands even where its error overflows
+        better = (loss < best) | (offset == 0)
         best[better], words[better] = loss[better], word[better]
         codes[better] = (quarters | (np.signbit(x).astype(np.uint8) << 3))[better]
     zero = ~np.any(x, axis=1)

@@ -1,7 +1,8 @@
 """The NumPy reference encoder: the definition that every faster backend equals bit for bit.
 
 Order of operations, all in FP32: y = x * (1 / tensor scale); z = y * (1 / scale); e = z - nearest(z);
-error = (sum of w * e * e, element after element) * (scale * scale); the first least error wins.
+error = (sum of w * e * e, element after element) * (r * r) with r = scale / p, where p is the power of two above
+the first candidate's scale (exact; it keeps r * r in range for any weight); the first least error wins.
 A single candidate is not judged.
 """
 
@@ -42,22 +43,35 @@ def encode_blocks(
 def candidates(amax: Floats, table: Table, fmt: BlockFormat, search: Search) -> Iterator[tuple[NDArray[Any], Floats]]:
     """Scale codes and values to try for blocks of this (normalised) amax, the absmax scale first."""
     base = base_codes(np.where(amax == 0, np.float32(1), amax), table, fmt, search)
+    limit = largest_scale(table)
     if fmt.scale.ordered:
+        high = min(fmt.scale.high, int(fmt.scale.to_code(np.array([limit]))[0]))
         offsets = search.power_offsets if fmt.scale.name == "e8m0" else search.offsets
         for offset in offsets:
-            codes = np.clip(base.astype(np.int32) + offset, fmt.scale.low, fmt.scale.high).astype(np.uint8)
+            codes = np.clip(base.astype(np.int32) + offset, fmt.scale.low, high).astype(np.uint8)
             yield codes, fmt.scale.to_value(codes)
         return
     exact = np.where(amax == 0, np.float32(1), amax) / np.float32(table.top)
     for ratio in search.int_ratios if table.bits == 4 else search.float_ratios:
-        codes = fmt.scale.to_code(exact * np.float32(ratio))
+        codes = fmt.scale.to_code(np.minimum(exact * np.float32(ratio), limit))
         yield codes, fmt.scale.to_value(codes)
+
+
+def largest_scale(table: Table) -> np.float32:
+    """A bound for scales that keeps every value of the table finite in FP32, rounding to BF16 included."""
+    return np.float32(np.finfo(np.float32).max / np.nanmax(np.abs(table.array)) * (1 - 2.0**-8))
+
+
+def unit_of(scale: Floats) -> Floats:
+    """The power of two that brings each scale into [0.5, 1)."""
+    return np.ldexp(np.float32(1), -np.frexp(scale)[1]).astype(np.float32)
 
 
 def _sweep(y: Floats, fmt: BlockFormat, search: Search, weight: Floats | None) -> tuple[Codes, NDArray[Any]]:
     best = _Best(y.shape, fmt)
     amax = np.abs(y).max(axis=1)
     base_table = fmt.tables[fmt.order[0]]
+    unit: Floats | None = None
     only = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(fmt.tables) == 1
     for index in fmt.order:
         table = fmt.tables[index]
@@ -66,8 +80,10 @@ def _sweep(y: Floats, fmt: BlockFormat, search: Search, weight: Floats | None) -
             codes = table.encode(z)
             if only:
                 return codes, stored
+            unit = unit_of(scale) if unit is None else unit
+            relative = scale * unit
             loss = loss_of(z - table.array[codes], weight, search.metric)
-            best.offer(loss * (scale * scale), codes, stored, index)
+            best.offer(loss * (relative * relative), codes, stored, index)
     return best.codes, best.scales
 
 
@@ -75,6 +91,9 @@ def _four_over_six(
     x: Floats, fmt: BlockFormat, search: Search, tensor_scale: Floats, weight: Floats | None
 ) -> tuple[Codes, NDArray[Any]]:
     """Four Over Six in the FP32 order of its reference implementation (arXiv 2512.02010, fouroversix)."""
+    # a power of two changes no bit of the result; it keeps the squares of huge and tiny weights in range
+    unit = unit_of(tensor_scale)
+    x, tensor_scale = x * unit[:, None], tensor_scale * unit
     top = np.float32(1536)
     amax = tensor_scale * top
     encode_scale = top / amax
@@ -97,7 +116,7 @@ class _Best:
     """The best candidate of each block so far."""
 
     def __init__(self, shape: tuple[int, ...], fmt: BlockFormat) -> None:
-        self.loss = np.full(shape[0], np.inf, dtype=np.float32)
+        self.loss: Floats | None = None
         self.codes = np.zeros(shape, dtype=np.uint8)
         self.scales = np.zeros(shape[0], dtype=fmt.scale.dtype)
         self.selector_shift = fmt.scale.bits if len(fmt.tables) > 1 else 0
@@ -105,6 +124,10 @@ class _Best:
     def offer(self, loss: Floats, codes: Codes, stored: NDArray[Any], table: int) -> None:
         if self.selector_shift:
             stored = stored | np.uint8(table << self.selector_shift)
+        if self.loss is None:
+            # the first candidate stands even where its error overflows
+            self.loss, self.codes[:], self.scales[:] = loss.copy(), codes, stored
+            return
         better = loss < self.loss
         self.loss[better] = loss[better]
         self.codes[better] = codes[better]

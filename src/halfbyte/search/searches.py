@@ -50,8 +50,10 @@ class Search:
 
 
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
-_INT_RATIOS = (1.0, *(round(1.1 - 0.025 * i, 3) for i in range(21) if i != 4))
-_FLOAT_RATIOS = tuple(2.0 ** (i / 8) for i in range(8))
+# 7.5/7 and 7.5/8 meet the largest element exactly, so that decoded values are encoded again without loss
+_INT_RATIOS = (1.0, 7.5 / 7, 7.5 / 8, *(round(1.1 - 0.025 * i, 3) for i in range(21) if i != 4))
+# the largest element meets each of the eight largest E4M3 values in turn
+_FLOAT_RATIOS = tuple(448.0 / v for v in (448, 416, 384, 352, 320, 288, 256, 240))
 
 SEARCHES = {
     search.name: search
