@@ -31,14 +31,11 @@ def tensor_scale(
     ``power_of_two`` rounds it up to a power of two, so that code * scale * tensor scale is exact in BF16.
     """
     amax = np.asarray(amax, dtype=np.float32)
-    maximum = tensor_maximum(fmt, search)
-    scale = np.maximum(amax / maximum, SMALLEST)
-    largest = np.float32(np.finfo(np.float32).max * (1 - 2.0**-4)) / maximum  # beyond it decoded values overflow
+    scale = np.maximum(amax / tensor_maximum(fmt, search), SMALLEST)
     if power_of_two:
         mantissa, exponent = np.frexp(scale)
         scale = np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent)).astype(np.float32)
-        largest = np.ldexp(np.float32(1), np.frexp(largest)[1] - 1)
-    return np.where(amax == 0, np.float32(1), np.minimum(scale, largest)).astype(np.float32)
+    return np.where(amax == 0, np.float32(1), scale).astype(np.float32)
 
 
 def base_codes(amax: Floats, table: Table, fmt: BlockFormat, search: Search) -> NDArray[Any]:
