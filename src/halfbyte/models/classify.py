@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from halfbyte.models.patterns import Match, Templates
-from halfbyte.models.roles import is_matrix
+from halfbyte.models.roles import bare_role, is_matrix, is_under
 from halfbyte.models.schema import FamilyFile
 
 
@@ -13,16 +13,16 @@ from halfbyte.models.schema import FamilyFile
 class Kind:
     """What all names of one pattern share.
 
-    `role` is for a plain matrix, `quantized_role` for a packed dtype, `flat_role` for fewer dimensions than
-    2, `mtp_role` for a layer beyond the main model's. `layer` and `expert` say which number is which.
-    `group` names the fusion group. A per-expert name has the pattern of its fused weight in `fused`, its own
-    place among `parts`, and the patterns of all of them in `spellings`.
+    `mtp_role` holds in a layer beyond the main model's. `is_matrix` says that the role is one of matrices,
+    `is_stack` that one tensor of it may hold several matrices. `layer` and `expert` say which number of the
+    name is which. `group` names the fusion group. A per-expert name has the pattern of its fused weight in
+    `fused`, its own place among `parts`, and the patterns of all of them in `spellings`.
     """
 
     role: str
-    quantized_role: str
-    flat_role: str
     mtp_role: str
+    is_matrix: bool
+    is_stack: bool
     layer: int | None = None
     expert: int | None = None
     group: str | None = None
@@ -30,6 +30,18 @@ class Kind:
     part: int = 0
     parts: tuple[str, ...] = ()
     spellings: tuple[str, ...] = ()
+
+    def role_for(self, plain: bool, dimensions: int, in_mtp: bool) -> str:
+        """The role of a tensor of this kind, with its dtype (plain: not packed), shape and layer considered."""
+        role = self.mtp_role if in_mtp else self.role
+        if not self.is_matrix:
+            return role
+        if not plain:
+            return f"quantized.{role}"
+        if dimensions >= 2:
+            return role
+        space = role.split(".")[0]
+        return f"{space}.other" if space in {"mtp", "vision"} else "other"
 
 
 class Classifier:
@@ -78,9 +90,9 @@ class Classifier:
                 continue
             for ending in (".weight", ""):
                 inner = self._plain(prefix, stripped.removesuffix(suffix) + ending, wrapper)
-                if inner is not None and is_matrix(inner.role):
-                    role, in_mtp = inner.quantized_role, f"quantized.{inner.mtp_role}"
-                    return Kind(role, role, role, in_mtp, inner.layer, inner.expert)
+                if inner is not None and inner.is_matrix:
+                    role, mtp_role = f"quantized.{inner.role}", f"quantized.{inner.mtp_role}"
+                    return Kind(role, mtp_role, False, False, inner.layer, inner.expert)
         return None
 
     def _plain(self, prefix: str, stripped: str, wrapper: str) -> Kind | None:
@@ -112,12 +124,11 @@ class Classifier:
 
 
 def _kind_of(role: str, wrapper: str) -> Kind:
-    matrix = is_matrix(role)
     return Kind(
         role=role,
-        quantized_role=f"quantized.{role}" if matrix else role,
-        flat_role=wrapper + "other" if matrix else role,
         mtp_role=role if wrapper else _wrap("mtp.", role),
+        is_matrix=is_matrix(role),
+        is_stack=is_under(bare_role(role), "experts") or role.endswith(".gate_up"),
     )
 
 

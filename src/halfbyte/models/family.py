@@ -71,7 +71,8 @@ class Family:
         config = inventory.config
         mtp_from = _number(config, self._data.mtp_from_layer) if self._data.mtp_from_layer else None
         result: list[Weight | None] = []
-        grouped: list[tuple[int, TensorLike, str, int | None, str]] = []
+        drafts: list[tuple[int, TensorLike, str, int | None, str | None]] = []
+        members: Counter[str | None] = Counter()
         gathers: dict[tuple[str, int | None], tuple[int, Gather]] = {}
         kinds = self._kinds
         for name, tensor in inventory.tensors.items():
@@ -80,31 +81,28 @@ class Family:
             kind = kinds.get(key) or self._kind(key)
             layer = None if kind.layer is None else int(parts[2 * kind.layer + 1])
             in_mtp = mtp_from is not None and layer is not None and layer >= mtp_from
-            role = kind.mtp_role if in_mtp else kind.role
             plain = tensor.dtype in _PLAIN_DTYPES
-            if not plain and kind.quantized_role != kind.role:
-                role = f"quantized.{role}"
-            elif len(tensor.shape) < 2 and kind.flat_role != kind.role:
-                role = "mtp.other" if in_mtp else kind.flat_role
+            role = kind.role_for(plain, len(tensor.shape), in_mtp)
+            if not plain or len(tensor.shape) < 2:
+                result.append(Weight(name, role, layer, tuple(tensor.shape), tensor.dtype, (Piece(name),)))
             elif kind.fused is not None and kind.expert is not None:
-                expert = int(parts[2 * kind.expert + 1])
                 found = gathers.get((kind.fused, layer))
                 if found is None:
-                    found = (len(result), _gather(kind, role, layer))
-                    gathers[kind.fused, layer] = found
+                    found = gathers[kind.fused, layer] = (len(result), _gather(kind, role, layer))
                     result.append(None)
-                found[1].sources[expert, kind.part] = tensor
-                continue
-            elif kind.group is not None and plain:
-                # named as the module that engines make of the group: model.layers.3.self_attn.qkv_proj
-                group = f"{name.rsplit('.', 2)[0]}.{kind.group}"
-                grouped.append((len(result), tensor, role, layer, group))
+                found[1].sources[int(parts[2 * kind.expert + 1]), kind.part] = tensor
+            elif kind.is_stack:
+                result.append(self._stack(tensor, role, layer, config))
+            else:
+                # a group is named as the module that engines make of it: model.layers.3.self_attn.qkv_proj
+                group = f"{name.rsplit('.', 2)[0]}.{kind.group}" if kind.group else None
+                members[group] += 1
+                drafts.append((len(result), tensor, role, layer, group))
                 result.append(None)
-                continue
-            result.append(self._single(tensor, role, layer, None, config))
-        members = Counter(group for *_, group in grouped)
-        for index, tensor, role, layer, group in grouped:
-            result[index] = self._single(tensor, role, layer, group if members[group] > 1 else None, config)
+        for index, tensor, role, layer, group in drafts:
+            shape, pieces = tuple(tensor.shape), (Piece(tensor.name),)
+            shared = group if members[group] > 1 else None
+            result[index] = Weight(tensor.name, role, layer, shape, tensor.dtype, pieces, shared)
         expected = _expert_count(config)
         for index, gather in gathers.values():
             if gather.name in inventory.tensors:
@@ -118,38 +116,30 @@ class Family:
             kind = self._kinds[normalised] = self._classifier.kind(normalised)
         return kind
 
-    def _single(
-        self, tensor: TensorLike, role: str, layer: int | None, group: str | None, config: Mapping[str, Any]
-    ) -> Weight:
-        shape = tuple(tensor.shape)
-        pieces = (Piece(tensor.name),)
-        if ".experts." in role or role.endswith(".gate_up") or role.startswith("experts."):
-            return self._fused(tensor, role, layer, shape, pieces, config)
-        return Weight(tensor.name, role, layer, shape, tensor.dtype, pieces, group)
-
-    def _fused(
-        self,
-        tensor: TensorLike,
-        role: str,
-        layer: int | None,
-        shape: tuple[int, ...],
-        pieces: tuple[Piece, ...],
-        config: Mapping[str, Any],
-    ) -> Weight:
+    def _stack(self, tensor: TensorLike, role: str, layer: int | None, config: Mapping[str, Any]) -> Weight:
         """A weight whose source already holds several projections or experts in one tensor."""
-        if role.startswith("quantized."):
-            return Weight(tensor.name, role, layer, shape, tensor.dtype, pieces)
+        shape = tuple(tensor.shape)
         transposed = len(shape) == 3 and self._is_transposed(role, shape, config)
         parts: tuple[tuple[str, int, int], ...] = ()
         if role.endswith(".gate_up"):
             half = shape[-1 if transposed else -2] // 2
             parts = (("gate", 0, half), ("up", half, 2 * half))
         interleaved = self._data.interleaved and bool(parts)
-        return Weight(tensor.name, role, layer, shape, tensor.dtype, pieces, None, parts, interleaved, transposed)
+        return Weight(
+            name=tensor.name,
+            role=role,
+            layer=layer,
+            shape=shape,
+            dtype=tensor.dtype,
+            pieces=(Piece(tensor.name),),
+            row_parts=parts,
+            interleaved=interleaved,
+            transposed=transposed,
+        )
 
     def _is_transposed(self, role: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
         """Whether experts lie as `[E, K, N]`: by the hidden size where it decides, else as the family says."""
-        hidden = _number(config, "hidden_size")
+        hidden = _number(config, "moe_latent_size") or _number(config, "hidden_size")
         rows, columns = shape[-2:]
         if hidden is None or rows == columns or hidden not in (rows, columns):
             return self._data.transposed

@@ -68,7 +68,12 @@ def parse(text: str, name: str) -> FamilyFile:
     """Read one family file; `HalfbyteError` names the file and the place when it is not valid."""
     try:
         return FamilyFile.model_validate(load_yaml(text))
-    except (ValueError, ValidationError) as error:
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        what = problem["msg"].removeprefix("Value error, ")
+        raise HalfbyteError(f"the family file {name}.yaml is not valid: {key}: {what}") from None
+    except ValueError as error:
         raise HalfbyteError(f"the family file {name}.yaml is not valid: {error}") from None
 
 

@@ -137,7 +137,7 @@ def parse_recipe(text: str, where: str, default_name: str | None = None) -> Reci
 
 def list_recipes() -> dict[str, str]:
     """The built-in recipes: name -> one-line description, sorted by name."""
-    return {recipe.name: recipe.description for recipe in _builtin()}
+    return {recipe.name: recipe.description for recipe in sorted(_builtin(), key=lambda recipe: recipe.name)}
 
 
 def known_roles() -> list[str]:
@@ -160,7 +160,8 @@ def _builtin() -> list[Recipe]:
 
 def _first_error(error: ValidationError, where: str) -> str:
     """One sentence for the first problem: place, what is wrong, the nearest known key."""
-    problem = error.errors()[0]
+    # an unknown key is often the cause of a missing one
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     place, fields = where, [str(part) for part in problem["loc"]]
     known = list(Recipe.model_fields)
     if len(problem["loc"]) > 1 and problem["loc"][0] == "rules" and isinstance(problem["loc"][1], int):

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.models import schema
+
+
+@pytest.mark.parametrize("name", schema.names())
+def test_a_packaged_family_is_named_as_its_file(name: str) -> None:
+    assert schema.read(name).name == name
+
+
+def test_own_entries_come_before_inherited_ones() -> None:
+    child = schema.parse("name: x\nroles: {new.weight: norm, lm_head.weight: other}", "x")
+    roles = list(child.extended(schema.read("base")).roles.items())
+    assert roles[:2] == [("new.weight", "norm"), ("lm_head.weight", "other")]
+    assert ("embed_tokens.weight", "embedding") in roles
+
+
+def test_prefixes_are_replaced_not_joined() -> None:
+    child = schema.parse("name: x\nprefixes: [backbone.]", "x")
+    assert child.extended(schema.read("base")).prefixes == ("backbone.",)
+
+
+def test_an_unknown_role_is_refused_by_name() -> None:
+    with pytest.raises(HalfbyteError, match=r"odd\.yaml.*there is no role 'atention\.q'"):
+        schema.parse("name: odd\nroles: {a.weight: atention.q}", "odd")
+
+
+def test_an_unknown_key_is_refused() -> None:
+    with pytest.raises(HalfbyteError, match="model_type"):
+        schema.parse("name: odd\nmodel_type: [a]", "odd")

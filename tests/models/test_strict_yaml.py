@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.models.strict_yaml import load_yaml
+
+
+def test_plain_data_is_read() -> None:
+    assert load_yaml("a: [1, true, x]\nb: {c: null}") == {"a": [1, True, "x"], "b": {"c": None}}
+
+
+def test_a_repeated_key_is_refused_with_both_lines() -> None:
+    with pytest.raises(ValueError, match=r"line 3: the key 'a' is already given in line 1"):
+        load_yaml("a: 1\nb: 2\na: 3")
+
+
+def test_a_repeated_key_in_a_nested_mapping_is_refused() -> None:
+    with pytest.raises(ValueError, match="'format'"):
+        load_yaml("rules:\n  - {match: x, format: a, format: b}")
+
+
+def test_a_syntax_error_names_the_line() -> None:
+    with pytest.raises(ValueError, match=r"^line [23]: "):
+        load_yaml("a: 1\nb: [")
+
+
+def test_python_objects_are_refused() -> None:
+    with pytest.raises(ValueError, match="python"):
+        load_yaml("!!python/object/apply:os.getcwd []")
+
+
+def test_a_key_that_is_not_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="plain text"):
+        load_yaml("? [a, b]\n: 1")

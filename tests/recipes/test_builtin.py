@@ -1,0 +1,83 @@
+"""Every built-in recipe on real inventories."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from halfbyte.checkpoint.inventory import Inventory
+from halfbyte.models import Weight, family_for
+from halfbyte.recipes import list_recipes, load_recipe, resolve
+
+MOE_ONLY = {"makora-mixfp4", "nvfp4-fp8", "nvidia-nvfp4"}
+DENSE = sorted(set(list_recipes()) - MOE_ONLY)
+
+
+@pytest.fixture(scope="module")
+def qwen36(shared: Path) -> list[Weight]:
+    checkpoint = Inventory.from_json(shared / "inventories" / "qwen36_35b_a3b.json")
+    return family_for(checkpoint.config).weights(checkpoint)
+
+
+def parameters(weights: list[Weight], name: str) -> Counter[str]:
+    """Parameters by format, or by action where there is none."""
+    counts: Counter[str] = Counter()
+    for weight, decision in zip(weights, resolve(load_recipe(name), weights), strict=True):
+        counts[decision.format or decision.action] += prod(weight.shape)
+    return counts
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_builtin_is_named_as_its_file_and_described(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.description
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_builtin_applies_to_the_mixture_of_experts(name: str, qwen36: list[Weight]) -> None:
+    assert any(d.action == "quantize" for d in resolve(load_recipe(name), qwen36))
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("model", ["llama_3_2_1b", "qwen3_0_6b"])
+def test_a_plain_builtin_applies_to_dense_models(name: str, model: str, shared: Path) -> None:
+    checkpoint = Inventory.from_json(shared / "inventories" / f"{model}.json")
+    weights = family_for(checkpoint.config).weights(checkpoint)
+    counts = Counter(d.action for d in resolve(load_recipe(name), weights))
+    assert counts["quantize"] == 7 * max(w.layer + 1 for w in weights if w.layer is not None)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_no_builtin_touches_router_norms_embeddings_vision_or_mtp(name: str, qwen36: list[Weight]) -> None:
+    touched = {
+        w.role.split(".")[0]
+        for w, d in zip(qwen36, resolve(load_recipe(name), qwen36), strict=True)
+        if d.action == "quantize"
+    }
+    assert touched <= {"attention", "linear_attention", "experts", "shared_expert", "lm_head"}
+
+
+def test_makoras_recipe_covers_experts_and_drops_all_but_the_text(qwen36: list[Weight]) -> None:
+    counts = parameters(qwen36, "makora-mixfp4")
+    assert counts["mixfp4_makora"] == 32_212_254_720 + 125_829_120
+    assert counts["drop"] == 446_571_248 + 844_640_768
+
+
+def test_nvidias_recipe_covers_the_published_classes(qwen36: list[Weight]) -> None:
+    counts = parameters(qwen36, "nvidia-nvfp4")
+    assert counts["nvfp4"] == 32_212_254_720 + 125_829_120 + 508_559_360
+    assert counts["fp8_tensor"] == 503_316_480 + 2 * 251_658_240 + 188_743_680 + 83_886_080
+
+
+def test_the_mixed_recipe_has_fp8_where_every_token_passes(qwen36: list[Weight]) -> None:
+    counts = parameters(qwen36, "nvfp4-fp8")
+    assert counts["nvfp4"] == 32_212_254_720
+    assert counts["fp8_channel"] == 503_316_480 + 2 * 251_658_240 + 188_743_680 + 83_886_080 + 125_829_120
+
+
+def test_a_tied_model_without_lm_head_is_no_error(qwen36: list[Weight]) -> None:
+    without = [w for w in qwen36 if w.role != "lm_head"]
+    assert parameters(without, "nvidia-nvfp4")["nvfp4"] == 32_212_254_720 + 125_829_120

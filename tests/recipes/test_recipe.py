@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from halfbyte.errors import RecipeError
+from halfbyte.recipes import list_recipes, load_recipe, parse_recipe
+
+RULE = "rules: [{match: linear, format: nvfp4}]"
+
+
+def rules(*lines: str) -> str:
+    return "name: mine\nrules:\n" + "".join(f"  - {{{line}}}\n" for line in lines)
+
+
+def test_a_rule_has_defaults() -> None:
+    rule = parse_recipe(f"name: mine\n{RULE}", "here").rules[0]
+    assert (rule.match, rule.search, rule.tensor_scale, rule.indivisible) == (("linear",), "sweep", "amax", "error")
+    assert rule.action == "quantize" and not rule.optional and rule.reason is None
+
+
+def test_match_may_be_a_list() -> None:
+    recipe = parse_recipe(rules("match: [experts, 're:lm_head'], format: nvfp4"), "here")
+    assert recipe.rules[0].match == ("experts", "re:lm_head")
+
+
+def test_a_file_without_a_name_is_named_as_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(RULE)
+    assert load_recipe(path).name == load_recipe(str(path)).name == "mine"
+
+
+def test_a_file_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"the recipe missing\.yaml cannot be read: No such file"):
+        load_recipe("missing.yaml")
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"bad\.yaml cannot be read: it is not UTF-8"):
+        load_recipe(path)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"no recipe 'mixpf4'; nearest: mixfp4"):
+        load_recipe("mixpf4")
+
+
+@pytest.mark.parametrize("name", ["nvfp4-four-over-six", "nvfp4_four_over_six", "four_over_six", "Four-Over-Six"])
+def test_hyphens_underscores_and_aliases_name_a_builtin(name: str) -> None:
+    assert load_recipe(name).name == "nvfp4-four-over-six"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("match: linear, format: a, serach: sweep", "here, rule 2: unknown key 'serach'; nearest: search"),
+        ("match: linear", "exactly one of"),
+        ("match: linear, format: a, keep: true", "exactly one of"),
+        ("match: linear, keep: false", "rule 2: keep"),
+        ("match: linear, drop: true", "must give a `reason`"),
+        ("match: linear, drop: true, reason: ' '", "must give a `reason`"),
+        ("match: linear, keep: true, search: sweep", "`search` has no meaning without `format`"),
+        ("match: linear, format: a, optional: 'yes'", "rule 2: optional"),
+        ("match: linear, format: 4", "rule 2: format"),
+        ("match: linear, format: a, tensor_scale: max", "'amax' or 'power_of_two'"),
+        ("match: [], format: a", "rule 2: match"),
+        ("format: a", "rule 2: match: Field required"),
+        ("match: expert, format: a", "no role 'expert'; nearest: experts"),
+        ("match: 're:(', format: a", "not a valid regular expression"),
+    ],
+)
+def test_a_wrong_rule_is_refused_with_its_number(line: str, message: str) -> None:
+    with pytest.raises(RecipeError, match="here, rule 2") as error:
+        parse_recipe(rules("match: linear, format: a", line), "here")
+    assert message in str(error.value)
+
+
+def test_a_role_that_does_not_exist_is_refused_even_if_optional() -> None:
+    with pytest.raises(RecipeError, match=r"no role 'mtp.expert'"):
+        parse_recipe(rules("match: mtp.expert, keep: true, optional: true"), "here")
+
+
+def test_an_unknown_top_level_key_is_refused() -> None:
+    with pytest.raises(RecipeError, match="here: unknown key 'rule'; nearest: rules"):
+        parse_recipe("name: x\nrule: []", "here")
+
+
+@pytest.mark.parametrize("text", ["", "- a", "name: x", "name: x\nrules: []"])
+def test_a_recipe_without_rules_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="rules"):
+        parse_recipe(text, "here")
+
+
+def test_a_repeated_key_is_refused() -> None:
+    with pytest.raises(RecipeError, match="here: line 3: the key 'format' is already given"):
+        parse_recipe("rules:\n- match: linear\n- {format: a, format: b}", "here")
+
+
+def test_a_message_is_one_sentence_without_library_noise() -> None:
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(rules("match: linear, format: 4"), "here")
+    assert "\n" not in str(error.value) and "pydantic" not in str(error.value)
+
+
+def test_builtins_are_listed_with_descriptions() -> None:
+    recipes = list_recipes()
+    assert list(recipes) == sorted(recipes) and {"nvfp4", "mixfp4", "nvidia-nvfp4"} <= set(recipes)
+    assert all(text.endswith(".") for text in recipes.values())
