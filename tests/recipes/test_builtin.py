@@ -10,8 +10,9 @@ import pytest
 
 from halfbyte.checkpoint.inventory import Inventory
 from halfbyte.models import Weight, family_for
-from halfbyte.recipes import list_recipes, load_recipe, resolve
+from halfbyte.recipes import list_recipes, load_recipe, parse_recipe, resolve
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 MOE_ONLY = {"makora-mixfp4", "nvfp4-fp8", "nvidia-nvfp4"}
 DENSE = sorted(set(list_recipes()) - MOE_ONLY)
 
@@ -58,6 +59,16 @@ def test_no_builtin_touches_router_norms_embeddings_vision_or_mtp(name: str, qwe
         if d.action == "quantize"
     }
     assert touched <= {"attention", "linear_attention", "experts", "shared_expert", "lm_head"}
+
+
+def test_the_guide_names_every_builtin() -> None:
+    guide = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [name for name in list_recipes() if f"`{name}`" not in guide] == []
+
+
+def test_the_guides_example_is_a_valid_recipe() -> None:
+    guide = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert parse_recipe(guide.split("```yaml\n")[1].split("```")[0], "the guide").name == "experts-only"
 
 
 def test_makoras_recipe_covers_experts_and_drops_all_but_the_text(qwen36: list[Weight]) -> None:
