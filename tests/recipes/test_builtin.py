@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from halfbyte.checkpoint.inventory import Inventory
+from halfbyte.formats import get_format
 from halfbyte.models import Weight, family_for
 from halfbyte.recipes import list_recipes, load_recipe, parse_recipe, resolve
+from halfbyte.search import get_search
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOE_ONLY = {"makora-mixfp4", "nvfp4-fp8", "nvidia-nvfp4"}
@@ -35,6 +37,13 @@ def parameters(weights: list[Weight], name: str) -> Counter[str]:
 def test_a_builtin_is_named_as_its_file_and_described(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.description
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_builtin_names_formats_and_searches_that_go_together(name: str) -> None:
+    for rule in load_recipe(name).rules:
+        if rule.format is not None:
+            get_search(rule.search, get_format(rule.format))
 
 
 @pytest.mark.parametrize("name", list_recipes())
