@@ -1,8 +1,68 @@
-"""halfbyte: 4-bit language models, any format exactly, straight from file to file."""
+"""halfbyte: 4-bit language models, any format exactly, straight from file to file.
 
-from halfbyte.formats import QuantizedTensor, get_format, list_formats
-from halfbyte.search import encode
+The words of the command line are functions here: ``inspect``, ``plan``, ``quantize``, ``verify``, ``evaluate``; and
+``load`` gives a transformers model, ``encode`` quantizes an array. Nothing is imported before it is used.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfbyte.api import encode, evaluate, inspect, load, plan, quantize, verify
+    from halfbyte.checkpoint import Inventory
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.formats import QuantizedTensor, get_format, list_formats
+    from halfbyte.recipes import list_recipes, load_recipe
 
 __version__ = "0.1.0"
 
-__all__ = ["QuantizedTensor", "__version__", "encode", "get_format", "list_formats"]
+__all__ = [
+    "HalfbyteError",
+    "Inventory",
+    "QuantizedTensor",
+    "__version__",
+    "encode",
+    "evaluate",
+    "get_format",
+    "inspect",
+    "list_formats",
+    "list_recipes",
+    "load",
+    "load_recipe",
+    "plan",
+    "quantize",
+    "verify",
+]
+
+_WORDS = ("encode", "evaluate", "inspect", "load", "plan", "quantize", "verify")
+_HOME = {
+    **dict.fromkeys(_WORDS, "halfbyte.api"),
+    "HalfbyteError": "halfbyte.errors",
+    "Inventory": "halfbyte.checkpoint",
+    **dict.fromkeys(("QuantizedTensor", "get_format", "list_formats"), "halfbyte.formats"),
+    **dict.fromkeys(("list_recipes", "load_recipe"), "halfbyte.recipes"),
+}
+
+
+class _Package(ModuleType):
+    """Some words are also names of modules: ``halfbyte.plan`` stays the function, whatever was imported before."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WORDS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        home = _HOME.get(name)
+        if home is None:
+            raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+        value = getattr(import_module(home), name)
+        super().__setattr__(name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,116 @@
+"""The command line: one thin file per command. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
+
+from halfbyte import __version__
+from halfbyte.cli import demo, evaluate, formats, inspect, plan, quantize, recipes, verify
+from halfbyte.errors import HalfbyteError
+
+OK, FOUND_PROBLEMS, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+
+
+class Command(Protocol):
+    """A module of this package: SUMMARY is one line, EXAMPLES are shown below the options."""
+
+    SUMMARY: str
+    EXAMPLES: str
+
+    def arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare options."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it and give the exit code."""
+
+
+COMMANDS: dict[str, Command] = {
+    "inspect": inspect,
+    "plan": plan,
+    "quantize": quantize,
+    "verify": verify,
+    "evaluate": evaluate,
+    "recipes": recipes,
+    "formats": formats,
+    "demo": demo,
+}
+
+_EPILOG = """\
+examples:
+  halfbyte demo                                             a bundled model, quantized and compared, offline
+  halfbyte plan Qwen/Qwen3.5-35B-A3B --recipe mixfp4        what would be done, and how large it gets
+  halfbyte quantize MODEL OUT --recipe nvfp4 --dialect compressed-tensors
+  halfbyte verify OUT --against MODEL
+
+exit codes: 0 done; 1 verify found problems; 2 the input or the usage is wrong; 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One sentence for a wrong usage, as for every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"halfbyte: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="halfbyte",
+        description="Quantize language models to 4 bits, straight from file to file.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"halfbyte {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=command.SUMMARY[0].upper() + command.SUMMARY[1:] + ".",
+            epilog=f"examples:\n{command.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and give its exit code; errors become one sentence on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    try:
+        code = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return code
+    except HalfbyteError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        resume = getattr(args, "resume", "").format_map(vars(args))
+        return _fail(f"interrupted{resume}", INTERRUPTED)
+    except BrokenPipeError:
+        # the reader has gone; without this, Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", BAD_INPUT)
+
+
+def _fail(message: str, code: int) -> int:
+    from halfbyte.cli.units import clean
+
+    print(f"halfbyte: {clean(' '.join(message.split()))}", file=sys.stderr)
+    return code

@@ -1,0 +1,65 @@
+"""Errors of quantized weights, gathered by role: what quantize and verify report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.cli.output import table
+
+if TYPE_CHECKING:
+    from halfbyte.convert import TensorError
+
+
+def by_role(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
+    """One object per role and format: weights, parameters, relmse, the largest error, blocks that chose each table."""
+    from halfbyte.formats import BlockFormat, get_format
+
+    groups: dict[tuple[str, str], list[TensorError]] = {}
+    for error in errors:
+        groups.setdefault((error.role, error.format), []).append(error)
+    rows = []
+    for (role, fmt), members in groups.items():
+        squares = sum(e.squares for e in members)
+        counts = [sum(column) for column in zip(*(e.table_blocks for e in members), strict=True)]
+        known = get_format(fmt)
+        tables = [t.name for t in known.tables] if isinstance(known, BlockFormat) else []
+        rows.append(
+            {
+                "role": role,
+                "format": fmt,
+                "weights": len(members),
+                "parameters": sum(e.elements for e in members),
+                "relmse": sum(e.squared_error for e in members) / squares if squares else 0.0,
+                "max_error": max(e.max_error for e in members),
+                "table_blocks": dict(zip(tables, counts, strict=False)),
+            }
+        )
+    return rows
+
+
+def show(errors: Iterable[TensorError], relmse: float) -> None:
+    """The same as a table."""
+    rows = by_role(errors)
+    mixed = any(row["table_blocks"] for row in rows)
+    columns = ["role", "format", ">weights", ">parameters", ">relative error", ">largest error"]
+    lines = [
+        [
+            row["role"],
+            row["format"],
+            f"{row['weights']:,}",
+            f"{row['parameters']:,}",
+            f"{row['relmse']:.5f}",
+            f"{row['max_error']:.4g}",
+        ]
+        for row in rows
+    ]
+    total = ["all", "", f"{sum(r['weights'] for r in rows):,}", f"{sum(r['parameters'] for r in rows):,}"]
+    total += [f"{relmse:.5f}", f"{max((r['max_error'] for r in rows), default=0):.4g}"]
+    if mixed:
+        columns.append("blocks by table")
+        for line, row in zip(lines, rows, strict=True):
+            every = sum(row["table_blocks"].values())
+            line.append(", ".join(f"{100 * n / every:.0f}% {name}" for name, n in row["table_blocks"].items()))
+        total.append("")
+    table(columns, lines, total)

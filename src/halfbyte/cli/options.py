@@ -1,0 +1,64 @@
+"""Options that several commands share, and the plan that they describe."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from halfbyte.cli.units import parse_size
+
+if TYPE_CHECKING:
+    from halfbyte.plan import Plan
+    from halfbyte.view import Checkpoint
+
+SOURCE = "a local folder, a .safetensors file, or a hub id owner/name"
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """SRC or --inventory, and --revision."""
+    parser.add_argument("source", metavar="SRC", nargs="?", help=SOURCE)
+    parser.add_argument("--inventory", metavar="FILE.json", help="names, dtypes and shapes instead of a checkpoint")
+    add_revision(parser)
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """--revision."""
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """What decides the output: --recipe, --dialect, --max-shard-size, --remote-code."""
+    parser.add_argument(
+        "--recipe", metavar="NAME_OR_FILE", required=True, help="a name that `halfbyte recipes` lists, or a YAML file"
+    )
+    parser.add_argument(
+        "--dialect", metavar="D", help="the spelling of the output: halfbyte (default), compressed-tensors, ..."
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        type=parse_size,
+        default=parse_size("5GB"),
+        help="largest weight file, such as 5GB (default) or 500MB",
+    )
+
+
+def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that ``add_source`` names."""
+    from halfbyte.checkpoint import Inventory
+    from halfbyte.errors import CheckpointError
+    from halfbyte.view import Checkpoint
+
+    inventory = getattr(args, "inventory", None)
+    if (args.source is None) == (inventory is None):
+        raise CheckpointError("give either a checkpoint SRC or --inventory FILE.json")
+    if inventory is not None:
+        return Checkpoint(Inventory.from_json(inventory))
+    return Checkpoint.open(args.source, args.revision)
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """The plan that the options describe."""
+    from halfbyte.api import plan
+
+    return plan(open_checkpoint(args), args.recipe, dialect=args.dialect, max_shard_bytes=args.max_shard_size)

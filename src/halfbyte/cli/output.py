@@ -1,0 +1,97 @@
+"""What commands print: tables (boxes on a terminal, plain columns in a pipe), JSON, progress bars."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import PurePath
+from typing import Any
+
+from halfbyte.cli.units import clean
+
+Cell = str | int | float | None
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; numbers that are not finite become null."""
+    json.dump(_plain(document), sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
+def say(*lines: str) -> None:
+    """Lines of text on stdout."""
+    for line in lines:
+        print(clean(line))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], last: Sequence[Cell] | None = None) -> None:
+    """A table on stdout; numbers are set to the right, ``last`` is a line of totals.
+
+    A column whose title begins with ">" is right-aligned.
+    """
+    right = [title.startswith(">") for title in columns]
+    titles = [title.removeprefix(">") for title in columns]
+    texts = [[clean("" if cell is None else str(cell)) for cell in row] for row in rows]
+    total = None if last is None else [clean("" if cell is None else str(cell)) for cell in last]
+    if sys.stdout.isatty():
+        _boxed(titles, right, texts, total)
+        return
+    everything = [titles, *texts, *([total] if total else [])]
+    widths = [max(len(row[i]) for row in everything) for i in range(len(titles))]
+    rule = ["-" * width for width in widths]
+    for row in [titles, rule, *texts, *([rule, total] if total else [])]:
+        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def _boxed(titles: list[str], right: list[bool], rows: list[list[str]], total: list[str] | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD, show_footer=total is not None, pad_edge=False)
+    for i, title in enumerate(titles):
+        drawn.add_column(title, footer=total[i] if total else "", justify="right" if right[i] else "left")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console().print(drawn)
+
+
+@contextmanager
+def progress(label: str, total: int, silent: bool) -> Iterator[Callable[[int], None] | None]:
+    """A bar of bytes with speed and time left on stderr; None if silent or if not both streams are a terminal."""
+    if silent or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(clean(label), total=total)
+        yield lambda count: bar.advance(task, count)

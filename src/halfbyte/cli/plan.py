@@ -1,0 +1,94 @@
+"""``halfbyte plan``: what a conversion would do, exactly, without reading a weight."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.cli import options
+from halfbyte.cli.output import print_json, say, table
+from halfbyte.cli.units import exact
+
+if TYPE_CHECKING:
+    from halfbyte.plan import Plan
+
+SUMMARY = "show what a recipe does to a checkpoint, and the exact size of the result, without reading a weight"
+EXAMPLES = """\
+  halfbyte plan ./Qwen3.5-35B-A3B --recipe mixfp4
+  halfbyte plan Qwen/Qwen3.5-35B-A3B --recipe nvfp4-fp8 --dialect compressed-tensors
+  halfbyte plan --inventory tensors.json --recipe my-recipe.yaml --json
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare options."""
+    options.add_source(parser)
+    options.add_recipe(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    made = options.make_plan(args)
+    if args.json:
+        print_json(document(made))
+    else:
+        show(made)
+    return 0
+
+
+def document(made: Plan) -> dict[str, Any]:
+    """A plan as one JSON object."""
+    return {
+        "source": made.checkpoint.inventory.source,
+        "recipe": made.recipe.name,
+        "dialect": made.dialect.name,
+        "fingerprint": made.fingerprint,
+        "shards": [{"name": shard.name, "bytes": shard.layout.total} for shard in made.shards],
+        **made.summary(),
+    }
+
+
+def show(made: Plan) -> None:
+    """Print a plan: a line per class of weights, the totals, what is worth knowing."""
+    summary = made.summary()
+    source = made.checkpoint.inventory
+    say(f"{source.source}: recipe {made.recipe.name}, dialect {made.dialect.name}", "")
+    table(
+        ("role", "fate", "format", ">tensors", ">written", ">parameters", ">bits/weight", ">bytes", "why"),
+        [_row(found) for found in summary["classes"]],
+        (
+            "all",
+            "",
+            "",
+            f"{sum(c['tensors'] for c in summary['classes']):,}",
+            f"{summary['tensors']:,}",
+            f"{summary['parameters']:,}",
+            f"{summary['bits_per_weight']:.3f}",
+            f"{summary['data_bytes']:,}",
+            "",
+        ),
+    )
+    say(
+        "",
+        f"tensors     {exact(summary['data_bytes'])}, from {exact(source.total_bytes)} in the source",
+        f"headers     {exact(summary['header_bytes'])} in {len(made.shards)} weight file(s)",
+        f"index       {exact(summary['index_bytes'])}",
+        f"side files  {exact(summary['side_file_bytes'])}",
+        f"repository  {exact(summary['repository_bytes'])} in all",
+    )
+    for note in summary["notes"]:
+        say(f"note        {note}")
+
+
+def _row(found: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        found["role"],
+        found["action"],
+        found["format"] or "",
+        f"{found['tensors']:,}",
+        f"{found['output_tensors']:,}",
+        f"{found['parameters']:,}",
+        f"{found['bits_per_weight']:.3f}" if found["action"] != "drop" else "",
+        f"{found['bytes']:,}",
+        found["reason"] or "",
+    )

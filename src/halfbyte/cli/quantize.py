@@ -1,0 +1,75 @@
+"""``halfbyte quantize``: write a quantized checkpoint, or continue an interrupted one."""
+
+from __future__ import annotations
+
+import argparse
+
+from halfbyte.cli import accuracy, options
+from halfbyte.cli import plan as plan_command
+from halfbyte.cli.output import print_json, progress, say
+from halfbyte.cli.units import exact, positive
+
+SUMMARY = "quantize a checkpoint into a new folder; run it again to continue after an interruption"
+EXAMPLES = """\
+  halfbyte quantize ./Qwen3.5-35B-A3B ./out --recipe mixfp4
+  halfbyte quantize Qwen/Qwen3-8B ./out --recipe nvfp4 --dialect compressed-tensors --verify
+  halfbyte quantize ./model ./out --recipe nvfp4 --dry-run        (the same as plan)
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare options."""
+    parser.add_argument("source", metavar="SRC", help=options.SOURCE)
+    parser.add_argument("out", metavar="OUT", help="folder to write: new, empty, or holding this conversion's start")
+    options.add_recipe(parser)
+    options.add_revision(parser)
+    parser.add_argument("--workers", metavar="N", type=positive, help="threads (default: one per core)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    parser.add_argument("--verify", action="store_true", help="compare the result with the source afterwards")
+    parser.set_defaults(
+        resume="; what is finished stays in {out}: run the same command again, and it continues from there"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, report, and verify if asked to."""
+    from halfbyte.convert import convert, source_bytes
+
+    made = options.make_plan(args)
+    if args.dry_run:
+        if args.json:
+            print_json({**plan_command.document(made), "dry_run": True})
+        else:
+            plan_command.show(made)
+        return 0
+    total = source_bytes(made)
+    with progress("quantizing", total, args.json) as report:
+        done = convert(made, args.out, args.workers, report)
+    report_json = {
+        **plan_command.document(made),
+        "out": str(done.out),
+        "seconds": done.seconds,
+        "resumed_shards": done.resumed_shards,
+        "relmse": done.relmse,
+        "accuracy": accuracy.by_role(done.errors),
+    }
+    if not args.json:
+        accuracy.show(done.errors, done.relmse)
+        resumed = f", {done.resumed_shards} weight file(s) taken over" if done.resumed_shards else ""
+        say(
+            "",
+            f"{done.out}: {exact(made.repository_bytes)}, {made.bits_per_weight:.3f} bits per weight",
+            f"{done.seconds:.1f} s, {total / 1e6 / max(done.seconds, 1e-9):,.0f} MB/s{resumed}",
+        )
+    code = 0
+    if args.verify:
+        from halfbyte.cli import verify as verify_command
+
+        result = verify_command.compare(args.out, args.source, args.revision, args.json)
+        report_json["verification"] = verify_command.document(result)
+        code = 0 if result.ok else 1
+        if not args.json:
+            verify_command.verdict(result)
+    if args.json:
+        print_json(report_json)
+    return code

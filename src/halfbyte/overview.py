@@ -1,0 +1,97 @@
+"""A checkpoint at a glance: family, dialect, and what each role holds, from headers alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfbyte.view import Checkpoint
+
+
+@dataclass
+class RoleSummary:
+    """All weights of one role: source tensors, elements, bytes, and how they are stored (name -> weights)."""
+
+    role: str
+    tensors: int = 0
+    weights: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Overview:
+    """What a checkpoint holds. ``dialect`` is None where nothing is quantized; bytes are those of the tensors."""
+
+    source: str
+    revision: str | None
+    fingerprint: str
+    family: str
+    generic: bool
+    note: str
+    architectures: list[str]
+    dialect: str | None
+    tensors: int
+    weights: int
+    parameters: int
+    data_bytes: int
+    files: dict[str, int]
+    roles: list[RoleSummary]
+    vision: bool
+    mtp: bool
+    side_files: dict[str, int]
+    side_file_bytes: int
+    ignored_files: list[str]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x data bytes / parameters."""
+        return 8 * self.data_bytes / max(self.parameters, 1)
+
+
+def overview(checkpoint: Checkpoint) -> Overview:
+    """Count a checkpoint's weights by role, in the order in which the roles first occur."""
+    inventory = checkpoint.inventory
+    roles: dict[str, RoleSummary] = {}
+    for weight in checkpoint.weights:
+        found = roles.setdefault(weight.role, RoleSummary(weight.role))
+        fmt = checkpoint.formats.get(weight.name)
+        names = [o.name for o in checkpoint.stored(weight)] if fmt else list(weight.sources)
+        found.tensors += len(names)
+        found.weights += 1
+        found.parameters += math.prod(weight.shape)
+        found.nbytes += sum(inventory.tensors[name].nbytes for name in names)
+        _count(found.formats if fmt else found.dtypes, fmt.name if fmt else weight.dtype)
+    names_of_roles = set(roles)
+    return Overview(
+        source=inventory.source,
+        revision=inventory.revision,
+        fingerprint=inventory.fingerprint,
+        family=checkpoint.family.name,
+        generic=checkpoint.family.is_generic,
+        note=checkpoint.family.note,
+        architectures=_strings(inventory.config.get("architectures")),
+        dialect=checkpoint.dialect.name if checkpoint.dialect else None,
+        tensors=len(inventory.tensors),
+        weights=len(checkpoint.weights),
+        parameters=sum(r.parameters for r in roles.values()),
+        data_bytes=inventory.total_bytes,
+        files=inventory.files,
+        roles=list(roles.values()),
+        vision=any(r.startswith("vision") for r in names_of_roles),
+        mtp=any(r.startswith("mtp") for r in names_of_roles),
+        side_files=inventory.side_files,
+        side_file_bytes=inventory.side_file_bytes,
+        ignored_files=list(inventory.ignored_files),
+    )
+
+
+def _count(counts: dict[str, int], key: str) -> None:
+    counts[key] = counts.get(key, 0) + 1
+
+
+def _strings(value: Any) -> list[str]:
+    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
