@@ -1,0 +1,48 @@
+# make demo: a bundled model quantized and compared, offline.  make test: everything that CI checks.
+# Both need only Python 3.10 or newer and make; what they install goes into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+# what the installed package is made of: a change installs it again
+SOURCES := pyproject.toml constraints.txt README.md LICENSE $(wildcard CMakeLists.txt) \
+           $(shell find src $(wildcard native) -type f -not -name '*.pyc')
+INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.PHONY: help demo test lint install clean
+help:
+	@echo "make demo   quantize the bundled model with six recipes and compare them, offline (about 2 minutes)"
+	@echo "make test   ruff, mypy and all tests"
+	@echo "make lint   ruff and mypy only"
+	@echo "make clean  remove $(VENV) and what tools left behind"
+
+demo: $(VENV)/.demo
+	$(OFFLINE) $(VENV)/bin/halfbyte demo
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# all that the demo and the tests need
+install: $(VENV)/.test
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "halfbyte needs Python 3.10 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(SOURCES) | $(VENV)/bin/python
+	$(INSTALL) '.[transformers]'
+	touch $@
+
+$(VENV)/.test: $(SOURCES) | $(VENV)/bin/python
+	$(INSTALL) '.[dev]'
+	touch $@ $(VENV)/.demo
