@@ -65,7 +65,7 @@ def encode(
         scale = (
             tensor_scale_of(_amax(amax, flat, lead), fmt, how, power_of_two)
             if tensor_scale is None
-            else np.broadcast_to(np.asarray(tensor_scale, dtype=np.float32), lead).copy()
+            else _per_matrix(tensor_scale, lead, "tensor_scale").copy()
         )
         if not (np.isfinite(scale).all() and (scale >= SMALLEST).all()):
             raise FormatError("a tensor scale must be finite and positive (2**-126 or larger)")
@@ -80,7 +80,15 @@ def _amax(given: ArrayLike | None, flat: Floats, lead: tuple[int, ...]) -> Float
     """Largest magnitude per leading index, shape [...]."""
     if given is None:
         return np.abs(flat).max(axis=(1, 2)).reshape(lead)
-    return np.broadcast_to(np.asarray(given, dtype=np.float32), lead)
+    return _per_matrix(given, lead, "amax")
+
+
+def _per_matrix(given: ArrayLike, lead: tuple[int, ...], name: str) -> Floats:
+    """One FP32 number per leading index, from one for all or one for each."""
+    values = np.asarray(given, dtype=np.float32)
+    if values.shape not in ((), lead):
+        raise FormatError(f"{name} has shape {list(values.shape)}, but the weight needs {list(lead)} or one number")
+    return np.broadcast_to(values, lead)
 
 
 def _whole(flat: Floats, shape: tuple[int, ...], fmt: BlockFormat, amax: Floats) -> QuantizedTensor:

@@ -14,11 +14,12 @@ from halfbyte.search.reference import loss_of
 from halfbyte.search.searches import Search
 
 Floats = NDArray[np.float32]
+_LARGEST = np.float32(7 * scales.E6M2.maximum)
 
 
 def encode_hif4(x: Floats, search: Search, weight: Floats | None) -> tuple[NDArray[np.uint8], NDArray[Any]]:
     """Codes [n, 64] and 32-bit scale words [n] of blocks x [n, 64]."""
-    magnitude = np.abs(x)
+    magnitude = np.minimum(np.abs(x), _LARGEST)
     fours = magnitude.reshape(-1, 16, 4).max(axis=2)
     eights = fours.reshape(-1, 8, 2).max(axis=2)
     seventh = np.float32(ml_dtypes.bfloat16(1 / 7))
@@ -40,8 +41,7 @@ def encode_hif4(x: Floats, search: Search, weight: Floats | None) -> tuple[NDArr
         quarters = np.minimum(np.floor(magnitude * inverse / micro * 4 + np.float32(0.5)), 7).astype(np.uint8)
         value = quarters.astype(np.float32) * np.float32(0.25) * micro
         loss = loss_of(value - magnitude / step[:, None], weight, "sse") * (step * step)
-        # the first candidate stands even where its error overflows
-        better = (loss < best) | (offset == 0)
+        better = loss < best
         best[better], words[better] = loss[better], word[better]
         codes[better] = (quarters | (np.signbit(x).astype(np.uint8) << 3))[better]
     zero = ~np.any(x, axis=1)
