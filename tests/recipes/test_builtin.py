@@ -16,7 +16,8 @@ from halfbyte.search import get_search
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOE_ONLY = {"makora-mixfp4", "nvfp4-fp8", "nvidia-nvfp4"}
-DENSE = sorted(set(list_recipes()) - MOE_ONLY)
+UD = {"ud-mxfp4", "ud-q4"}
+DENSE = sorted(set(list_recipes()) - MOE_ONLY - UD)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_a_plain_builtin_applies_to_dense_models(name: str, model: str, shared: 
     assert counts["quantize"] == 7 * max(w.layer + 1 for w in weights if w.layer is not None)
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", sorted(set(list_recipes()) - UD))
 def test_no_builtin_touches_router_norms_embeddings_vision_or_mtp(name: str, qwen36: list[Weight]) -> None:
     touched = {
         w.role.split(".")[0]
@@ -101,3 +102,15 @@ def test_the_mixed_recipe_has_fp8_in_attention_and_shared_experts(qwen36: list[W
 def test_a_tied_model_without_lm_head_is_no_error(qwen36: list[Weight]) -> None:
     without = [w for w in qwen36 if w.role != "lm_head"]
     assert parameters(without, "nvidia-nvfp4")["nvfp4"] == 32_212_254_720 + 125_829_120
+
+
+@pytest.mark.parametrize("name", sorted(UD))
+def test_the_ud_recipes_follow_the_card_table(name: str, qwen36: list[Weight]) -> None:
+    formats: dict[str, set[str | None]] = {}
+    for w, d in zip(qwen36, resolve(load_recipe(name), qwen36), strict=True):
+        formats.setdefault(w.role, set()).add(d.format)
+    four = "mxfp4" if name == "ud-mxfp4" else "affine4_g64"
+    assert formats["experts.gate_up"] == formats["attention.q"] == formats["linear_attention.qkv"] == {four}
+    assert formats["embedding"] == formats["lm_head"] == formats["router"] == formats["shared_expert_gate"]
+    assert formats["router"] == {"affine8_g64"}
+    assert formats["attention.o"] == formats["linear_attention.out"] == {None}
