@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -26,9 +27,9 @@ from halfbyte.checkpoint import (
 )
 from halfbyte.errors import CheckpointError, FormatError, OutputError, PlanError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor
-from halfbyte.models import Weight
-from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Item, Plan, Shard
+from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Plan
 from halfbyte.search import encode, get_search, tensor_scale
+from halfbyte.shards import Item, Shard
 from halfbyte.view import FLOATS
 
 SLICE_BYTES = 32 << 20
@@ -51,8 +52,10 @@ class TensorError:
 
     @property
     def relmse(self) -> float:
-        """Squared error over the sum of squares."""
-        return self.squared_error / self.squares if self.squares else 0.0
+        """Squared error over the sum of squares; infinite where only the source is zero."""
+        if not self.squares:
+            return math.inf if self.squared_error else 0.0
+        return self.squared_error / self.squares
 
     def add(self, source: NDArray[Any], tensor: QuantizedTensor) -> None:
         """Count a slice."""
@@ -63,9 +66,18 @@ class TensorError:
         self.max_error = max(self.max_error, float(np.abs(error).max(initial=0)))
         if isinstance(tensor.format, BlockFormat) and len(tensor.format.tables) > 1:
             counts = np.bincount(tensor.tables.ravel(), minlength=len(tensor.format.tables))
-            self.table_blocks = [
-                a + int(b) for a, b in zip(self.table_blocks or [0] * len(counts), counts, strict=True)
-            ]
+            self._count(counts.tolist())
+
+    def merge(self, other: TensorError) -> None:
+        """Add the errors of another part of the same weight."""
+        self.elements += other.elements
+        self.squared_error += other.squared_error
+        self.squares += other.squares
+        self.max_error = max(self.max_error, other.max_error)
+        self._count(other.table_blocks)
+
+    def _count(self, blocks: list[int]) -> None:
+        self.table_blocks = [a + b for a, b in zip(self.table_blocks or [0] * len(blocks), blocks, strict=True)]
 
 
 @dataclass
@@ -86,7 +98,7 @@ class Conversion:
 
 def source_bytes(plan: Plan) -> int:
     """Bytes of the source tensors that a conversion reads: the total for a progress bar."""
-    return sum(_source_bytes(item) for shard in plan.shards for unit in shard.units for item in unit)
+    return sum(_source_bytes(item) for shard in plan.shards for item in shard.items)
 
 
 def convert(plan: Plan, out: str | Path, workers: int | None = None, progress: Progress | None = None) -> Conversion:
@@ -106,14 +118,18 @@ def convert(plan: Plan, out: str | Path, workers: int | None = None, progress: P
     report = progress or (lambda _: None)
     for shard in plan.shards:
         if shard.name in journal.done:
-            report(sum(_source_bytes(item) for unit in shard.units for item in unit))
+            report(sum(map(_source_bytes, shard.items)))
     with Reader(inventory) as reader, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         for shard in todo:
             _write_shard(plan, shard, out, reader, journal, pool, report)
     _finish(plan, out, inventory.root)
-    errors = [TensorError(**e) for shard in plan.shards for e in journal.done[shard.name]["errors"]]
+    errors: dict[str, TensorError] = {}
+    for shard in plan.shards:
+        for error in (TensorError(**e) for e in journal.done[shard.name]["errors"]):
+            if errors.setdefault(error.name, error) is not error:
+                errors[error.name].merge(error)
     journal.finish()
-    return Conversion(out, errors, time.monotonic() - began, len(plan.shards) - len(todo))
+    return Conversion(out, list(errors.values()), time.monotonic() - began, len(plan.shards) - len(todo))
 
 
 def _write_shard(
@@ -158,7 +174,7 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
     assert fmt is not None
     errors = [TensorError(i.weight.name, i.weight.role, fmt.name, i.parameters) for i in unit]
     stacked = len(unit[0].weight.shape) > 2
-    cuts = [_cuts(item.weight, fmt, len(unit)) for item in unit]
+    cuts = [_cuts(item, fmt, len(unit)) for item in unit]
     # matrices share one amax; each expert of a stack has its own, so a slice of experts is complete in itself
     amax = None
     held: dict[int, NDArray[Any]] = {}
@@ -180,7 +196,7 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
             for part in plan.dialect.write(item.outputs, fmt, tensor, *where):
                 start = part.start * part.array.dtype.itemsize
                 writer.write_at(places[part.output.name] + start, part.array)
-            report(_source_bytes(item) * (stop - first) // item.weight.shape[0])
+            report(_source_bytes(item) * (stop - first) // len(item.indices))
     return errors
 
 
@@ -214,20 +230,20 @@ def _read(plan: Plan, reader: Reader, item: Item, first: int, stop: int) -> NDAr
     return array
 
 
-def _cuts(weight: Weight, fmt: Format, members: int) -> list[tuple[int, int]]:
+def _cuts(item: Item, fmt: Format, members: int) -> list[tuple[int, int]]:
     """Ranges of leading indices (or of rows, for a matrix) that are worked on at a time."""
-    count = weight.shape[0]
-    one = nbytes("BF16", weight.shape) // max(count, 1)
+    weight, todo = item.weight, item.indices
+    one = nbytes("BF16", weight.shape[1:])
     step = max(1, SLICE_BYTES // max(one * members, 1))
     if len(weight.shape) == 2:
         # rows of a tile and packed zero points stay together
         whole = max(fmt.block[0], 8)
         step = max(whole, step // whole * whole)
-    return [(i, min(i + step, count)) for i in range(0, count, step)]
+    return [(i, min(i + step, todo.stop)) for i in range(todo.start, todo.stop, step)]
 
 
 def _source_bytes(item: Item) -> int:
-    return nbytes(item.weight.dtype, item.weight.shape)
+    return nbytes(item.weight.dtype, (item.parameters,))
 
 
 def _not_finite(name: str) -> CheckpointError:

@@ -4,67 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from halfbyte.checkpoint import Layout, build_header, nbytes
+from halfbyte.checkpoint.files import collector_paused
 from halfbyte.dialects import Dialect, OutputTensor, get_dialect
 from halfbyte.errors import FormatError, PlanError
-from halfbyte.formats import Format, get_format
+from halfbyte.formats import get_format
 from halfbyte.models import Weight
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.search import get_search
+from halfbyte.shards import Item, Shard, make_index, make_shards
+from halfbyte.summary import summarize, to_dict
 from halfbyte.view import FLOATS, Checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
 CONFIG, INDEX, PROVENANCE = "config.json", "model.safetensors.index.json", "halfbyte.json"
 # part of the fingerprint: raise it when the same plan would give other bytes
 PLAN_VERSION = 1
-
-
-@dataclass(slots=True)
-class Item:
-    """One weight's fate: ``quantize``, ``keep`` or ``drop``, and the output tensors that hold it."""
-
-    weight: Weight
-    action: str
-    reason: str
-    format: Format | None = None
-    search: str = ""
-    power_of_two: bool = False
-    outputs: list[OutputTensor] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-
-    @property
-    def parameters(self) -> int:
-        """Elements of the weight."""
-        return math.prod(self.weight.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its output tensors."""
-        return sum(nbytes(o.dtype, o.shape) for o in self.outputs)
-
-    @property
-    def splits(self) -> bool:
-        """Whether one source tensor becomes tensors of several modules."""
-        return (
-            self.action == "quantize"
-            and len(self.weight.pieces) == 1
-            and any(o.expert is not None for o in self.outputs)
-        )
-
-
-@dataclass(slots=True)
-class Shard:
-    """An output file: its units (items that share a tensor scale stay together) and its layout."""
-
-    name: str
-    units: list[list[Item]]
-    layout: Layout
 
 
 @dataclass
@@ -96,9 +55,14 @@ class Plan:
     def repository_bytes(self) -> int:
         """Bytes of the whole output folder: weight files, index, configuration, side files."""
         written = [self.index or b"", self.config, self.provenance, *self.extra_files.values()]
+        return self.shard_bytes + sum(map(len, written)) + self.side_file_bytes
+
+    @property
+    def side_file_bytes(self) -> int:
+        """Bytes of the files that are copied unchanged."""
         inventory = self.checkpoint.inventory
-        replaced = sum(inventory.side_files[name] for name in inventory.side_files if name not in self.side_files)
-        return self.shard_bytes + sum(map(len, written)) + inventory.side_file_bytes - replaced
+        replaced = set(inventory.side_files) - set(self.side_files)
+        return inventory.side_file_bytes - sum(inventory.side_files[name] for name in replaced)
 
     @property
     def side_files(self) -> list[str]:
@@ -136,7 +100,16 @@ class Plan:
             digest.update(name.encode() + content)
         return digest.hexdigest()
 
+    def summary(self) -> dict[str, Any]:
+        """Sizes and classes of weights; see ``halfbyte.summary.summarize``."""
+        return summarize(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The summary, every source tensor's fate and every output tensor's place."""
+        return to_dict(self)
+
+
+@collector_paused()
 def make_plan(
     checkpoint: Checkpoint,
     recipe: str | Recipe,
@@ -147,22 +120,21 @@ def make_plan(
     """Decide every tensor's fate and place. All refusals happen here: RecipeError, FormatError, PlanError."""
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     dialect = get_dialect(dialect or recipe.dialect or "halfbyte")
+    inventory = checkpoint.inventory
     weights = [_upright(w) for w in checkpoint.weights]
     decisions = resolve(recipe, weights)
     items = [_item(checkpoint, w, d, dialect) for w, d in zip(weights, decisions, strict=True)]
-    for item in items:
-        if item.action == "keep":
-            item.outputs = _kept(checkpoint, item, dialect)
+    if not any(item.format for item in items):
+        raise PlanError(f"recipe {recipe.name} quantizes nothing in {inventory.source}; check its rules")
     _check_groups(items)
-    quantized = [(i.weight, i.format) for i in items if i.format is not None]
-    kept = [i.weight for i in items if i.action == "keep"]
-    if not quantized:
-        raise PlanError(f"recipe {recipe.name} quantizes nothing in {checkpoint.inventory.source}; check its rules")
-    shards = _shards(items, max_shard_bytes)
-    config = dict(checkpoint.inventory.config)
-    config.pop("quantization_config", None)
+    _check_tied(inventory.config, items)
+    shards = make_shards(items, max_shard_bytes)
+    # what is kept may be quantized already, and the configuration has to say so
+    formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.action != "drop"}
+    quantized = [(i.weight, fmt) for i in items if (fmt := formats.get(i.weight.name))]
+    kept = [i.weight for i in items if i.action == "keep" and not formats[i.weight.name]]
+    config = {k: v for k, v in inventory.config.items() if k != "quantization_config"}
     config["quantization_config"] = dialect.config(quantized, kept)
-    inventory = checkpoint.inventory
     provenance = {
         "halfbyte": PLAN_VERSION,
         "source": {
@@ -176,17 +148,20 @@ def make_plan(
     notes = [checkpoint.family.note] if checkpoint.family.note else []
     if inventory.ignored_files:
         notes.append(f"not part of the checkpoint, not copied: {', '.join(inventory.ignored_files[:5])}")
+    large = [shard.name for shard in shards if shard.layout.total > max_shard_bytes]
+    if large:
+        notes.append(f"larger than {max_shard_bytes} bytes, as what it holds cannot be divided: {', '.join(large[:5])}")
     return Plan(
         checkpoint,
         recipe,
         dialect,
         items,
         shards,
-        _index(shards),
+        make_index(shards),
         _json(config),
         _json(provenance),
         extra_files or {},
-        notes,
+        notes + dialect.notes(quantized),
     )
 
 
@@ -198,8 +173,10 @@ def _upright(weight: Weight) -> Weight:
 
 
 def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: Dialect) -> Item:
-    if decision.action != "quantize":
-        return Item(weight, decision.action, decision.reason)
+    if decision.action == "drop":
+        return Item(weight, "drop", decision.reason)
+    if decision.action == "keep":
+        return Item(weight, "keep", decision.reason, outputs=_kept(checkpoint, weight, dialect))
     assert decision.format is not None and decision.search is not None
     fmt = get_format(decision.format)
     get_search(decision.search, fmt)
@@ -210,9 +187,9 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
             "narrow the rule or keep this tensor"
         )
     problem = fmt.problem(weight.shape)
+    if problem and decision.indivisible == "keep":
+        return Item(weight, "keep", problem, outputs=_kept(checkpoint, weight, dialect))
     if problem:
-        if decision.indivisible == "keep":
-            return Item(weight, "keep", problem)
         raise FormatError(f"{weight.name}: {problem}; say `indivisible: keep` in the rule or choose another format")
     problem = dialect.problem(weight, fmt)
     if problem:
@@ -221,19 +198,19 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
     return Item(weight, "quantize", decision.reason, fmt, decision.search, power, dialect.outputs(weight, fmt))
 
 
-def _kept(checkpoint: Checkpoint, item: Item, dialect: Dialect) -> list[OutputTensor]:
+def _kept(checkpoint: Checkpoint, weight: Weight, dialect: Dialect) -> list[OutputTensor]:
     """A kept weight's tensors as the source has them."""
-    if item.weight.name in checkpoint.formats:
-        if checkpoint.dialect is not dialect:
-            raise PlanError(
-                f"{item.weight.name} is quantized in the source and kept by the recipe, but the dialect changes; "
-                "give it a rule with a format, or write the source's dialect"
-            )
-        names = [o.name for o in checkpoint.stored(item.weight)]
+    tensors = checkpoint.inventory.tensors
+    if weight.name not in checkpoint.formats:
+        copied = [(tensors[piece.source], piece.expert) for piece in weight.pieces]
+    elif checkpoint.dialect is dialect:
+        copied = [(tensors[o.name], o.expert) for o in checkpoint.stored(weight)]
     else:
-        names = list(item.weight.sources)
-    infos = (checkpoint.inventory.tensors[name] for name in names)
-    return [OutputTensor(t.name, t.dtype, t.shape, "copy") for t in infos]
+        raise PlanError(
+            f"{weight.name} is quantized in the source and kept by the recipe, but the dialect changes; "
+            "give it a rule with a format, or write the source's dialect"
+        )
+    return [OutputTensor(t.name, t.dtype, t.shape, "copy", expert) for t, expert in copied]
 
 
 def _check_groups(items: Iterable[Item]) -> None:
@@ -244,42 +221,24 @@ def _check_groups(items: Iterable[Item]) -> None:
             groups.setdefault(item.weight.group, []).append(item)
     for name, members in groups.items():
         if len({(m.action, m.format) for m in members}) > 1:
-            told = ", ".join(f"{m.weight.name}: {m.format.name if m.format else m.action}" for m in members)
-            raise PlanError(f"engines fuse the group {name}, so its members need one format, but they have {told}")
+            raise PlanError(
+                f"engines fuse the group {name}, so its members need one format, but they have {_fates(members)}"
+            )
 
 
-def _shards(items: list[Item], limit: int) -> list[Shard]:
-    units: dict[str, list[Item]] = {}
-    for item in items:
-        if item.outputs:
-            units.setdefault(item.weight.group or f"={item.weight.name}", []).append(item)
-    files: list[list[list[Item]]] = [[]]
-    size = 0
-    for unit in units.values():
-        unit_bytes = sum(item.nbytes for item in unit)
-        if files[-1] and size + unit_bytes > limit:
-            files.append([])
-            size = 0
-        files[-1].append(unit)
-        size += unit_bytes
-    shards = []
-    for i, members in enumerate(files):
-        name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        layout = build_header([(o.name, o.dtype, o.shape) for unit in members for item in unit for o in item.outputs])
-        offsets = iter(layout.offsets)
-        for unit in members:
-            for item in unit:
-                item.offsets = [next(offsets) for _ in item.outputs]
-        shards.append(Shard(name, members, layout))
-    return shards
+def _check_tied(config: Mapping[str, Any], items: Iterable[Item]) -> None:
+    """Tied embeddings are one tensor for an engine, also where a checkpoint stores them twice."""
+    if not any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {})):
+        return
+    ends = [item for item in items if item.weight.role in ("embedding", "lm_head") and item.action != "drop"]
+    if len({item.format for item in ends}) > 1:
+        raise PlanError(
+            f"the embeddings are tied (tie_word_embeddings), so they need one format, but they have {_fates(ends)}"
+        )
 
 
-def _index(shards: list[Shard]) -> bytes | None:
-    if len(shards) == 1:
-        return None
-    names = {o.name: shard.name for shard in shards for unit in shard.units for item in unit for o in item.outputs}
-    total = sum(item.nbytes for shard in shards for unit in shard.units for item in unit)
-    return _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
+def _fates(items: Iterable[Item]) -> str:
+    return ", ".join(f"{i.weight.name}: {i.format.name if i.format else i.action}" for i in items)
 
 
 def _json(content: Any) -> bytes:

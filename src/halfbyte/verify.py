@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from numpy.typing import NDArray
 from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
 from halfbyte.convert import SLICE_BYTES, TensorError
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
-from halfbyte.formats import BlockFormat, QuantizedTensor
+from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.models import Weight
 from halfbyte.plan import INDEX, PROVENANCE
-from halfbyte.recipes import Recipe, resolve
+from halfbyte.recipes import Decision, Recipe, resolve
 from halfbyte.search.blocks import to_blocks
-from halfbyte.view import FLOATS, Checkpoint, rows_of
+from halfbyte.view import FLOATS, Checkpoint
 
 MAX_RELMSE = 0.1
 """A quantized tensor further than this from its source is not the same tensor."""
@@ -65,112 +66,127 @@ def verify(
     _unfinished(folder)
     ours = Checkpoint(Inventory.open(out))
     source = Checkpoint(Inventory.open(against, revision))
+    result.problems += _files(folder, ours.inventory, source.inventory)
+    if ours.dialect is None:
+        result.problems.append(
+            "config.json has no quantization_config, so engines would take packed tensors for weights"
+        )
+        return result
+    decisions = _decisions(folder, source)
     found = {weight.name: weight for weight in ours.weights}
-    dropped = _dropped(folder, source)
     report = progress or (lambda _: None)
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
+        pair = _Pair(result, ours, source, left, right, max_relmse)
         for weight in source.weights:
-            twin = found.pop(weight.name, None)
-            if twin is None and weight.name in dropped:
-                result.dropped[weight.name] = dropped[weight.name]
+            twin, decision = found.pop(weight.name, None), decisions.get(weight.name)
+            if decision and decision.action == "drop":
+                result.dropped[weight.name] = decision.reason
+                if twin is not None:
+                    result.problems.append(f"{weight.name} is there, but the recipe drops it")
             elif twin is None:
                 result.problems.append(f"{weight.name} of the source is missing, and no rule of the recipe drops it")
             else:
                 try:
-                    _weight(result, weight, twin, ours, source, left, right, max_relmse)
+                    pair.check(weight, twin, decision)
                 except CheckpointError as error:
                     result.problems.append(str(error))
             report(sum(source.inventory.tensors[n].nbytes for n in weight.sources if n in source.inventory.tensors))
-        for weight in ours.weights:
-            if weight.name in found:
-                result.problems.append(f"{weight.name} is not in the source; it does not belong here")
-        result.problems += _tensor_scales(ours, left)
-    result.problems += _files(folder, ours.inventory, source.inventory)
+        result.problems += [f"{name} is not in the source; it does not belong here" for name in found]
+        result.problems += _shared_scales(ours, left)
     return result
 
 
-def _weight(
-    result: Verification,
-    weight: Weight,
-    twin: Weight,
-    ours: Checkpoint,
-    source: Checkpoint,
-    left: Reader,
-    right: Reader,
-    max_relmse: float,
-) -> None:
-    if twin.name in ours.formats and not (weight.name in source.formats and _same_storage(weight, ours, source)):
-        result.quantized += 1
-        error = _compare(result, weight, twin, ours, source, left, right)
-        result.errors.append(error)
-        if not error.relmse <= max_relmse:
-            result.problems.append(
-                f"{weight.name} has a relative error of {error.relmse:.3g} against the source "
-                f"(at most {max_relmse:g} is allowed)"
+@dataclass
+class _Pair:
+    """A converted checkpoint beside its source, both open."""
+
+    result: Verification
+    ours: Checkpoint
+    source: Checkpoint
+    left: Reader
+    right: Reader
+    max_relmse: float
+
+    def check(self, weight: Weight, twin: Weight, decision: Decision | None) -> None:
+        """One weight, against what the recipe wants of it, or against what it seems to be where there is none."""
+        fmt, before = self.ours.formats.get(twin.name), self.source.formats.get(weight.name)
+        if decision is None:
+            wanted, keep = fmt, fmt == before
+        else:
+            wanted = get_format(decision.format) if decision.format else before
+            keep = decision.action == "keep"
+            if wanted is not None and wanted.problem(twin.shape) and decision.indivisible == "keep":
+                wanted, keep = before, True
+        if fmt != wanted:
+            said = [f.name if f else "unquantized" for f in (fmt, wanted)]
+            self.result.problems.append(f"{weight.name} is {said[0]}, but the recipe wants it {said[1]}")
+        if keep:
+            self._kept([o.name for o in self.source.stored(weight)] if before else weight.sources)
+        elif fmt is not None:
+            self._quantized(weight, twin, fmt)
+
+    def _kept(self, names: Iterable[str]) -> None:
+        self.result.kept += 1
+        problems = self.result.problems
+        for name in names:
+            a, b = self.ours.inventory.tensors.get(name), self.source.inventory.tensors[name]
+            if a is None:
+                problems.append(f"{name} of the source is missing")
+            elif (a.dtype, a.shape) != (b.dtype, b.shape):
+                problems.append(f"{name} is {a.dtype} {list(a.shape)}, but {b.dtype} {list(b.shape)} in the source")
+            elif any(x != y for x, y in zip(_chunks(self.left, name), _chunks(self.right, name), strict=True)):
+                problems.append(f"{name} was to be kept, but its bytes differ from the source")
+            elif b.dtype in FLOATS and not _finite(_chunks(self.left, name), b.dtype):
+                problems.append(f"{name} holds a NaN or an infinity")
+
+    def _quantized(self, weight: Weight, twin: Weight, fmt: Format) -> None:
+        self.result.quantized += 1
+        problems = self.result.problems
+        whole = TensorError(weight.name, weight.role, fmt.name, 0)
+        self.result.errors.append(whole)
+        for first, stop in _slices(twin):
+            tensor = self.ours.read_quantized(self.left, twin, first, stop)
+            dense = self.source.read(self.right, weight, first, stop)
+            if dense.shape != tensor.shape:
+                problems.append(f"{weight.name} has shape {list(tensor.shape)}, but {list(dense.shape)} in the source")
+                return
+            part = TensorError(weight.name, weight.role, fmt.name, dense.size)
+            part.add(dense, tensor)
+            whole.merge(part)
+            if len(twin.shape) > 2:
+                self._judge(part, f"expert {first} of {weight.name}")
+            if _vanished(dense, tensor):
+                problems.append(f"{weight.name} has a zero scale on a block that is not zero in the source")
+        if len(twin.shape) == 2:
+            self._judge(whole, weight.name)
+        for output in self.ours.stored(twin):
+            if output.constant is not None and tuple(self.left.read(output.name)) != output.constant:
+                problems.append(f"{output.name} does not hold {list(output.constant)}")
+
+    def _judge(self, error: TensorError, what: str) -> None:
+        if not math.isfinite(error.squared_error):
+            self.result.problems.append(f"{what} decodes to a NaN or an infinity")
+        elif not error.relmse <= self.max_relmse:
+            self.result.problems.append(
+                f"{what} has a relative error of {error.relmse:.3g} against the source "
+                f"(at most {self.max_relmse:g} is allowed)"
             )
-        return
-    result.kept += 1
-    names = [o.name for o in source.stored(weight)] if weight.name in source.formats else list(weight.sources)
-    for name in names:
-        a, b = ours.inventory.tensors.get(name), source.inventory.tensors[name]
-        if a is None:
-            result.problems.append(f"{name} of the source is missing")
-        elif (a.dtype, a.shape) != (b.dtype, b.shape):
-            result.problems.append(f"{name} is {a.dtype} {list(a.shape)}, but {b.dtype} {list(b.shape)} in the source")
-        elif any(x != y for x, y in zip(left.chunks(name, SLICE_BYTES), right.chunks(name, SLICE_BYTES), strict=True)):
-            result.problems.append(f"{name} was to be kept, but its bytes differ from the source")
-        elif b.dtype in FLOATS and not _finite(left, name, b.dtype):
-            result.problems.append(f"{name} holds a NaN or an infinity")
 
 
-def _same_storage(weight: Weight, ours: Checkpoint, source: Checkpoint) -> bool:
-    return ours.dialect is source.dialect and all(o.name in ours.inventory.tensors for o in source.stored(weight))
+def _chunks(reader: Reader, name: str) -> Iterator[memoryview]:
+    return reader.chunks(name, SLICE_BYTES)
 
 
-def _finite(reader: Reader, name: str, dtype: str) -> bool:
-    return all(np.isfinite(np.frombuffer(c, numpy_dtype(dtype))).all() for c in reader.chunks(name, SLICE_BYTES))
+def _finite(chunks: Iterable[memoryview], dtype: str) -> bool:
+    return all(np.isfinite(np.frombuffer(chunk, numpy_dtype(dtype))).all() for chunk in chunks)
 
 
-def _compare(
-    result: Verification,
-    weight: Weight,
-    twin: Weight,
-    ours: Checkpoint,
-    source: Checkpoint,
-    left: Reader,
-    right: Reader,
-) -> TensorError:
-    fmt = ours.formats[twin.name]
-    error = TensorError(weight.name, weight.role, fmt.name, int(np.prod(twin.shape)))
-    for first, stop, tensor in _slices(ours, twin, left):
-        dense = source.read(right, weight, first, stop)
-        if dense.shape != tensor.shape:
-            result.problems.append(
-                f"{weight.name} has shape {list(twin.shape)}, but {list(weight.shape)} in the source"
-            )
-            break
-        error.add(dense, tensor)
-        if not np.isfinite(tensor.decode()).all():
-            result.problems.append(f"{weight.name} decodes to a NaN or an infinity")
-        if _vanished(dense, tensor):
-            result.problems.append(f"{weight.name} has a zero scale on a block that is not zero in the source")
-    return error
-
-
-def _slices(ours: Checkpoint, weight: Weight, reader: Reader) -> Iterator[tuple[int, int, QuantizedTensor]]:
-    count = weight.shape[0]
-    per_index = 2 * int(np.prod(weight.shape[1:]))
-    step = max(1, SLICE_BYTES // per_index)
-    if len(weight.shape) > 2:
-        for first in range(0, count, step):
-            stop = min(first + step, count)
-            yield first, stop, ours.read_quantized(reader, weight, first, stop)
-        return
-    whole = ours.read_quantized(reader, weight)
-    step = max(128, step // 128 * 128)
-    for first in range(0, count, step):
-        stop = min(first + step, count)
-        yield first, stop, rows_of(whole, first, stop)
+def _slices(weight: Weight) -> Iterator[tuple[int, int]]:
+    """Expert by expert, since a wrong one is lost in the error of many; a matrix in rows, whole tiles of them."""
+    step = 1
+    if len(weight.shape) == 2:
+        step = max(128, SLICE_BYTES // (2 * weight.shape[1]) // 128 * 128)
+    return ((first, min(first + step, weight.shape[0])) for first in range(0, weight.shape[0], step))
 
 
 def _vanished(source: NDArray[Any], tensor: QuantizedTensor) -> bool:
@@ -184,16 +200,19 @@ def _vanished(source: NDArray[Any], tensor: QuantizedTensor) -> bool:
     return bool((blocks.any(axis=-1).reshape(zero.shape) & zero).any())
 
 
-def _tensor_scales(ours: Checkpoint, reader: Reader) -> list[str]:
-    """Matrices that engines fuse must share one tensor scale."""
+def _shared_scales(ours: Checkpoint, reader: Reader) -> list[str]:
+    """Matrices that engines fuse must share one scale, where they have one for the whole tensor."""
     seen: dict[str, tuple[str, float]] = {}
     problems = []
     for weight in ours.weights:
         fmt = ours.formats.get(weight.name)
-        if weight.group is None or not (isinstance(fmt, BlockFormat) and fmt.has_tensor_scale):
+        if weight.group is None or not isinstance(fmt, BlockFormat):
             continue
-        name = next(o.name for o in ours.stored(weight) if o.part == "tensor_scale")
-        value = float(reader.read(name).reshape(-1)[0])
+        part = "tensor_scale" if fmt.has_tensor_scale else "scales" if fmt.block == (-1, -1) else None
+        names = [o.name for o in ours.dialect.outputs(weight, fmt) if o.part == part] if ours.dialect else []
+        if not names or names[0] not in ours.inventory.tensors:
+            continue
+        value = float(reader.read(names[0]).reshape(-1)[0])
         other, expected = seen.setdefault(weight.group, (weight.name, value))
         if value != expected:
             problems.append(f"{weight.name} and {other} are fused by engines but have different tensor scales")
@@ -205,8 +224,8 @@ def _unfinished(folder: Path) -> None:
         raise VerifyError(f"{folder} is an unfinished conversion; run the same quantize command again to complete it")
 
 
-def _dropped(folder: Path, source: Checkpoint) -> dict[str, str]:
-    """What the recipe in halfbyte.json drops, with its reasons."""
+def _decisions(folder: Path, source: Checkpoint) -> dict[str, Decision]:
+    """What the recipe in halfbyte.json wants of each weight; nothing where there is no such file."""
     path = folder / PROVENANCE
     if not path.is_file():
         return {}
@@ -215,23 +234,28 @@ def _dropped(folder: Path, source: Checkpoint) -> dict[str, str]:
         decisions = resolve(recipe, source.weights)
     except (ValueError, KeyError, TypeError, HalfbyteError) as error:
         raise VerifyError(f"{path} cannot be used with this source ({error}); is it the right source?") from error
-    return {w.name: d.reason for w, d in zip(source.weights, decisions, strict=True) if d.action == "drop"}
+    return {w.name: d for w, d in zip(source.weights, decisions, strict=True)}
 
 
 def _files(folder: Path, ours: Inventory, source: Inventory) -> list[str]:
+    """Everything but the weights: side files, config.json, index."""
     problems = []
-    for name in source.side_files:
+    for name, size in source.side_files.items():
         if name == PROVENANCE or source.root is None or ours.root is None:
             continue
         path = ours.root / name
         if not path.is_file():
             problems.append(f"the side file {name} of the source is missing")
-        elif path.stat().st_size != source.side_files[name] or path.read_bytes() != (source.root / name).read_bytes():
+        elif path.stat().st_size != size or path.read_bytes() != (source.root / name).read_bytes():
             problems.append(f"the side file {name} differs from the source")
+    stray = [name for name in ours.ignored_files if name.endswith(".safetensors")]
+    if stray:
+        problems.append(f"{stray[0]} is a weight file that the index does not name; an engine may load it instead")
     if not ours.config:
         problems.append("config.json is missing")
-    elif ours.config.get("model_type") != source.config.get("model_type"):
-        problems.append("config.json names another model type than the source's")
+    for key in sorted({*ours.config, *source.config} - {"quantization_config"}):
+        if ours.config and ours.config.get(key) != source.config.get(key):
+            problems.append(f"config.json differs from the source in {key}")
     stated = ours.meta.get("total_size")
     if (folder / INDEX).exists() and stated != ours.total_bytes:
         problems.append(f"the index states {stated} bytes of tensors, but there are {ours.total_bytes}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo
+from halfbyte.checkpoint.files import collector_paused
 from halfbyte.dialects import Dialect, OutputTensor, list_dialects
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, QuantizedTensor
-from halfbyte.models import Family, Weight, family_for
+from halfbyte.models import Family, Piece, Weight, family_for
 
 Array = NDArray[Any]
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -35,6 +36,7 @@ class Checkpoint:
     QuantizedTensor; leading indices (experts) and rows can be read in slices.
     """
 
+    @collector_paused()
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
         self.dialect: Dialect | None = next((d for d in list_dialects() if d.claims(inventory)), None)
@@ -45,6 +47,7 @@ class Checkpoint:
         self.family: Family = family_for(inventory.config, list(tensors))
         self.weights: list[Weight] = self.family.weights(_Dense(tensors, inventory.config))
         self.formats: dict[str, Format] = {}
+        self._stored: dict[str, list[OutputTensor]] = {}
         for weight in self.weights if by_tensor else ():
             found = {by_tensor.get(source) for source in weight.sources}
             if len(found) > 1:
@@ -55,6 +58,8 @@ class Checkpoint:
             fmt = found.pop()
             if fmt is not None:
                 self.formats[weight.name] = fmt
+        # codes lie as [..., N, K], however the family stores unquantized experts
+        self.weights = [replace(w, transposed=False) if w.name in self.formats else w for w in self.weights]
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> Checkpoint:
@@ -62,36 +67,49 @@ class Checkpoint:
         return cls(Inventory.open(source, revision))
 
     def stored(self, weight: Weight) -> list[OutputTensor]:
-        """The tensors that hold a quantized weight."""
+        """The tensors that hold a quantized weight; CheckpointError if one is missing or has another shape."""
+        if weight.name in self._stored:
+            return self._stored[weight.name]
         assert self.dialect is not None
-        return self.dialect.outputs(weight, self.formats[weight.name])
+        outputs = self._stored[weight.name] = self.dialect.outputs(weight, self.formats[weight.name])
+        tensors = self.inventory.tensors
+        for output in outputs:
+            info = tensors.get(output.name)
+            if info is None:
+                raise CheckpointError(
+                    f"{self.inventory.source} lacks the tensor {output.name}; the checkpoint is incomplete"
+                )
+            if info.shape != output.shape:
+                raise CheckpointError(
+                    f"{output.name} in {self.inventory.source} has shape {list(info.shape)}, but its weight needs "
+                    f"{list(output.shape)}; the checkpoint is damaged"
+                )
+        return outputs
 
     def read(self, reader: Reader, weight: Weight, first: int = 0, stop: int | None = None) -> Array:
         """Leading indices first..stop of a weight, dense: stored dtype, or FP32 where it is quantized.
 
-        For a weight of two or fewer dimensions first..stop are rows.
+        For a weight of two or fewer dimensions first..stop are rows; of a quantized one, whole blocks of rows.
         """
         if weight.name in self.formats:
-            if len(weight.shape) > 2:
-                return self.read_quantized(reader, weight, first, stop).decode()
-            whole = self.read_quantized(reader, weight)
-            return rows_of(whole, first, whole.shape[0] if stop is None else stop).decode()
+            return self.read_quantized(reader, weight, first, stop).decode()
         return read_dense(reader, weight, first, stop)
 
     def read_quantized(
         self, reader: Reader, weight: Weight, first: int = 0, stop: int | None = None
     ) -> QuantizedTensor:
-        """Leading indices first..stop of a quantized stack, or the whole quantized matrix."""
+        """Leading indices first..stop of a quantized stack, or rows (whole blocks of them) of a quantized matrix."""
         assert self.dialect is not None
-        fmt = self.formats[weight.name]
         stacked = len(weight.shape) > 2
-        end = (weight.shape[0] if stacked else 1) if stop is None else stop
 
         def fetch(output: OutputTensor, begin: int, until: int) -> Array:
-            whole = output.expert is not None or not stacked
-            return reader.read(output.name) if whole else reader.read(output.name, begin, until)
+            per = 1 if stacked else output.rows_per_row
+            if output.expert is not None or not per:
+                return reader.read(output.name)
+            return reader.read(output.name, begin // per, -(-until // per))
 
-        return self.dialect.assemble(weight, fmt, self.stored(weight), fetch, first, end)
+        end = weight.shape[0] if stop is None else stop
+        return self.dialect.assemble(weight, self.formats[weight.name], self.stored(weight), fetch, first, end)
 
 
 def read_dense(reader: Reader, weight: Weight, first: int = 0, stop: int | None = None) -> Array:
@@ -109,28 +127,6 @@ def read_dense(reader: Reader, weight: Weight, first: int = 0, stop: int | None 
     return array
 
 
-def pieces_of(weight: Weight, first: int, stop: int) -> Iterator[Any]:
+def pieces_of(weight: Weight, first: int, stop: int) -> Iterator[Piece]:
     """The pieces of a gathered weight that fill leading indices first..stop."""
     return (p for p in weight.pieces if p.expert is not None and first <= p.expert < stop)
-
-
-def rows_of(tensor: QuantizedTensor, first: int, stop: int) -> QuantizedTensor:
-    """Rows first..stop of a quantized matrix; they must begin and end at blocks."""
-    rows = tensor.format.block[0]
-
-    def cut(array: Array | None) -> Array | None:
-        if array is None:
-            return None
-        return array if rows < 0 else array[first // rows : -(-stop // rows)]
-
-    scales = cut(tensor.scales)
-    assert scales is not None
-    return QuantizedTensor(
-        tensor.format,
-        (stop - first, *tensor.shape[1:]),
-        tensor.codes[first:stop],
-        scales,
-        tensor.tensor_scale,
-        cut(tensor.offsets),
-        tensor.divisor,
-    )

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, TensorInfo, numpy_dtype
-from halfbyte.errors import PlanError
+from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.models import Weight
 
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """One tensor of the output, and which part of which region of a weight it holds.
 
     ``part`` is an array of QuantizedTensor (``codes``, ``scales``, ``tensor_scale``, ``offsets``) or the
     dialect's own word. ``expert`` is the leading index it belongs to, None for all of them. ``rows`` are the
     weight's rows (first, stop, step) that it holds, None for all. ``rows_per_row``: how many of the weight's
-    rows one stored row stands for (1 for codes, 128 for scales of 128x128 blocks, 0 if rows do not matter).
-    ``constant``: the content, where it is known from the shape alone.
+    rows one stored row stands for (1 for codes, 8 for zero points packed in words, 128 for scales of 128x128
+    blocks, 0 if rows do not matter). ``constant``: the content, where it is known from the shape alone.
     """
 
     name: str
@@ -39,8 +37,7 @@ class OutputTensor:
     constant: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(NamedTuple):
     """Bytes for a planned tensor: ``array`` goes ``start`` elements after its beginning."""
 
     output: OutputTensor
@@ -71,12 +68,16 @@ class Dialect(ABC):
         """A part of a quantized tensor (rows and experts already selected) as it is stored."""
 
     @abstractmethod
-    def unpack(self, output: OutputTensor, stored: Array, fmt: Format) -> Array:
-        """The inverse of ``pack``."""
+    def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
+        """The inverse of ``pack``, for a part of this shape."""
 
     @abstractmethod
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """The ``quantization_config`` of the output's config.json."""
+
+    def notes(self, quantized: Sequence[tuple[Weight, Format]]) -> list[str]:
+        """What a user should know about this output before writing it."""
+        return []
 
     @abstractmethod
     def claims(self, inventory: Inventory) -> bool:
@@ -107,10 +108,8 @@ class Dialect(ABC):
             part = _part(tensor, output.part)
             if output.expert is not None:
                 part = part[output.expert - expert]
-            if output.rows is not None and output.rows_per_row:
-                begin, end, step = output.rows
-                scale = output.rows_per_row
-                part = part[begin // scale : -(-end // scale) : step]
+            if output.rows is not None:
+                part = part[_region(output.rows, output.part, fmt)]
             packed = self.pack(output, part, fmt)
             start = 0
             if output.expert is None and stacked:
@@ -128,27 +127,33 @@ class Dialect(ABC):
         first: int,
         stop: int,
     ) -> QuantizedTensor:
-        """Read leading indices first..stop of a weight back; ``read(output, first, stop)`` gives stored arrays."""
-        stacked = len(weight.shape) > 2
-        shape = (stop - first, *weight.shape[1:]) if stacked else weight.shape
+        """Leading indices (or rows) first..stop of a weight; ``read(output, first, stop)`` gives stored arrays.
+
+        Rows must begin and end at blocks. CheckpointError where stored arrays contradict each other.
+        """
+        shape = (stop - first, *weight.shape[1:])
         arrays: dict[str, Array] = {}
+        shared: dict[tuple[str, int | None], bytes] = {}
         wanted = fmt.parts(shape)
         for output in outputs:
             if output.part not in wanted or (output.expert is not None and not first <= output.expert < stop):
                 continue
-            value = self.unpack(output, read(output, first, stop), fmt)
+            stored = read(output, first, stop)
             if output.part not in arrays:
                 # wide scales keep the type that the file has: an FP32 scale is not rounded to BF16
                 kind, dims = wanted[output.part]
-                arrays[output.part] = np.empty(dims, kind if value.dtype.itemsize == 1 else value.dtype)
+                arrays[output.part] = np.empty(dims, kind if np.dtype(kind).itemsize == 1 else stored.dtype)
             target = arrays[output.part]
             if output.expert is not None:
                 target = target[output.expert - first : output.expert - first + 1]
-            if output.rows is not None and output.rows_per_row:
-                begin, end, step = output.rows
-                scale = output.rows_per_row
-                target = target[..., begin // scale : -(-end // scale) : step, :]
-            target[...] = value.reshape(target.shape)
+            if output.rows is not None:
+                target = target[:, _region(output.rows, output.part, fmt)]
+            target[...] = self.unpack(output, stored, fmt, target.shape)
+            # fused projections share their scale here, as in the engines
+            if not output.rows_per_row:
+                content = stored.tobytes()
+                if shared.setdefault((output.part, output.expert), content) != content:
+                    raise CheckpointError(f"{output.name} differs from the scale of the projection it is fused with")
         tensor = QuantizedTensor(fmt, shape, **arrays)
         if self.divisor and tensor.tensor_scale is not None:
             tensor.divisor = tensor.tensor_scale
@@ -163,6 +168,13 @@ def _part(tensor: QuantizedTensor, part: str) -> Array:
     if value is None:
         raise PlanError(f"format {tensor.format.name} has no array {part!r}, which the dialect wants to write")
     return np.asarray(value)
+
+
+def _region(rows: tuple[int, int, int], part: str, fmt: Format) -> slice:
+    """Where rows (first, stop, step) of a weight lie in an array of its QuantizedTensor."""
+    first, stop, step = rows
+    per = fmt.block[0] if part == "scales" else 1
+    return slice(first // per, -(-stop // per), step)
 
 
 _DIALECTS: dict[str, Dialect] = {}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,12 +17,13 @@ import numpy as np
 from halfbyte.checkpoint import Inventory, TensorInfo
 from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
 from halfbyte.dialects.compressed_tensors_config import SPELLINGS, Schemes, quantization_config
+from halfbyte.dialects.patterns import spaces
 from halfbyte.formats import AffineFormat, BlockFormat, Format
 from halfbyte.models import Weight
+from halfbyte.models.roles import bare_role
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """A module of the engine that a region of a weight becomes."""
 
     name: str
@@ -45,8 +46,15 @@ class CompressedTensorsDialect(Dialect):
             return f"compressed-tensors has no spelling for {fmt.name}; use the dialect halfbyte"
         if len(weight.shape) == 2 and not weight.name.endswith(".weight"):
             return f"compressed-tensors stores modules, and {weight.name} is not the weight of one"
-        if len(weight.shape) > 3:
-            return f"compressed-tensors stores matrices, and {weight.name} has {len(weight.shape)} dimensions"
+        if len(weight.shape) > 2 and "experts" not in weight.role.split("."):
+            return f"compressed-tensors stores matrices, and {weight.name} has the shape {list(weight.shape)}"
+        if weight.interleaved:
+            return (
+                f"{weight.name} interleaves its projections, and engines read the biases beside it that way; "
+                "use the dialect halfbyte"
+            )
+        if bare_role(weight.role) == "embedding":
+            return f"{weight.name} is an embedding, which no engine reads quantized; keep it"
         rows = fmt.block[0]
         if rows > 1 and any(first % rows for _, first, _ in weight.row_parts):
             return f"the projections fused in {weight.name} do not begin at blocks of {rows} rows"
@@ -54,8 +62,7 @@ class CompressedTensorsDialect(Dialect):
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
         """Per module, in the library's names."""
-        make = _fp8_outputs if fmt.name.startswith(("fp8", "mxfp8")) else _packed_outputs
-        return [output for module in modules(weight) for output in make(module, fmt)]
+        return [output for module in modules(weight) for output in _outputs(module, fmt)]
 
     def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
         """INT4 nibbles are viewed as words; zero points are packed along the rows."""
@@ -65,29 +72,26 @@ class CompressedTensorsDialect(Dialect):
             return np.ascontiguousarray(part).view("<i4")
         return part.reshape(output.shape) if output.part == "tensor_scale" else part
 
-    def unpack(self, output: OutputTensor, stored: Array, fmt: Format) -> Array:
+    def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
         """The inverse."""
         if output.part == "offsets":
-            assert output.rows is not None
-            begin, end, step = output.rows
-            return _unpack_rows(stored, -(-(end - begin) // step))
+            return _unpack_rows(stored, shape[-2]).reshape(shape)
         if stored.dtype in (np.int32, np.dtype(ml_dtypes.float8_e4m3fn)):
-            return np.ascontiguousarray(stored).view(np.uint8)
-        return stored
+            stored = np.ascontiguousarray(stored).view(np.uint8)
+        return stored.reshape(shape)
 
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """Config groups with unanchored patterns, and the ignore list."""
         by_format: dict[str, list[str]] = {}
-        for weight, fmt in quantized:
+        # transformers takes the first pattern that contains "experts", which those of shared experts may do
+        for weight, fmt in sorted(quantized, key=lambda pair: len(pair[0].shape) == 2):
             by_format.setdefault(fmt.name, []).extend(m.name for m in modules(weight, one_expert=True))
-        ignored = [
-            m.name
-            for weight in kept
-            if len(weight.shape) in (2, 3) and _is_linear(weight)
-            for m in modules(weight, one_expert=True)
-        ]
-        prefixed = {part for w in kept for part in w.role.split(".")[:1]}
-        return quantization_config(by_format, ignored, mtp="mtp" in prefixed, vision="vision" in prefixed)
+        taken = spaces(w for w, _ in quantized)
+        whole = sorted(spaces(kept) - taken)
+        apart = tuple(f"{space}." for space in whole)
+        linear = [w for w in kept if _is_linear(w) and not w.name.removeprefix("model.").startswith(apart)]
+        ignored = [m.name for weight in linear for m in modules(weight, one_expert=True)]
+        return quantization_config(by_format, ignored, whole, sorted(taken))
 
     def claims(self, inventory: Inventory) -> bool:
         """By ``quant_method``."""
@@ -97,27 +101,25 @@ class CompressedTensorsDialect(Dialect):
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Replace each module's tensors by its weight."""
         schemes = Schemes(inventory.config["quantization_config"], inventory.source)
-        tensors: dict[str, TensorInfo] = {}
         formats: dict[str, Format] = {}
         companions: set[str] = set()
         for name, info in inventory.tensors.items():
             module, _, last = name.rpartition(".")
-            quantized = last == "weight_packed" or (last == "weight" and info.dtype == "F8_E4M3")
-            if not quantized:
-                if name not in companions:
-                    tensors[name] = info
-                continue
-            fmt = formats[f"{module}.weight"] = schemes.format_of(module)
-            widen = {"U8": 2, "I32": 8}.get(info.dtype, 1)
-            shape = (*info.shape[:-1], info.shape[-1] * widen)
-            tensors[f"{module}.weight"] = TensorInfo(
-                f"{module}.weight", "BF16", shape, info.file, info.offset, info.nbytes
-            )
-            for suffix in ("weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point"):
-                companions.add(f"{module}.{suffix}")
-                tensors.pop(f"{module}.{suffix}", None)
-            fmt.check(shape)
-        return tensors, formats
+            if last == "weight_packed" or (last == "weight" and info.dtype == "F8_E4M3"):
+                fmt = formats[name] = schemes.format_of(module)
+                companions.update([module + suffix for suffix in _suffixes(fmt)])
+        tensors: dict[str, TensorInfo] = {}
+        by_weight: dict[str, Format] = {}
+        for name, info in inventory.tensors.items():
+            if name in formats:
+                weight = name.removesuffix("_packed")
+                widen = {"U8": 2, "I32": 8}.get(info.dtype, 1)
+                shape = (*info.shape[:-1], info.shape[-1] * widen)
+                tensors[weight] = TensorInfo(weight, "BF16", shape, info.file, info.offset, info.nbytes)
+                by_weight[weight] = formats[name]
+            elif name not in companions:
+                tensors[name] = info
+        return tensors, by_weight
 
 
 def modules(weight: Weight, one_expert: bool = False) -> Iterator[Module]:
@@ -136,16 +138,19 @@ def modules(weight: Weight, one_expert: bool = False) -> Iterator[Module]:
             yield Module(name, expert, rows, stop - first, k)
 
 
+def _outputs(module: Module, fmt: Format) -> Iterator[OutputTensor]:
+    return (_fp8_outputs if fmt.name.startswith(("fp8", "mxfp8")) else _packed_outputs)(module, fmt)
+
+
 def _packed_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
     columns = fmt.block[1]
     if fmt.name.startswith("int4"):
-        whole = m.rows or (0, m.n, 1)
         yield OutputTensor(f"{m.name}.weight_packed", "I32", (m.n, m.k // 8), "codes", m.expert, m.rows)
         yield OutputTensor(f"{m.name}.weight_scale", "BF16", (m.n, m.k // columns), "scales", m.expert, m.rows)
         yield OutputTensor(f"{m.name}.weight_shape", "I64", (2,), "shape", m.expert, None, 0, (m.n, m.k))
         if isinstance(fmt, AffineFormat):
             shape = (math.ceil(m.n / 8), m.k // columns)
-            yield OutputTensor(f"{m.name}.weight_zero_point", "I32", shape, "offsets", m.expert, whole)
+            yield OutputTensor(f"{m.name}.weight_zero_point", "I32", shape, "offsets", m.expert, m.rows, 8)
         return
     scale_dtype = "U8" if fmt.name == "mxfp4" else "F8_E4M3"
     yield OutputTensor(f"{m.name}.weight_packed", "U8", (m.n, m.k // 2), "codes", m.expert, m.rows)
@@ -166,8 +171,17 @@ def _fp8_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
         yield OutputTensor(f"{m.name}.weight_scale", dtype, shape, "scales", m.expert, m.rows, rows)
 
 
+@cache
+def _suffixes(fmt: Format) -> tuple[str, ...]:
+    """What the tensors of a module are called, after the module's name."""
+    return tuple(output.name for output in _outputs(Module("", None, None, 128, 128), fmt))
+
+
 def _is_linear(weight: Weight) -> bool:
-    return weight.name.endswith(".weight") if len(weight.shape) == 2 else "experts" in weight.role
+    """Whether an engine may take a weight for a Linear module; MoE stacks become such."""
+    if len(weight.shape) == 3:
+        return "experts" in weight.role.split(".")
+    return len(weight.shape) == 2 and weight.name.endswith(".weight")
 
 
 def _pack_rows(codes: Array) -> Array:

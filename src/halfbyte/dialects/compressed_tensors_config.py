@@ -66,34 +66,33 @@ SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 
 
 def quantization_config(
-    by_format: Mapping[str, Sequence[str]], ignored: Sequence[str], mtp: bool, vision: bool
+    by_format: Mapping[str, Sequence[str]], ignored: Sequence[str], whole: Sequence[str], mixed: Sequence[str]
 ) -> dict[str, Any]:
     """Config groups for modules by format; ``ignored`` are the Linear modules that stay as they are.
 
-    ``mtp`` and ``vision``: such tensors are kept, so patterns meant for the main model must not reach them.
+    ``whole``: the spaces (``mtp``, ``visual``) that stay as they are with everything in them; ``mixed``: those
+    that hold quantized modules.
     """
     everything = {name for names in by_format.values() for name in names} | set(ignored)
     groups = {}
     for i, (name, members) in enumerate(by_format.items()):
         compressor, weights, inputs = SPELLINGS[name]
         groups[f"group_{i}"] = {
-            "targets": compact(members, everything - set(members)),
+            "targets": compact(members, everything - set(members), mixed),
             "weights": weights,
             "input_activations": inputs,
             "output_activations": None,
             "format": compressor,
         }
     compressors = {SPELLINGS[name][0] for name in by_format}
-    ignore = ["re:^mtp.*"] if mtp else []
-    ignore += ["re:.*visual.*", "re:.*vision_tower.*"] if vision else []
-    covered = [re.compile(p.removeprefix("re:")) for p in ignore]
-    rest = [name for name in ignored if not any(p.match(name) for p in covered)]
+    # engines ignore before they look for a target, so the targets of the main model may match these too
+    apart = [r"re:^(model\.)?mtp.*" if space == "mtp" else f"re:.*{re.escape(space)}.*" for space in whole]
     return {
         "quant_method": "compressed-tensors",
         "format": compressors.pop() if len(compressors) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignore + compact(rest, everything - set(rest)),
+        "ignore": apart + compact(ignored, everything - set(ignored), mixed),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
@@ -117,12 +116,12 @@ class Schemes:
             self.groups.append((list(group.get("targets", [])), get_format(name)))
 
     def format_of(self, module: str) -> Format:
-        """By target pattern or name, then by a class name such as ``Linear``; as the library does it."""
+        """By target pattern or name, then by the class ``Linear``; as the library does it."""
         for targets, fmt in self.groups:
             if any(_matches(target, module) for target in targets):
                 return fmt
         for targets, fmt in self.groups:
-            if any("." not in target and not target.startswith("re:") for target in targets):
+            if "Linear" in targets:
                 return fmt
         raise CheckpointError(f"no config group of {self.source} has {module} as a target; its scheme is unknown")
 

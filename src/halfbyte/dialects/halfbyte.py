@@ -14,9 +14,10 @@ import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo, safetensors_name
 from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
-from halfbyte.dialects.patterns import compact
+from halfbyte.dialects.patterns import compact, spaces
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.formats import BlockFormat, Format, get_format
+from halfbyte.formats import AffineFormat, BlockFormat, Format, HiF4Format, get_format
+from halfbyte.formats.hif4 import MAGNITUDES
 from halfbyte.models import Weight
 
 VERSION = 1
@@ -50,9 +51,9 @@ class HalfbyteDialect(Dialect):
         """As in memory."""
         return part
 
-    def unpack(self, output: OutputTensor, stored: Array, fmt: Format) -> Array:
+    def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
         """As in memory."""
-        return stored
+        return stored.reshape(shape)
 
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """Formats in full, and which weights (patterns over their names) have which."""
@@ -60,11 +61,12 @@ class HalfbyteDialect(Dialect):
         for weight, fmt in quantized:
             names.setdefault(fmt.name, []).append(weight.name)
         everything = {n for found in names.values() for n in found} | {w.name for w in kept}
+        apart = sorted(spaces([*kept, *(weight for weight, _ in quantized)]))
         return {
             "quant_method": self.name,
             "version": VERSION,
             "formats": {name: describe(get_format(name)) for name in names},
-            "weights": {name: compact(found, everything - set(found)) for name, found in names.items()},
+            "weights": {name: compact(found, everything - set(found), apart) for name, found in names.items()},
         }
 
     def claims(self, inventory: Inventory) -> bool:
@@ -107,7 +109,12 @@ class HalfbyteDialect(Dialect):
 def describe(fmt: Format) -> dict[str, Any]:
     """A format in words that no reader has to guess: block, scale, selector and the tables themselves."""
     about: dict[str, Any] = {"block": list(fmt.block)}
+    if isinstance(fmt, AffineFormat):
+        about |= {"bits": fmt.bits, "scale": "bf16", "offset": fmt.offset}
+    if isinstance(fmt, HiF4Format):
+        about |= {"bits": 4, "scale": "hif4", "table_values": [MAGNITUDES.tolist()]}
     if isinstance(fmt, BlockFormat):
+        about["bits"] = fmt.bits
         about["scale"] = fmt.scale.name
         about["tensor_scale"] = "multiplier" if fmt.has_tensor_scale else None
         about["tables"] = [t.name for t in fmt.tables]

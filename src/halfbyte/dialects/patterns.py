@@ -7,35 +7,55 @@ expressions, so a pattern starts at ``layers.`` and leaves what stands before it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+from halfbyte.models import Weight
 
 _NUMBER = re.compile(r"\d+")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 
 
-def compact(chosen: Iterable[str], others: Iterable[str] = (), end: str = "$") -> list[str]:
-    """``re:`` patterns that match all ``chosen`` module names and, by their layers, none of ``others``.
+def spaces(weights: Iterable[Weight]) -> set[str]:
+    """The first words of names beside the main model's (``mtp``, ``visual``, ``vision_tower``)."""
+    found = set()
+    for weight in weights:
+        role = weight.role.removeprefix("quantized.")
+        if role.startswith(("mtp.", "vision.")):
+            found.add(weight.name.removeprefix("model.").split(".", 1)[0])
+    return found - {"layers"}  # DeepSeek's MTP layers follow those of the main model and are told apart by number
+
+
+def compact(chosen: Collection[str], others: Collection[str] = (), apart: Collection[str] = ()) -> list[str]:
+    """``re:`` patterns that match all ``chosen`` names of modules or weights and none of ``others``.
 
     A kind of module that is chosen in every layer gets one pattern with ``\\d+``; otherwise its layers are
-    listed.
+    listed. ``apart`` are spaces whose names must not be mistaken for the main model's.
     """
     avoided: dict[str, set[int]] = {}
     for name in others:
-        avoided.setdefault(_kind(name), set()).add(_layer(name))
-    wanted: dict[str, set[int]] = {}
+        avoided.setdefault(_kind(name, apart), set()).add(_layer(name))
+    wanted: dict[str, list[str]] = {}
     for name in chosen:
-        wanted.setdefault(_kind(name), set()).add(_layer(name))
-    return [f"re:{_pattern(kind, layers, bool(avoided.get(kind)))}{end}" for kind, layers in wanted.items()]
+        wanted.setdefault(_kind(name, apart), []).append(name)
+    patterns: list[str] = []
+    for kind, names in wanted.items():
+        pattern = _pattern(kind, {_layer(name) for name in names} if kind in avoided else None)
+        if apart and not kind.startswith(tuple(apart)) and _matches_any(pattern, others):
+            pattern = rf"(?!(?:.*\.)?(?:{'|'.join(apart)})\.){pattern}"
+        exact = [f"^{re.escape(name)}$" for name in names]
+        patterns += exact if _matches_any(pattern, others) else [pattern]
+    return [f"re:{pattern}" for pattern in patterns]
 
 
-def _kind(name: str) -> str:
-    """The name from its layer on, numbers blanked; multi-token prediction and vision keep their prefix."""
+def _kind(name: str, apart: Collection[str]) -> str:
+    """The name from its space or its layer on, numbers blanked."""
+    start = name.removesuffix(".weight").rfind(".") + 1
     found = _LAYER.search(name)
-    start = 0
-    if found and not name.startswith("mtp.") and "visual" not in name[: found.start()]:
+    if found:
         start = found.start() + (name[found.start()] == ".")
-    elif not name.startswith("mtp."):
-        start = 0 if "visual" in name or "vision" in name else name.rfind(".") + 1
+    space = re.match(rf"(?:model\.)?({'|'.join(apart)})\.", name) if apart else None
+    if space:
+        start = space.start(1)
     return _NUMBER.sub("#", name[start:])
 
 
@@ -44,10 +64,15 @@ def _layer(name: str) -> int:
     return int(found.group(1)) if found else -1
 
 
-def _pattern(kind: str, layers: set[int], partial: bool) -> str:
-    head = "^" if kind.startswith("mtp.") else ".*"
+def _pattern(kind: str, layers: set[int] | None) -> str:
+    """``layers``: the only ones that may match, None for all."""
     escaped = re.escape(kind).replace(r"\#", "#").replace("#", r"\d+")
-    if partial:
+    if layers is not None:
         listed = "|".join(str(n) for n in sorted(layers))
         escaped = escaped.replace(r"\d+", f"(?:{listed})", 1)
-    return head + escaped
+    return f".*{escaped}$"
+
+
+def _matches_any(pattern: str, names: Iterable[str]) -> bool:
+    match = re.compile(pattern).match
+    return any(match(name) for name in names)
