@@ -1,0 +1,176 @@
+"""``load``: any checkpoint that halfbyte reads, as a transformers model in eval mode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from halfbyte.checkpoint import Reader
+from halfbyte.errors import CheckpointError
+from halfbyte.models import Piece
+from halfbyte.runtime.decode import to_torch
+from halfbyte.runtime.remote.halfbyte_quantizer import say_left_out
+from halfbyte.view import Checkpoint
+
+# roles of tensors that a model class may have no place for
+_OPTIONAL = ("mtp.", "vision.", "buffer", "quantized.")
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    dequantize: bool = False,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A transformers model, in eval mode, of a plain, ``halfbyte`` or ``compressed-tensors`` checkpoint.
+
+    ``path``: folder, .safetensors file beside its config.json, or hub id (with ``revision``). The class is the one
+    that config.json names. ``dtype`` (default: the config's) is what weights are rounded to after decoding in FP32.
+
+    Weights of the dialect ``halfbyte`` stay in 4 bit and are decoded layer by layer, expert by expert, in forward;
+    ``dequantize`` makes an ordinary dense model instead. Weights of compressed-tensors checkpoints are decoded by
+    halfbyte while loading: NVFP4 experts are then right, which transformers itself up to 5.23 reads silently wrong
+    (it ignores their global scale, huggingface/transformers#48371).
+
+    Nothing is ever initialised at random: CheckpointError if a tensor of the model is missing, has another shape, or
+    has no place in it; multi-token-prediction and vision tensors that the class does without are named in the log.
+    """
+    checkpoint = Checkpoint.open(path, revision)
+    config, model_class = _class_of(checkpoint)
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if checkpoint.dialect is not None and checkpoint.dialect.name == "halfbyte":
+        model = _strictly(checkpoint, model_class, checkpoint.inventory.root, config=config, dtype=kind or "auto")[0]
+        if dequantize:
+            model.dequantize(kind or model.config.dtype)
+    else:
+        model = _dense(checkpoint, config, model_class, kind)
+    return model.to(device) if device is not None else model
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer that lies beside a checkpoint; CheckpointError if there is none."""
+    root = Checkpoint.open(path, revision).inventory.root
+    try:
+        return transformers.AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+    except Exception as error:  # each tokenizer class has errors of its own
+        raise CheckpointError(f"{path} has no tokenizer that transformers can load ({error})") from error
+
+
+def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The config object and the model class; never code of the checkpoint's own."""
+    inventory = checkpoint.inventory
+    settings = inventory.config.get("quantization_config")
+    if checkpoint.dialect is None and settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise CheckpointError(f"{inventory.source} is quantized by {method!r}, which halfbyte does not read")
+    try:
+        config = transformers.AutoConfig.from_pretrained(inventory.root, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"transformers does not know the model of {inventory.source} ({error})") from error
+    names = inventory.config.get("architectures") or []
+    found = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    if found is None:
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        if type(config) not in mapping:
+            raise CheckpointError(f"transformers has no class for {names or config.model_type} of {inventory.source}")
+        found = mapping[type(config)]
+    return config, found
+
+
+def _strictly(checkpoint: Checkpoint, model_class: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """``from_pretrained`` whose report of missing, misshapen or unplaced tensors is an error."""
+    source = checkpoint.inventory.source
+    try:
+        with _quiet():
+            model, report = model_class.from_pretrained(*args, output_loading_info=True, **kwargs)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{source} cannot be loaded: {error}") from error
+    missing = [name for key in ("missing_keys", "mismatched_keys", "error_msgs") for name in report.get(key) or ()]
+    if missing:
+        raise CheckpointError(f"{source} lacks tensors of {model_class.__name__}: {_some(missing)}")
+    return model, report
+
+
+def _dense(checkpoint: Checkpoint, config: Any, model_class: Any, dtype: torch.dtype | None) -> Any:
+    """Every weight decoded, under the names of an unquantized checkpoint, through transformers' own renamings."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    with Reader(checkpoint.inventory) as reader:
+        tensors = {name: _Late(read) for name, read in _sources(checkpoint, reader)}
+        kind = dtype or getattr(config, "dtype", None) or _dtype(checkpoint)
+        model, report = _strictly(checkpoint, model_class, None, config=config, state_dict=tensors, dtype=kind)
+    unread = {name for name, tensor in tensors.items() if not tensor.was_read}
+    roles = {name: weight.role for weight in checkpoint.weights for name in weight.sources}
+    reported = set(report.get("unexpected_keys") or ())
+    lost = [n for n in sorted(unread) if n in reported and not roles[n].startswith(_OPTIONAL)]
+    if lost:
+        raise CheckpointError(
+            f"{model_class.__name__} has no place for tensors of {checkpoint.inventory.source}: {_some(lost)}"
+        )
+    say_left_out(sorted(unread), model_class.__name__)
+    return model
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Of the largest unquantized weight."""
+    floats = {"BF16": torch.bfloat16, "F16": torch.float16}
+    largest = max(checkpoint.weights, key=lambda w: int(np.prod(w.shape)))
+    return floats.get(largest.dtype, torch.float32)
+
+
+class _Late:
+    """Stands for a tensor that is read when transformers asks for it."""
+
+    def __init__(self, read: Callable[[], NDArray[Any]]) -> None:
+        self.read = read
+        self.was_read = False
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        self.was_read = True
+        return to_torch(self.read())[index]
+
+
+def _sources(checkpoint: Checkpoint, reader: Reader) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
+    """Tensors as an unquantized checkpoint would have them, and how to read each."""
+
+    # gate and up of an expert are decoded together and asked for one after the other
+    @lru_cache(maxsize=8)
+    def expert(number: int, index: int) -> NDArray[Any]:
+        return checkpoint.read(reader, checkpoint.weights[number], index, index + 1)[0]
+
+    def decoded(number: int, piece: Piece) -> NDArray[Any]:
+        if piece.expert is None:
+            return checkpoint.read(reader, checkpoint.weights[number])
+        return expert(number, piece.expert)[slice(*(piece.rows or (None,)))]
+
+    for number, weight in enumerate(checkpoint.weights):
+        for piece in weight.pieces:
+            stored = weight.name not in checkpoint.formats
+            yield piece.source, partial(reader.read, piece.source) if stored else partial(decoded, number, piece)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for what takes a moment."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _some(names: list[Any]) -> str:
+    shown = ", ".join(str(name) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

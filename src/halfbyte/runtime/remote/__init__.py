@@ -1,0 +1,1 @@
+"""Files that load checkpoints in transformers, here and, copied beside the weights, without halfbyte."""

@@ -1,0 +1,19 @@
+"""``import halfbyte.transformers`` teaches transformers the dialect ``halfbyte``.
+
+From then on ``AutoModelForCausalLM.from_pretrained(path)`` (and every other auto class that has the architecture)
+loads such checkpoints: weights stay in 4 bit and are decoded in forward; a missing tensor is a ValueError.
+``model.dequantize()`` makes the model dense.
+
+It does not change how transformers reads compressed-tensors checkpoints: up to 5.23 it ignores the global scale of
+NVFP4 experts without a word (huggingface/transformers#48371), so load those with ``halfbyte.load``.
+"""
+
+from __future__ import annotations
+
+from halfbyte.runtime import need_torch
+
+need_torch()
+
+from halfbyte.runtime.remote.halfbyte_quantizer import HalfbyteQuantizationConfig, HalfbyteQuantizer  # noqa: E402
+
+__all__ = ["HalfbyteQuantizationConfig", "HalfbyteQuantizer"]
