@@ -92,14 +92,19 @@ class BlockFormat(Format):
             full = np.repeat(full, rows, axis=-2)[..., : shape[-2], :]
         return np.broadcast_to(full, shape)
 
-    def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
-        """FP32: table value times (scale times tensor scale), each product rounded once."""
+    def decode_scales(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+        """What each block's table values are multiplied by, and its table's index (None where there is one)."""
         scales, chosen = self.split_scales(tensor.scales)
         lead = (..., *(None,) * min(2, scales.ndim))
         if tensor.divisor is not None:
             scales = scales / tensor.divisor[lead]
         elif tensor.tensor_scale is not None:
             scales = scales * tensor.tensor_scale[lead]
+        return scales, chosen
+
+    def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
+        """FP32: table value times (scale times tensor scale), each product rounded once."""
+        scales, chosen = self.decode_scales(tensor)
         codes = unpack_nibbles(tensor.codes) if self.bits == 4 else tensor.codes
         if chosen is None:
             values = self.tables[0].array[codes]

@@ -1,0 +1,101 @@
+// The C interface of the kernels: plain buffers and descriptors, no Python, no torch.
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define HB_EXPORT __declspec(dllexport)
+#else
+#define HB_EXPORT __attribute__((visibility("default")))
+#endif
+
+extern "C" {
+
+enum { HB_BF16 = 0, HB_FP16 = 1, HB_FP32 = 2 };
+enum { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2 };
+enum { HB_BLOCK = 0, HB_AFFINE_BIAS = 1, HB_AFFINE_ZERO_POINT = 2, HB_HIF4 = 3 };
+enum { HB_SCALE_E4M3 = 0, HB_SCALE_E8M0 = 1, HB_SCALE_E3M3 = 2, HB_SCALE_BF16 = 3, HB_SCALE_FP32 = 4, HB_SCALE_E6M2 = 5 };
+enum { HB_SSE = 0, HB_MAE = 1, HB_MAX = 2 };
+enum { HB_FLOOR = 0, HB_EVEN = 1, HB_RCEIL = 2 };
+enum {
+  HB_E2M1 = 0,
+  HB_INT_SIGN_MAGNITUDE = 1,
+  HB_INT_TWOS_COMPLEMENT = 2,
+  HB_IF4_INT = 3,
+  HB_INT_OFFSET = 4,
+  HB_E4M3 = 5,
+  HB_E2M1_SPECIAL = 6,
+  HB_LADDER = 7
+};
+
+// One element table. Thresholds ascend; z gets ladder_codes[number of thresholds <= z]; unused ones are +inf.
+typedef struct {
+  int32_t kind;
+  float top;
+  float lowest, highest;  // the values' range: elements beyond it are saturated
+  float limit;            // largest scale that keeps every value finite
+  int32_t exponent;       // of the largest value, for power-of-two scales
+  float even_from;        // mantissa from which the rule "even" adds one
+  float rceil_from;       // mantissa above which the rule "rceil" adds one
+  int32_t high;           // largest scale code for this table
+  int32_t zero_code;      // code of zero
+  float thresholds[16];  // the last one unused
+  float ladder_values[16];
+  int32_t ladder_codes[16];
+  float values[256];
+} hb_table;
+
+// A format together with a search: all that the kernels know about either.
+typedef struct {
+  int32_t family;
+  int32_t bits;
+  int32_t rows, columns;  // of a block; -1 for all
+  int32_t scale_kind, scale_bits, scale_low;
+  int32_t table_count;
+  int32_t order[4];
+  int32_t shared_base;
+  int32_t four_over_six;
+  int32_t metric, rule;
+  int32_t single;  // one candidate: nothing to judge
+  int32_t offset_count, ratio_count;
+  int32_t offsets[256];
+  // base + above >= high, or base + below <= low: this candidate and an earlier one are clipped to the same code
+  int32_t above[256], below[256];
+  float ratios[64];  // of scales; of range ends for affine formats
+  int32_t levels;
+  hb_table tables[4];
+} hb_codec;
+
+// Error of what was encoded; calls add to it.
+typedef struct {
+  double squared_error, squares;
+  double max_error;
+  int64_t saturated;
+  int64_t blocks[4];  // blocks that chose each table
+} hb_stats;
+
+// Buffers of one call. x is [lead, n, k], contiguous; weights [weight_lead, k] or null.
+typedef struct {
+  const void* x;
+  int32_t type;
+  int64_t lead, n, k;
+  const float* tensor_scale;  // [lead] or null
+  const float* divisor;       // [lead] or null: decoding divides by it
+  const float* weights;
+  int64_t weight_lead;
+  void* codes;
+  void* scales;
+  void* offsets;
+  hb_stats* stats;  // or null
+} hb_task;
+
+HB_EXPORT int hb_interface(void);
+HB_EXPORT int hb_has_isa(int isa);
+// Largest magnitude of each of `lead` runs of `count` elements; returns 1 where a NaN or infinity is among them.
+HB_EXPORT int hb_amax(int isa, const void* x, int type, int64_t lead, int64_t count, float* out);
+// Fills codes, scales and offsets. Returns 0, 1 for a NaN or infinity in x, 2 for a codec it does not know.
+HB_EXPORT int hb_encode(int isa, const hb_codec* codec, const hb_task* task);
+// Writes decoded values to x (HB_BF16 or HB_FP32). Returns 0 or 2.
+HB_EXPORT int hb_decode(int isa, const hb_codec* codec, const hb_task* task);
+// Adds the error of the codes against x to stats. Returns 0, 1 where a decoded value is not finite, or 2.
+HB_EXPORT int hb_compare(int isa, const hb_codec* codec, const hb_task* task);
+}

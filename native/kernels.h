@@ -1,0 +1,16 @@
+// The kernels of one instruction set.
+#pragma once
+#include "halfbyte.h"
+
+struct hb_kernels {
+  int (*amax)(const void* x, int type, int64_t lead, int64_t count, float* out);
+  int (*encode)(const hb_codec* codec, const hb_task* task);
+  int (*decode)(const hb_codec* codec, const hb_task* task);
+  int (*compare)(const hb_codec* codec, const hb_task* task);
+};
+
+extern "C" {
+extern const hb_kernels hb_kernels_baseline;
+extern const hb_kernels hb_kernels_avx2;
+extern const hb_kernels hb_kernels_avx512;
+}

@@ -1,0 +1,195 @@
+"""Fast paths behind one small interface; each equals the NumPy reference bit for bit.
+
+The kernels work on plain buffers: NumPy arrays, or torch CPU tensors through ``as_array``, without copies. They use
+one thread each and release Python's lock, so that callers may run them on slices from as many threads as they like.
+Where there is no compiled library (no wheel and no compiler), ``backend()`` is "reference" and NumPy does the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.formats import Format, QuantizedTensor
+from halfbyte.formats.tensor import add_decoder
+from halfbyte.kernels.buffers import as_array
+from halfbyte.kernels.codec import NativeStats, SearchLike, describe
+from halfbyte.kernels.native import Native, find
+from halfbyte.kernels.stats import ErrorStats, reference_stats, table_count
+
+__all__ = [
+    "ErrorStats",
+    "amax",
+    "as_array",
+    "backend",
+    "backends",
+    "compare",
+    "decode_into",
+    "encode_into",
+    "supports",
+    "use_backend",
+]
+
+_REFERENCE = "reference"
+_SOURCES = ("bfloat16", "float16", "float32")
+_DECODED = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+_log = logging.getLogger("halfbyte")
+
+
+def _load() -> Native | None:
+    path = find(__path__)
+    if path is not None:
+        try:
+            return Native(path)
+        except OSError as error:
+            _log.warning("the native kernels cannot be used (%s); NumPy does their work, some 100 times slower", error)
+            return None
+    _log.warning("halfbyte was installed without its native kernels; NumPy does their work, some 100 times slower")
+    return None
+
+
+def _choose(wanted: str | None) -> str:
+    if wanted and wanted in backends():
+        return wanted
+    if wanted:
+        _log.warning("HALFBYTE_ISA=%s cannot run here; there are %s", wanted, ", ".join(backends()))
+    return backends()[0]
+
+
+def backends() -> tuple[str, ...]:
+    """What can run here, the fastest first: of "avx512", "avx2", "baseline", and always "reference"."""
+    return (*(_native.isas if _native else ()), _REFERENCE)
+
+
+def backend() -> str:
+    """What runs: the fastest of ``backends()``, or what HALFBYTE_ISA or ``use_backend`` name."""
+    return _current
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use one of ``backends()`` within a ``with`` statement, in all threads (tests and benchmarks do)."""
+    global _current
+    if name not in backends():
+        raise ValueError(f"the backend {name!r} cannot run here; there are {', '.join(backends())}")
+    before, _current = _current, name
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def supports(fmt: Format, search: SearchLike | None = None) -> bool:
+    """Whether compiled code runs for this format and search (None: for decoding)."""
+    return _current != _REFERENCE and describe(fmt, search) is not None
+
+
+def amax(x: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
+    """Largest magnitude of each x[i] of x [L, N, K] (BF16, FP16, FP32), and whether all elements are finite."""
+    if _current == _REFERENCE or _native is None:
+        magnitudes = np.abs(x)
+        found = magnitudes.reshape(len(x), -1).max(axis=1).astype(np.float32)
+        return found, bool(np.isfinite(found).all())
+    out = np.empty(len(x), dtype=np.float32)
+    finite = _native.amax(_current, np.ascontiguousarray(x), out)
+    return out, finite
+
+
+def encode_into(
+    x: NDArray[Any],
+    fmt: Format,
+    search: SearchLike,
+    codes: NDArray[np.uint8],
+    scales: NDArray[Any],
+    offsets: NDArray[Any] | None = None,
+    tensor_scale: NDArray[np.float32] | None = None,
+    divisor: NDArray[np.float32] | None = None,
+    weights: NDArray[np.float32] | None = None,
+    stats: ErrorStats | None = None,
+) -> bool:
+    """Encode x [L, N, K] (contiguous BF16, FP16 or FP32) into the contiguous arrays of a QuantizedTensor.
+
+    ``tensor_scale`` and ``divisor`` are FP32 [L], ``weights`` FP32 [1 or L, K]; ``stats`` are added to. For formats
+    with one scale per tensor, ``scales`` holds it already. Only where ``supports`` is true. False where x holds a
+    NaN or an infinity; the arrays are worthless then.
+    """
+    codec = describe(fmt, search)
+    assert _native is not None and codec is not None
+    arrays = {
+        "codes": codes,
+        "scales": scales,
+        "offsets": offsets,
+        "tensor_scale": tensor_scale,
+        "divisor": divisor,
+        "weights": weights,
+    }
+    found = NativeStats() if stats is not None else None
+    finite = _native.call("encode", _current, codec, x, arrays, found)
+    if stats is not None and found is not None:
+        stats.add(_stats(found, x.size, codec.table_count))
+    return finite
+
+
+def decode_into(tensor: QuantizedTensor, out: NDArray[Any]) -> bool:
+    """Decode into ``out`` (contiguous FP32 or BF16, the tensor's shape); False where the reference must do it."""
+    codec = describe(tensor.format, None) if _current != _REFERENCE else None
+    if codec is None or _native is None or out.dtype not in _DECODED or not out.flags.c_contiguous:
+        return False
+    arrays = _arrays(tensor)
+    if arrays is None:
+        return False
+    _native.call("decode", _current, codec, _matrices(out), arrays)
+    return True
+
+
+def compare(tensor: QuantizedTensor, source: NDArray[Any], stats: ErrorStats) -> bool:
+    """Add the error of a tensor against ``source`` (BF16, FP16 or FP32, its shape) to ``stats``.
+
+    False where a decoded value is a NaN or an infinity.
+    """
+    codec = describe(tensor.format, None) if _current != _REFERENCE else None
+    arrays = _arrays(tensor) if codec is not None and source.dtype.name in _SOURCES else None
+    if codec is None or _native is None or arrays is None:
+        found = reference_stats(tensor, source)
+        stats.add(found)
+        return bool(np.isfinite(found.squared_error))
+    native = NativeStats()
+    finite = _native.call("compare", _current, codec, _matrices(np.ascontiguousarray(source)), arrays, native)
+    stats.add(_stats(native, source.size, table_count(tensor)))
+    return finite
+
+
+def _matrices(array: NDArray[Any]) -> NDArray[Any]:
+    """[..., N, K] as [L, N, K]."""
+    return array.reshape((-1, *array.shape[-2:]) if array.ndim > 1 else (1, 1, -1))
+
+
+def _arrays(tensor: QuantizedTensor) -> dict[str, NDArray[Any] | None] | None:
+    """The arrays of a tensor as kernels want them, or None where they are not what the format says."""
+    found: dict[str, NDArray[Any] | None] = {"divisor": None}
+    for name, (dtype, shape) in tensor.format.parts(tensor.shape).items():
+        array = getattr(tensor, name)
+        if name == "tensor_scale" and tensor.divisor is not None:
+            name, array = "divisor", tensor.divisor
+        if array is None or array.shape != shape or array.dtype != dtype:
+            return None
+        found[name] = np.ascontiguousarray(array)
+    return found
+
+
+def _stats(found: NativeStats, elements: int, tables: int) -> ErrorStats:
+    return ErrorStats(
+        elements, found.squared_error, found.squares, found.max_error, found.saturated, list(found.blocks[:tables])
+    )
+
+
+_native = _load()
+_current = _choose(os.environ.get("HALFBYTE_ISA"))
+add_decoder(decode_into)

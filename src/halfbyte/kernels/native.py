@@ -1,0 +1,76 @@
+"""The compiled kernels, called through ctypes, which lets other Python threads run meanwhile."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterable
+from ctypes import c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.kernels.codec import NativeCodec, NativeStats, NativeTask
+
+_INTERFACE = 1
+_ISAS = {"avx512": 2, "avx2": 1, "baseline": 0}
+_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
+_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+LIBRARY = f"halfbyte_kernels{_SUFFIX}"
+
+
+class Native:
+    """A loaded library; ``isas`` are the instruction sets that this machine can run, the fastest first."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        if library.hb_interface() != _INTERFACE * 1000003 + ctypes.sizeof(NativeCodec) + ctypes.sizeof(NativeTask):
+            raise OSError(f"{path} belongs to another version of halfbyte")
+        for name in ("hb_encode", "hb_decode", "hb_compare"):
+            getattr(library, name).argtypes = (c_int, c_void_p, c_void_p)
+        library.hb_amax.argtypes = (c_int, c_void_p, c_int32, c_int64, c_int64, c_void_p)
+        self._library = library
+        self.isas = tuple(name for name, number in _ISAS.items() if library.hb_has_isa(number))
+
+    def amax(self, isa: str, x: NDArray[Any], out: NDArray[np.float32]) -> bool:
+        """Largest magnitude of each x[i]; False where a NaN or infinity is among them."""
+        status = self._library.hb_amax(
+            _ISAS[isa], x.ctypes.data, _TYPES[x.dtype.name], len(out), x.size // max(len(out), 1), out.ctypes.data
+        )
+        return bool(status == 0)
+
+    def call(
+        self,
+        name: str,
+        isa: str,
+        codec: NativeCodec,
+        x: NDArray[Any],
+        arrays: dict[str, NDArray[Any] | None],
+        stats: NativeStats | None = None,
+    ) -> bool:
+        """Run hb_encode, hb_decode or hb_compare on x [L, N, K] and the arrays of a task; False for status 1."""
+        lead, n, k = x.shape
+        task = NativeTask(type=_TYPES[x.dtype.name], lead=lead, n=n, k=k, x=x.ctypes.data)
+        for field, array in arrays.items():
+            if array is not None:
+                assert array.flags.c_contiguous
+                setattr(task, field, array.ctypes.data)
+        weights = arrays.get("weights")
+        task.weight_lead = 0 if weights is None else len(weights)
+        if stats is not None:
+            task.stats = ctypes.addressof(stats)
+        status = getattr(self._library, f"hb_{name}")(_ISAS[isa], ctypes.byref(codec), ctypes.byref(task))
+        if status > 1:
+            raise RuntimeError(f"the native kernel hb_{name} refused its arguments (status {status})")
+        return bool(status == 0)
+
+
+def find(folders: Iterable[str]) -> Path | None:
+    """The library beside this package, or the one that HALFBYTE_LIBRARY names."""
+    given = os.environ.get("HALFBYTE_LIBRARY")
+    if given:
+        return Path(given)
+    return next((p for folder in folders if (p := Path(folder) / LIBRARY).is_file()), None)

@@ -1,0 +1,86 @@
+"""Error of quantized values against their source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.formats import AffineFormat, BlockFormat, HiF4Format, QuantizedTensor
+from halfbyte.formats.hif4 import micro_scales
+from halfbyte.formats.scales import E6M2
+
+
+@dataclass
+class ErrorStats:
+    """Sums over all elements that were added: sum of squared errors, of squares, and the largest error.
+
+    ``saturated`` counts elements outside the range of values that their block can stand for; ``table_blocks`` the
+    blocks that chose each table. Sums are FP64; they do not depend on the instruction set of the kernels.
+    """
+
+    elements: int = 0
+    squared_error: float = 0.0
+    squares: float = 0.0
+    max_error: float = 0.0
+    saturated: int = 0
+    table_blocks: list[int] = field(default_factory=list)
+
+    @property
+    def relmse(self) -> float:
+        """Squared error over the sum of squares."""
+        return self.squared_error / self.squares if self.squares else 0.0
+
+    def add(self, other: ErrorStats) -> None:
+        """Count what another has counted."""
+        self.elements += other.elements
+        self.squared_error += other.squared_error
+        self.squares += other.squares
+        self.max_error = max(self.max_error, other.max_error)
+        self.saturated += other.saturated
+        count = max(len(self.table_blocks), len(other.table_blocks))
+        ours, theirs = ([*b.table_blocks, *[0] * (count - len(b.table_blocks))] for b in (self, other))
+        self.table_blocks = [a + b for a, b in zip(ours, theirs, strict=True)]
+
+
+def table_count(tensor: QuantizedTensor) -> int:
+    """How many tables the blocks of this format choose from."""
+    return len(tensor.format.tables) if isinstance(tensor.format, BlockFormat) else 1
+
+
+def reference_stats(tensor: QuantizedTensor, source: NDArray[Any]) -> ErrorStats:
+    """The statistics by NumPy, in FP64."""
+    wide = source.astype(np.float32)
+    error = (tensor.format.decode(tensor) - wide).astype(np.float64)
+    low, high = _range(tensor)
+    return ErrorStats(
+        wide.size,
+        float(np.sum(error * error)),
+        float(np.sum(wide.astype(np.float64) ** 2)),
+        float(np.abs(error).max(initial=0)),
+        int(np.count_nonzero((wide < low) | (wide > high))),
+        np.bincount(tensor.tables.ravel(), minlength=table_count(tensor)).tolist(),
+    )
+
+
+def _range(tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Lowest and highest value that each element's block can stand for, in the tensor's shape."""
+    fmt = tensor.format
+    if isinstance(fmt, BlockFormat):
+        scales, chosen = fmt.decode_scales(tensor)
+        used = [np.delete(t.array, list(t.unused)) for t in fmt.tables]
+        ends = np.array([[u.min() for u in used], [u.max() for u in used]], dtype=np.float32)
+        low, high = (ends[:, 0].reshape(2, *(1,) * scales.ndim) if chosen is None else ends[:, chosen]) * scales
+        return fmt.spread(low, tensor.shape), fmt.spread(high, tensor.shape)
+    if isinstance(fmt, HiF4Format):
+        step = E6M2.to_value(tensor.scales & np.uint32(255))[..., None]
+        top = np.repeat(np.float32(1.75) * (step * micro_scales(tensor.scales)), 4, axis=-1).reshape(tensor.shape)
+        return -top, top
+    assert isinstance(fmt, AffineFormat) and tensor.offsets is not None
+    s, o = tensor.scales.astype(np.float32), tensor.offsets.astype(np.float32)
+    levels = np.float32(fmt.levels)
+    ends = np.stack((o, levels * s + o) if fmt.offset == "bias" else ((-o) * s, (levels - o) * s))
+    low, high = np.repeat(ends.min(axis=0), fmt.group, axis=-1), np.repeat(ends.max(axis=0), fmt.group, axis=-1)
+    return low, high
