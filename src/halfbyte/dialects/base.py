@@ -177,6 +177,12 @@ def _region(rows: tuple[int, int, int], part: str, fmt: Format) -> slice:
     return slice(first // per, -(-stop // per), step)
 
 
+def quantization_config_of(inventory: Inventory) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint's config.json, {} where there is none."""
+    found = inventory.config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
 _DIALECTS: dict[str, Dialect] = {}
 
 

@@ -9,28 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
+from halfbyte.dialects.base import Array, Dialect, OutputTensor, quantization_config_of, register_dialect
 from halfbyte.dialects.compressed_tensors_config import SPELLINGS, Schemes, quantization_config
+from halfbyte.dialects.modules import Module, modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
 from halfbyte.formats import AffineFormat, BlockFormat, Format
 from halfbyte.models import Weight
 from halfbyte.models.roles import bare_role
-
-
-class Module(NamedTuple):
-    """A module of the engine that a region of a weight becomes."""
-
-    name: str
-    expert: int | None
-    rows: tuple[int, int, int] | None
-    n: int
-    k: int
 
 
 class CompressedTensorsDialect(Dialect):
@@ -76,9 +66,7 @@ class CompressedTensorsDialect(Dialect):
         """The inverse."""
         if output.part == "offsets":
             return _unpack_rows(stored, shape[-2]).reshape(shape)
-        if stored.dtype in (np.int32, np.dtype(ml_dtypes.float8_e4m3fn)):
-            stored = np.ascontiguousarray(stored).view(np.uint8)
-        return stored.reshape(shape)
+        return stored_bytes(stored).reshape(shape)
 
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """Config groups with unanchored patterns, and the ignore list."""
@@ -95,8 +83,7 @@ class CompressedTensorsDialect(Dialect):
 
     def claims(self, inventory: Inventory) -> bool:
         """By ``quant_method``."""
-        found = inventory.config.get("quantization_config")
-        return isinstance(found, dict) and found.get("quant_method") == self.name
+        return quantization_config_of(inventory).get("quant_method") == self.name
 
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Replace each module's tensors by its weight."""
@@ -120,22 +107,6 @@ class CompressedTensorsDialect(Dialect):
             elif name not in companions:
                 tensors[name] = info
         return tensors, by_weight
-
-
-def modules(weight: Weight, one_expert: bool = False) -> Iterator[Module]:
-    """The modules of a weight: itself, or per expert and projection; ``one_expert``: of the first expert only."""
-    n, k = weight.shape[-2:]
-    if len(weight.shape) == 2:
-        yield Module(weight.name.removesuffix(".weight"), None, None, n, k)
-        return
-    spelled = {(p.expert, p.rows): p.source.removesuffix(".weight") for p in weight.pieces if p.expert is not None}
-    base, last = weight.name.rsplit(".", 1)
-    parts = weight.row_parts or ((last.removesuffix("_proj"), 0, n),)
-    for expert in range(1 if one_expert else weight.shape[0]):
-        for i, (part, first, stop) in enumerate(parts):
-            rows = (i, n, len(parts)) if weight.interleaved else (first, stop, 1)
-            name = spelled.get((expert, (first, stop))) or spelled.get((expert, None)) or f"{base}.{expert}.{part}_proj"
-            yield Module(name, expert, rows, stop - first, k)
 
 
 def _outputs(module: Module, fmt: Format) -> Iterator[OutputTensor]:
