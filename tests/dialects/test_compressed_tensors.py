@@ -125,7 +125,8 @@ def test_mixfp4_is_decoded_by_an_independent_reading_of_its_encoding(moe: Path, 
     stored = read_file(tmp_path / "out")
     fp4, int4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6], range(8)  # magnitudes; bit 3 of a nibble is the sign
     module, rows, used = f"{EXPERT}.down_proj.", [], set()
-    for packed, scales in zip(stored[f"{module}weight_packed"], stored[f"{module}weight_scale"].view(np.uint8)):
+    scales_of_rows = stored[f"{module}weight_scale"].view(np.uint8)
+    for packed, scales in zip(stored[f"{module}weight_packed"], scales_of_rows, strict=True):
         row = []
         for i, byte in enumerate(packed):
             scale_byte = int(scales[i // 8])
@@ -210,7 +211,7 @@ def test_interleaved_experts_are_refused(tmp_path: Path) -> None:
     }
     config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "hidden_size": 64, "num_experts": 2}
     source = write_checkpoint(tmp_path / "source", tensors, config)
-    with pytest.raises(PlanError, match="interleaves its projections.*use the dialect halfbyte"):
+    with pytest.raises(PlanError, match=r"interleaves its projections.*use the dialect halfbyte"):
         make_plan(Checkpoint.open(source), linear("nvfp4"), "compressed-tensors")
 
 
@@ -299,7 +300,7 @@ def test_a_target_by_class_covers_what_no_name_does(tmp_path: Path) -> None:
 def test_a_module_without_a_scheme_is_an_error(moe: Path, tmp_path: Path) -> None:
     run(moe, tmp_path / "out", linear("nvfp4"), "compressed-tensors")
     with_config(tmp_path / "out", config_groups={"a": group("nvfp4", ["re:.*experts.*"])})
-    with pytest.raises(CheckpointError, match="no config group of .* has .* as a target"):
+    with pytest.raises(CheckpointError, match=r"no config group of .* has .* as a target"):
         Checkpoint.open(tmp_path / "out")
 
 

@@ -95,5 +95,5 @@ def test_a_missing_array_is_an_error(moe: Path, tmp_path: Path) -> None:
     tensors = read_file(tmp_path / "out")
     del tensors[f"{FUSED}_scales"]
     write_file(tmp_path / "out" / "model.safetensors", tensors)
-    with pytest.raises(CheckpointError, match="lacks the tensor .*gate_up_proj_scales"):
+    with pytest.raises(CheckpointError, match=r"lacks the tensor .*gate_up_proj_scales"):
         Checkpoint.open(tmp_path / "out")
