@@ -16,11 +16,10 @@ import numpy as np
 from halfbyte.checkpoint import Inventory, TensorInfo
 from halfbyte.dialects.base import Array, Dialect, OutputTensor, quantization_config_of, register_dialect
 from halfbyte.dialects.compressed_tensors_config import SPELLINGS, Schemes, quantization_config
-from halfbyte.dialects.modules import Module, modules, stored_bytes
+from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
 from halfbyte.formats import AffineFormat, BlockFormat, Format
 from halfbyte.models import Weight
-from halfbyte.models.roles import bare_role
 
 
 class CompressedTensorsDialect(Dialect):
@@ -34,21 +33,7 @@ class CompressedTensorsDialect(Dialect):
         """Formats that the library has no compressor for, and weights that are no modules."""
         if fmt.name not in SPELLINGS:
             return f"compressed-tensors has no spelling for {fmt.name}; use the dialect halfbyte"
-        if len(weight.shape) == 2 and not weight.name.endswith(".weight"):
-            return f"compressed-tensors stores modules, and {weight.name} is not the weight of one"
-        if len(weight.shape) > 2 and "experts" not in weight.role.split("."):
-            return f"compressed-tensors stores matrices, and {weight.name} has the shape {list(weight.shape)}"
-        if weight.interleaved:
-            return (
-                f"{weight.name} interleaves its projections, and engines read the biases beside it that way; "
-                "use the dialect halfbyte"
-            )
-        if bare_role(weight.role) == "embedding":
-            return f"{weight.name} is an embedding, which no engine reads quantized; keep it"
-        rows = fmt.block[0]
-        if rows > 1 and any(first % rows for _, first, _ in weight.row_parts):
-            return f"the projections fused in {weight.name} do not begin at blocks of {rows} rows"
-        return None
+        return module_problem(weight, fmt, self.name)
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
         """Per module, in the library's names."""
@@ -77,7 +62,7 @@ class CompressedTensorsDialect(Dialect):
         taken = spaces(w for w, _ in quantized)
         whole = sorted(spaces(kept) - taken)
         apart = tuple(f"{space}." for space in whole)
-        linear = [w for w in kept if _is_linear(w) and not w.name.removeprefix("model.").startswith(apart)]
+        linear = [w for w in kept if is_linear(w) and not w.name.removeprefix("model.").startswith(apart)]
         ignored = [m.name for weight in linear for m in modules(weight, one_expert=True)]
         return quantization_config(by_format, ignored, whole, sorted(taken))
 
@@ -146,13 +131,6 @@ def _fp8_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
 def _suffixes(fmt: Format) -> tuple[str, ...]:
     """What the tensors of a module are called, after the module's name."""
     return tuple(output.name for output in _outputs(Module("", None, None, 128, 128), fmt))
-
-
-def _is_linear(weight: Weight) -> bool:
-    """Whether an engine may take a weight for a Linear module; MoE stacks become such."""
-    if len(weight.shape) == 3:
-        return "experts" in weight.role.split(".")
-    return len(weight.shape) == 2 and weight.name.endswith(".weight")
 
 
 def _pack_rows(codes: Array) -> Array:
