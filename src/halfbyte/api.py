@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +83,45 @@ def verify(
     return verify_output(out, against, revision, max_relmse, progress)
 
 
-def evaluate(*args: Any, **kwargs: Any) -> Any:
-    """Perplexity and KL divergence of checkpoints on a text: see ``halfbyte.evaluate.evaluate``. Needs torch."""
+def evaluate(
+    paths: str | Path | Sequence[str | Path],
+    against: str | Path | None = None,
+    text: str | Path | None = None,
+    *,
+    length: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    dequantize: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Perplexity of checkpoints on a text and, with ``against``, their KL divergence from that one; needs torch.
+
+    One row per checkpoint, ``against`` first, with ``name``, ``perplexity``, ``kl`` (mean, median, p90, p99, top1),
+    ``bytes``, ``bits_per_weight`` and the ``protocol``. Details: ``halfbyte.evaluate.run.evaluate``.
+    """
     from halfbyte.evaluate import evaluate as run
 
-    return run(*args, **kwargs)
+    return run(paths, against, text, length, stride, max_tokens, device, dtype, dequantize, progress)
 
 
-def load(*args: Any, **kwargs: Any) -> Any:
-    """A quantized checkpoint as a transformers model: see ``halfbyte.runtime.load``. Needs torch and transformers."""
+def load(
+    path: str | Path,
+    dtype: Any = None,
+    *,
+    dequantize: bool = False,
+    device: Any = None,
+    revision: str | None = None,
+) -> Any:
+    """A transformers model, in eval mode, of a plain, ``halfbyte`` or ``compressed-tensors`` checkpoint; needs torch.
+
+    ``halfbyte`` weights stay in 4 bit and are decoded in forward unless ``dequantize``. CheckpointError if a tensor is
+    missing or has no place: nothing is initialised at random. Details: ``halfbyte.runtime.loading.load``.
+    """
     from halfbyte.runtime import load as run
 
-    return run(*args, **kwargs)
+    return run(path, dtype, dequantize, device, revision)
 
 
 def _open(source: Source, revision: str | None) -> Checkpoint:

@@ -57,8 +57,8 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     return Checkpoint.open(args.source, args.revision)
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that the options describe."""
-    from halfbyte.api import plan
+    from halfbyte.plan import make_plan
 
-    return plan(open_checkpoint(args), args.recipe, dialect=args.dialect, max_shard_bytes=args.max_shard_size)
+    return make_plan(open_checkpoint(args), args.recipe, args.dialect, args.max_shard_size)

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.units import clean
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
 
 Cell = str | int | float | None
 
@@ -79,19 +82,49 @@ def _boxed(titles: list[str], right: list[bool], rows: list[list[str]], total: l
 @contextmanager
 def progress(label: str, total: int, silent: bool) -> Iterator[Callable[[int], None] | None]:
     """A bar of bytes with speed and time left on stderr; None if silent or if not both streams are a terminal."""
-    if silent or not (sys.stdout.isatty() and sys.stderr.isatty()):
+    if silent or not _on_terminal():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich import progress as rich
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn(compact=True))
+    with _bar(*columns) as bar:
         task = bar.add_task(clean(label), total=total)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def steps(label: str, silent: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """The same for work that is counted in steps: the callback takes how many are done, and of how many."""
+    if silent or not _on_terminal():
+        yield None
+        return
+    from rich import progress as rich
+
+    with _bar(rich.MofNCompleteColumn(), rich.TimeRemainingColumn(compact=True)) as bar:
+        task = bar.add_task(clean(label), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def status(label: str, silent: bool) -> Iterator[None]:
+    """What is being done, shown on a terminal while it lasts."""
+    if silent or not _on_terminal():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(clean(label)):
+        yield
+
+
+def _on_terminal() -> bool:
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    first = (TextColumn("{task.description}"), BarColumn())
+    return Progress(*first, *columns, console=Console(stderr=True), transient=True)

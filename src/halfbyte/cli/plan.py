@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    made = options.make_plan(args)
+    made = options.plan_of(args)
     if args.json:
         print_json(document(made))
     else:
