@@ -8,6 +8,9 @@ from typing import Any
 
 from halfbyte.checkpoint import Inventory
 from halfbyte.convert import Conversion, Progress, convert
+from halfbyte.dialects import get_dialect
+from halfbyte.dialects.halfbyte import HALFBYTE
+from halfbyte.errors import PlanError
 from halfbyte.overview import Overview, overview
 from halfbyte.plan import MAX_SHARD_BYTES, Plan, make_plan
 from halfbyte.recipes import Recipe, load_recipe
@@ -32,15 +35,26 @@ def plan(
     dialect: str | None = None,
     revision: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    remote_code: bool = False,
 ) -> Plan:
     """Decide every tensor's fate and every output byte's place without reading a weight.
 
     ``recipe`` is a built-in name (``halfbyte.list_recipes()``), a YAML file's path or a Recipe; ``dialect`` is
-    ``halfbyte``, ``compressed-tensors``, ... (None: the recipe's own). Raises RecipeError, FormatError or PlanError
-    for what cannot be done, before any work.
+    ``halfbyte``, ``compressed-tensors``, ... (None: the recipe's own). ``remote_code`` puts the code beside the weights
+    that lets transformers load the dialect ``halfbyte`` with ``trust_remote_code=True``, without halfbyte installed.
+    Raises RecipeError, FormatError or PlanError for what cannot be done, before any work.
     """
+    checkpoint = _open(source, revision)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return make_plan(_open(source, revision), loaded, dialect, max_shard_bytes)
+    spelling = get_dialect(dialect or loaded.dialect or HALFBYTE)
+    if not remote_code:
+        return make_plan(checkpoint, loaded, spelling, max_shard_bytes)
+    if spelling is not HALFBYTE:
+        raise PlanError(f"remote code is for the dialect halfbyte; engines read {spelling.name} by themselves")
+    from halfbyte.runtime.remote_code import remote_code_config, remote_code_files
+
+    files = remote_code_files(checkpoint.inventory.config)
+    return make_plan(checkpoint, loaded, spelling, max_shard_bytes, files, remote_code_config())
 
 
 def quantize(
@@ -51,6 +65,7 @@ def quantize(
     dialect: str | None = None,
     revision: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    remote_code: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -62,9 +77,16 @@ def quantize(
     if not isinstance(source, Plan):
         if recipe is None:
             raise TypeError("quantize(source, out, recipe): the recipe is missing")
-        source = plan(source, recipe, dialect=dialect, revision=revision, max_shard_bytes=max_shard_bytes)
-    elif recipe is not None or dialect is not None:
-        raise TypeError("quantize(plan, out): the recipe and the dialect are part of the plan")
+        source = plan(
+            source,
+            recipe,
+            dialect=dialect,
+            revision=revision,
+            max_shard_bytes=max_shard_bytes,
+            remote_code=remote_code,
+        )
+    elif recipe is not None or dialect is not None or remote_code:
+        raise TypeError("quantize(plan, out): recipe, dialect and remote code are part of the plan")
     return convert(source, out, workers, progress)
 
 

@@ -74,3 +74,23 @@ def test_recipe_is_required(refusal: Callable[..., str], demo_model: str) -> Non
 
 def test_shard_size_must_be_a_size(refusal: Callable[..., str], demo_model: str) -> None:
     assert "'huge' is no size" in refusal("plan", demo_model, "--recipe", "nvfp4", "--max-shard-size", "huge")
+
+
+def test_tensors_adds_every_fate_and_place(run_json: Callable[..., Any], demo_model: str) -> None:
+    made = run_json("plan", demo_model, "--recipe", "nvfp4", "--tensors")
+    assert len(made["sources"]) == 91
+    assert len(made["outputs"]) == made["tensors"]
+
+
+def test_remote_code_is_part_of_the_planned_repository(
+    run_json: Callable[..., Any], run_text: Callable[..., str], demo_model: str
+) -> None:
+    command = ("plan", demo_model, "--recipe", "nvfp4")
+    with_code = run_json(*command, "--remote-code")["repository_bytes"]
+    assert with_code > run_json(*command)["repository_bytes"] + 5000
+    assert "halfbyte_modules.py" in run_text(*command, "--remote-code")
+
+
+def test_remote_code_is_refused_for_dialects_that_need_none(refusal: Callable[..., str], demo_model: str) -> None:
+    command = ("plan", demo_model, "--recipe", "nvfp4", "--dialect", "compressed-tensors")
+    assert "remote code is for the dialect halfbyte" in refusal(*command, "--remote-code")

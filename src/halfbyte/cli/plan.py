@@ -24,13 +24,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     options.add_source(parser)
     options.add_recipe(parser)
+    parser.add_argument("--tensors", action="store_true", help="with --json: every tensor's fate and place, too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     made = options.plan_of(args)
     if args.json:
-        print_json(document(made))
+        print_json({**document(made), **(made.to_dict() if args.tensors else {})})
     else:
         show(made)
     return 0
@@ -68,12 +69,15 @@ def show(made: Plan) -> None:
             "",
         ),
     )
+    parts = {key: summary[f"{key}_bytes"] for key in ("data", "header", "index", "side_file")}
+    written = summary["repository_bytes"] - sum(parts.values())
     say(
         "",
-        f"tensors     {exact(summary['data_bytes'])}, from {exact(source.total_bytes)} in the source",
-        f"headers     {exact(summary['header_bytes'])} in {len(made.shards)} weight file(s)",
-        f"index       {exact(summary['index_bytes'])}",
-        f"side files  {exact(summary['side_file_bytes'])}",
+        f"tensors     {exact(parts['data'])}, from {exact(source.total_bytes)} in the source",
+        f"headers     {exact(parts['header'])} in {len(made.shards)} weight file(s)",
+        *([f"index       {exact(parts['index'])}"] if parts["index"] else []),
+        f"config      {exact(written)} in config.json, halfbyte.json{''.join(f', {n}' for n in made.extra_files)}",
+        f"side files  {exact(parts['side_file'])}, copied unchanged",
         f"repository  {exact(summary['repository_bytes'])} in all",
     )
     for note in summary["notes"]:
