@@ -44,8 +44,8 @@ def test_shard_size_decides_the_number_of_files(run_json: Callable[..., Any], de
 def test_text_shows_fates_reasons_totals(run_text: Callable[..., str], demo_model: str) -> None:
     text = run_text("plan", demo_model, "--recipe", "nvfp4")
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
-    assert lines["experts.down"][1:3] == ["quantize", "nvfp4"]
-    assert lines["router"][1] == "keep"
+    assert lines["experts.down"][1:5] == ["nvfp4", "4", "->", "12"]
+    assert lines["router"][1:4] == ["kept", "BF16", "4"]
     assert lines["repository"][2].startswith("bytes")
     assert all(c.isprintable() or c == "\n" for c in text)
 

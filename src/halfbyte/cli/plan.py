@@ -12,6 +12,7 @@ from halfbyte.cli.units import exact
 if TYPE_CHECKING:
     from halfbyte.plan import Plan
 
+NO_RULE = "no rule of the recipe selects it"
 SUMMARY = "show what a recipe does to a checkpoint, and the exact size of the result, without reading a weight"
 EXAMPLES = """\
   halfbyte plan ./Qwen3.5-35B-A3B --recipe mixfp4
@@ -55,14 +56,12 @@ def show(made: Plan) -> None:
     source = made.checkpoint.inventory
     say(f"{source.source}: recipe {made.recipe.name}, dialect {made.dialect.name}", "")
     table(
-        ("role", "fate", "format", ">tensors", ">written", ">parameters", ">bits/weight", ">bytes", "why"),
-        [_row(found) for found in summary["classes"]],
+        ("role", "becomes", ">tensors", ">parameters", ">bits", ">bytes", "~why"),
+        [_row(found, made.recipe.name) for found in summary["classes"]],
         (
             "all",
             "",
-            "",
-            f"{sum(c['tensors'] for c in summary['classes']):,}",
-            f"{summary['tensors']:,}",
+            _arrow(sum(c["tensors"] for c in summary["classes"]), summary["tensors"]),
             f"{summary['parameters']:,}",
             f"{summary['bits_per_weight']:.3f}",
             f"{summary['data_bytes']:,}",
@@ -84,15 +83,21 @@ def show(made: Plan) -> None:
         say(f"note        {note}")
 
 
-def _row(found: dict[str, Any]) -> tuple[str, ...]:
+def _row(found: dict[str, Any], recipe: str) -> tuple[str, ...]:
+    # two reasons are so frequent that they are shown in few words
+    why = {NO_RULE: "no rule"}.get(found["reason"], found["reason"] or "").removesuffix(f" of {recipe}")
+    drops = found["action"] == "drop"
     return (
         found["role"],
-        found["action"],
-        found["format"] or "",
-        f"{found['tensors']:,}",
-        f"{found['output_tensors']:,}",
+        "dropped" if drops else f"kept {found['format']}" if found["action"] == "keep" else found["format"],
+        _arrow(found["tensors"], found["output_tensors"]),
         f"{found['parameters']:,}",
-        f"{found['bits_per_weight']:.3f}" if found["action"] != "drop" else "",
+        "" if drops else f"{found['bits_per_weight']:.3f}",
         f"{found['bytes']:,}",
-        found["reason"] or "",
+        why,
     )
+
+
+def _arrow(source: int, output: int) -> str:
+    """Source tensors and what they become, where the number changes."""
+    return f"{source:,}" if source == output else f"{source:,} -> {output:,}"
