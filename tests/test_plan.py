@@ -170,7 +170,12 @@ def test_one_indivisible_member_does_not_leave_its_fusion_group_in_two_formats(t
     ("what", "dialect", "error", "message"),
     [
         ("mixfp5", None, RecipeError, "there is no recipe 'mixfp5'; nearest: mixfp4"),
-        (recipe({"match": "linear", "format": "nvfp5"}), None, FormatError, "unknown format 'nvfp5': did you mean nvfp4"),
+        (
+            recipe({"match": "linear", "format": "nvfp5"}),
+            None,
+            FormatError,
+            "unknown format 'nvfp5': did you mean nvfp4",
+        ),
         (
             recipe({"match": "linear", "format": "nvfp4", "search": "swep"}),
             None,
