@@ -72,7 +72,9 @@ def moe_tensors(per_expert: bool = False, seed: int = 0) -> Tensors:
     shapes |= {f"{text}layers.0.linear_attn.{name}": shape for name, shape in linear.items()}
     for prefix in (f"{text}layers.0.", f"{text}layers.1.", "mtp.layers.0."):
         if prefix != f"{text}layers.0.":
-            shapes |= {f"{prefix}self_attn.{p}_proj.weight": (n, h) for p, n in zip("qkvo", (2 * h, 64, 64, h))}
+            shapes |= {
+                f"{prefix}self_attn.{p}_proj.weight": (n, h) for p, n in zip("qkvo", (2 * h, 64, 64, h), strict=True)
+            }
             shapes |= {f"{prefix}self_attn.{p}_norm.weight": (32,) for p in "qk"}
         shapes |= {f"{prefix}{p}_layernorm.weight": (h,) for p in ("input", "post_attention")}
         shapes |= {f"{prefix}mlp.gate.weight": (EXPERTS, h), f"{prefix}mlp.shared_expert_gate.weight": (1, h)}
@@ -120,7 +122,10 @@ def dense_tensors(seed: int = 0, tied: bool = False, inter: int = 256) -> Tensor
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
     for layer in range(2):
         prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}self_attn.{p}_proj.weight": (n, HIDDEN) for p, n in zip("qkvo", (HIDDEN, 64, 64, HIDDEN))}
+        shapes |= {
+            f"{prefix}self_attn.{p}_proj.weight": (n, HIDDEN)
+            for p, n in zip("qkvo", (HIDDEN, 64, 64, HIDDEN), strict=True)
+        }
         shapes |= {f"{prefix}mlp.{p}_proj.weight": (inter, HIDDEN) for p in ("gate", "up")}
         shapes[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, inter)
         shapes[f"{prefix}input_layernorm.weight"] = (HIDDEN,)

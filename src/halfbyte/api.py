@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
 from halfbyte.convert import Conversion, Progress, convert
+from halfbyte.dialects import get_dialect
+from halfbyte.dialects.halfbyte import HALFBYTE
+from halfbyte.errors import PlanError
 from halfbyte.overview import Overview, overview
 from halfbyte.plan import MAX_SHARD_BYTES, Plan, make_plan
 from halfbyte.recipes import Recipe, load_recipe
@@ -31,15 +35,26 @@ def plan(
     dialect: str | None = None,
     revision: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    remote_code: bool = False,
 ) -> Plan:
     """Decide every tensor's fate and every output byte's place without reading a weight.
 
     ``recipe`` is a built-in name (``halfbyte.list_recipes()``), a YAML file's path or a Recipe; ``dialect`` is
-    ``halfbyte``, ``compressed-tensors``, ... (None: the recipe's own). Raises RecipeError, FormatError or PlanError
-    for what cannot be done, before any work.
+    ``halfbyte``, ``compressed-tensors``, ... (None: the recipe's own). ``remote_code`` puts the code beside the weights
+    that lets transformers load the dialect ``halfbyte`` with ``trust_remote_code=True``, without halfbyte installed.
+    Raises RecipeError, FormatError or PlanError for what cannot be done, before any work.
     """
+    checkpoint = _open(source, revision)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return make_plan(_open(source, revision), loaded, dialect, max_shard_bytes)
+    spelling = get_dialect(dialect or loaded.dialect or HALFBYTE)
+    if not remote_code:
+        return make_plan(checkpoint, loaded, spelling, max_shard_bytes)
+    if spelling is not HALFBYTE:
+        raise PlanError(f"remote code is for the dialect halfbyte; engines read {spelling.name} by themselves")
+    from halfbyte.runtime.remote_code import remote_code_config, remote_code_files
+
+    files = remote_code_files(checkpoint.inventory.config)
+    return make_plan(checkpoint, loaded, spelling, max_shard_bytes, files, remote_code_config())
 
 
 def quantize(
@@ -50,6 +65,7 @@ def quantize(
     dialect: str | None = None,
     revision: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    remote_code: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -61,9 +77,16 @@ def quantize(
     if not isinstance(source, Plan):
         if recipe is None:
             raise TypeError("quantize(source, out, recipe): the recipe is missing")
-        source = plan(source, recipe, dialect=dialect, revision=revision, max_shard_bytes=max_shard_bytes)
-    elif recipe is not None or dialect is not None:
-        raise TypeError("quantize(plan, out): the recipe and the dialect are part of the plan")
+        source = plan(
+            source,
+            recipe,
+            dialect=dialect,
+            revision=revision,
+            max_shard_bytes=max_shard_bytes,
+            remote_code=remote_code,
+        )
+    elif recipe is not None or dialect is not None or remote_code:
+        raise TypeError("quantize(plan, out): recipe, dialect and remote code are part of the plan")
     return convert(source, out, workers, progress)
 
 
@@ -82,18 +105,45 @@ def verify(
     return verify_output(out, against, revision, max_relmse, progress)
 
 
-def evaluate(*args: Any, **kwargs: Any) -> Any:
-    """Perplexity and KL divergence of checkpoints on a text: see ``halfbyte.evaluate.evaluate``. Needs torch."""
+def evaluate(
+    paths: str | Path | Sequence[str | Path],
+    against: str | Path | None = None,
+    text: str | Path | None = None,
+    *,
+    length: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    dequantize: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Perplexity of checkpoints on a text and, with ``against``, their KL divergence from that one; needs torch.
+
+    One row per checkpoint, ``against`` first, with ``name``, ``perplexity``, ``kl`` (mean, median, p90, p99, top1),
+    ``bytes``, ``bits_per_weight`` and the ``protocol``. Details: ``halfbyte.evaluate.run.evaluate``.
+    """
     from halfbyte.evaluate import evaluate as run
 
-    return run(*args, **kwargs)
+    return run(paths, against, text, length, stride, max_tokens, device, dtype, dequantize, progress)
 
 
-def load(*args: Any, **kwargs: Any) -> Any:
-    """A quantized checkpoint as a transformers model: see ``halfbyte.runtime.load``. Needs torch and transformers."""
+def load(
+    path: str | Path,
+    dtype: Any = None,
+    *,
+    dequantize: bool = False,
+    device: Any = None,
+    revision: str | None = None,
+) -> Any:
+    """A transformers model, in eval mode, of a plain, ``halfbyte`` or ``compressed-tensors`` checkpoint; needs torch.
+
+    ``halfbyte`` weights stay in 4 bit and are decoded in forward unless ``dequantize``. CheckpointError if a tensor is
+    missing or has no place: nothing is initialised at random. Details: ``halfbyte.runtime.loading.load``.
+    """
     from halfbyte.runtime import load as run
 
-    return run(*args, **kwargs)
+    return run(path, dtype, dequantize, device, revision)
 
 
 def _open(source: Source, revision: str | None) -> Checkpoint:

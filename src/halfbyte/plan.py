@@ -98,6 +98,7 @@ class Plan:
             digest.update(shard.name.encode() + shard.layout.header)
         for name, content in sorted(self.extra_files.items()):
             digest.update(name.encode() + content)
+        digest.update(self.config)
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -116,8 +117,12 @@ def make_plan(
     dialect: str | Dialect | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_files: dict[str, bytes] | None = None,
+    extra_config: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Decide every tensor's fate and place. All refusals happen here: RecipeError, FormatError, PlanError."""
+    """Decide every tensor's fate and place. All refusals happen here: RecipeError, FormatError, PlanError.
+
+    ``extra_files`` are written beside the weights, ``extra_config`` are further keys of config.json.
+    """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     dialect = get_dialect(dialect or recipe.dialect or "halfbyte")
     inventory = checkpoint.inventory
@@ -133,7 +138,7 @@ def make_plan(
     formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.action != "drop"}
     quantized = [(i.weight, fmt) for i in items if (fmt := formats.get(i.weight.name))]
     kept = [i.weight for i in items if i.action == "keep" and not formats[i.weight.name]]
-    config = {k: v for k, v in inventory.config.items() if k != "quantization_config"}
+    config = {k: v for k, v in inventory.config.items() if k != "quantization_config"} | dict(extra_config or {})
     config["quantization_config"] = dialect.config(quantized, kept)
     provenance = {
         "halfbyte": PLAN_VERSION,

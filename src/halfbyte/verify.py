@@ -253,10 +253,18 @@ def _files(folder: Path, ours: Inventory, source: Inventory) -> list[str]:
         problems.append(f"{stray[0]} is a weight file that the index does not name; an engine may load it instead")
     if not ours.config:
         problems.append("config.json is missing")
-    for key in sorted({*ours.config, *source.config} - {"quantization_config"}):
-        if ours.config and ours.config.get(key) != source.config.get(key):
+    left, right = _comparable(ours.config), _comparable(source.config)
+    for key in sorted({*left, *right}):
+        if ours.config and left.get(key) != right.get(key):
             problems.append(f"config.json differs from the source in {key}")
     stated = ours.meta.get("total_size")
     if (folder / INDEX).exists() and stated != ours.total_bytes:
         problems.append(f"the index states {stated} bytes of tensors, but there are {ours.total_bytes}")
     return problems
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """What a conversion leaves as it is: all but the quantization and our own remote code."""
+    code = config.get("auto_map") or {}
+    own = all(str(value).startswith("halfbyte_quantizer.") for value in code.values())
+    return {k: v for k, v in config.items() if k != "quantization_config" and not (k == "auto_map" and own)}

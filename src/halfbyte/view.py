@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.checkpoint import Inventory, Reader, TensorInfo
+from halfbyte.checkpoint import Inventory, Reader, TensorInfo, itemsize
 from halfbyte.checkpoint.files import collector_paused
 from halfbyte.dialects import Dialect, OutputTensor, list_dialects
 from halfbyte.errors import CheckpointError
@@ -67,23 +67,30 @@ class Checkpoint:
         return cls(Inventory.open(source, revision))
 
     def stored(self, weight: Weight) -> list[OutputTensor]:
-        """The tensors that hold a quantized weight; CheckpointError if one is missing or has another shape."""
+        """The tensors that hold a quantized weight, as its files have them.
+
+        CheckpointError if one is missing or has another shape.
+        """
         if weight.name in self._stored:
             return self._stored[weight.name]
         assert self.dialect is not None
-        outputs = self._stored[weight.name] = self.dialect.outputs(weight, self.formats[weight.name])
         tensors = self.inventory.tensors
-        for output in outputs:
+        outputs = self.dialect.stored(weight, self.formats[weight.name], tensors)
+        for i, output in enumerate(outputs):
             info = tensors.get(output.name)
             if info is None:
                 raise CheckpointError(
                     f"{self.inventory.source} lacks the tensor {output.name}; the checkpoint is incomplete"
                 )
-            if info.shape != output.shape:
-                raise CheckpointError(
-                    f"{output.name} in {self.inventory.source} has shape {list(info.shape)}, but its weight needs "
-                    f"{list(output.shape)}; the checkpoint is damaged"
-                )
+            if info.shape != output.shape or info.dtype != output.dtype:
+                if not _agree(info, output):
+                    raise CheckpointError(
+                        f"{output.name} in {self.inventory.source} has type {info.dtype} and shape "
+                        f"{list(info.shape)}, but its weight needs {list(output.shape)} of {output.dtype}; "
+                        "the checkpoint is damaged"
+                    )
+                outputs[i] = output._replace(dtype=info.dtype, shape=info.shape)
+        self._stored[weight.name] = outputs
         return outputs
 
     def read(self, reader: Reader, weight: Weight, first: int = 0, stop: int | None = None) -> Array:
@@ -110,6 +117,14 @@ class Checkpoint:
 
         end = weight.shape[0] if stop is None else stop
         return self.dialect.assemble(weight, self.formats[weight.name], self.stored(weight), fetch, first, end)
+
+
+def _agree(info: TensorInfo, output: OutputTensor) -> bool:
+    """Whether a file's tensor is another spelling of the expected one: dimensions of 1, types of wide scales."""
+    if [n for n in info.shape if n != 1] != [n for n in output.shape if n != 1]:
+        return False
+    wide = output.dtype in FLOATS and info.dtype in (*FLOATS, "F8_E8M0")
+    return wide or output.constant is not None or itemsize(info.dtype) == itemsize(output.dtype)
 
 
 def read_dense(reader: Reader, weight: Weight, first: int = 0, stop: int | None = None) -> Array:

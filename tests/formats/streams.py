@@ -6,8 +6,11 @@ Needs NumPy only, since the script runs in environments of other packages.
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +59,12 @@ def edges() -> Floats:
 STREAMS: dict[str, Callable[[], Floats]] = {
     f.__name__: f for f in (frozen, gaussian, laplace, student, gaussian_bf16, edges)
 }
+
+
+def golden(package: str) -> dict[str, Any]:
+    """What scripts/make_golden_vectors.py recorded of an independent package."""
+    path = Path(__file__).parent.parent / "golden" / f"{package}.json"
+    return dict(json.loads(path.read_text())["cases"])
 
 
 def random_bytes(shape: tuple[int, ...], seed: int, low: int = 0, high: int = 256) -> NDArray[np.uint8]:

@@ -118,7 +118,8 @@ def test_encoding_decoded_values_loses_less_than_encoding_did(name: str, search:
 @few
 @given(data=st.data())
 def test_a_power_of_two_scales_the_decoded_values_exactly(name: str, search: str, data: st.DataObject) -> None:
-    x = data.draw(weights(name, decades=2))
+    x = data.draw(weights(name))
+    x = x * np.ldexp(np.float32(1), -np.frexp(np.abs(x).max())[1])  # HiF4 has no tensor scale and a narrow range
     factor = np.float32(2.0 ** data.draw(st.integers(-6, 6)))
     q, scaled = encode(x, name, search), encode(x * factor, name, search)
     assert np.array_equal(scaled.decode(), q.decode() * factor)

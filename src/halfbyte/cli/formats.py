@@ -39,23 +39,23 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     table(
-        ("format", ">bits/weight", "block", "tables", "scale", "dialects"),
+        ("format", ">bits", "block", "scales", "~tables", "~dialects"),
         [
             (
                 f["name"],
                 f"{f['bits_per_weight']:.4g}",
                 f["block"],
+                f["scale"] + (" + tensor" if f["tensor_scale"] else ""),
                 ", ".join(f["tables"]),
-                f["scale"] + (" + FP32 per tensor" if f["tensor_scale"] else ""),
                 ", ".join(f["dialects"]),
             )
             for f in formats
         ],
     )
     say("")
-    table(("dialect", "for"), [(d.name, d.about) for d in list_dialects()])
+    table(("dialect", "~for"), [(d.name, d.about) for d in list_dialects()])
     say("")
-    table(("search", "how scales are chosen"), [(s.name, s.about) for s in SEARCHES.values()])
+    table(("search", "~how scales are chosen"), [(s.name, s.about) for s in SEARCHES.values()])
     return 0
 
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"ignored     {', '.join(found.ignored_files)}")
     say("")
     table(
-        ("role", ">tensors", ">parameters", "stored as", ">bytes", ">bits/weight"),
+        ("role", ">tensors", ">parameters", "stored as", ">bytes", ">bits"),
         [
             (
                 role.role,

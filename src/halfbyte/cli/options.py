@@ -32,7 +32,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="NAME_OR_FILE", required=True, help="a name that `halfbyte recipes` lists, or a YAML file"
     )
     parser.add_argument(
-        "--dialect", metavar="D", help="the spelling of the output: halfbyte (default), compressed-tensors, ..."
+        "--dialect",
+        metavar="D",
+        help="spelling of the output, see `halfbyte formats` (default: the recipe's, else halfbyte)",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -40,6 +42,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         type=parse_size,
         default=parse_size("5GB"),
         help="largest weight file, such as 5GB (default) or 500MB",
+    )
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="add the code with which transformers loads the dialect halfbyte (trust_remote_code=True)",
     )
 
 
@@ -57,8 +64,14 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     return Checkpoint.open(args.source, args.revision)
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that the options describe."""
     from halfbyte.api import plan
 
-    return plan(open_checkpoint(args), args.recipe, dialect=args.dialect, max_shard_bytes=args.max_shard_size)
+    return plan(
+        open_checkpoint(args),
+        args.recipe,
+        dialect=args.dialect,
+        max_shard_bytes=args.max_shard_size,
+        remote_code=args.remote_code,
+    )

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from halfbyte.cli.units import clean
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
 
 Cell = str | int | float | None
 
@@ -43,55 +46,92 @@ def say(*lines: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], last: Sequence[Cell] | None = None) -> None:
-    """A table on stdout; numbers are set to the right, ``last`` is a line of totals.
+    """A table on stdout; ``last`` is a line of totals.
 
-    A column whose title begins with ">" is right-aligned.
+    A column whose title begins with ">" is set to the right; one with "~" may be wrapped on a narrow terminal.
     """
-    right = [title.startswith(">") for title in columns]
-    titles = [title.removeprefix(">") for title in columns]
+    titles = [title.lstrip(">~") for title in columns]
     texts = [[clean("" if cell is None else str(cell)) for cell in row] for row in rows]
     total = None if last is None else [clean("" if cell is None else str(cell)) for cell in last]
-    if sys.stdout.isatty():
-        _boxed(titles, right, texts, total)
-        return
     everything = [titles, *texts, *([total] if total else [])]
     widths = [max(len(row[i]) for row in everything) for i in range(len(titles))]
+    if sys.stdout.isatty():
+        _boxed(columns, titles, widths, texts, total)
+        return
     rule = ["-" * width for width in widths]
     for row in [titles, rule, *texts, *([rule, total] if total else [])]:
-        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        cells = [c.rjust(w) if t[0:1] == ">" else c.ljust(w) for c, w, t in zip(row, widths, columns, strict=True)]
         print("  ".join(cells).rstrip())
 
 
-def _boxed(titles: list[str], right: list[bool], rows: list[list[str]], total: list[str] | None) -> None:
+def _boxed(
+    columns: Sequence[str], titles: list[str], widths: list[int], rows: list[list[str]], total: list[str] | None
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, show_footer=total is not None, pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, show_footer=total is not None, pad_edge=False, collapse_padding=True)
     for i, title in enumerate(titles):
-        drawn.add_column(title, footer=total[i] if total else "", justify="right" if right[i] else "left")
+        side: Literal["left", "right"] = "right" if columns[i].startswith(">") else "left"
+        footer = total[i] if total else ""
+        drawn.add_column(title, footer=footer, justify=side, no_wrap=not columns[i].startswith("~"))
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    Console().print(drawn)
+    # on a terminal narrower than this, lines run over: rather that than numbers cut off
+    least = sum(min(w, 20) if c.startswith("~") else w for c, w in zip(columns, widths, strict=True))
+    console = Console()
+    console.width = max(console.width, least + 2 * len(widths) + 2)
+    console.print(drawn)
 
 
 @contextmanager
 def progress(label: str, total: int, silent: bool) -> Iterator[Callable[[int], None] | None]:
     """A bar of bytes with speed and time left on stderr; None if silent or if not both streams are a terminal."""
-    if silent or not (sys.stdout.isatty() and sys.stderr.isatty()):
+    if silent or not _on_terminal():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich import progress as rich
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn(compact=True))
+    with _bar(*columns) as bar:
         task = bar.add_task(clean(label), total=total)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def steps(label: str, silent: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """The same for work that is counted in steps: the callback takes how many are done, and of how many."""
+    if silent or not _on_terminal():
+        yield None
+        return
+    from rich import progress as rich
+
+    with _bar(rich.MofNCompleteColumn(), rich.TimeRemainingColumn(compact=True)) as bar:
+        task = bar.add_task(clean(label), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def status(label: str, silent: bool) -> Iterator[None]:
+    """What is being done, shown on a terminal while it lasts."""
+    if silent or not _on_terminal():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(clean(label)):
+        yield
+
+
+def _on_terminal() -> bool:
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    first = (TextColumn("{task.description}"), BarColumn())
+    return Progress(*first, *columns, console=Console(stderr=True), transient=True)

@@ -12,6 +12,7 @@ from halfbyte.cli.units import exact
 if TYPE_CHECKING:
     from halfbyte.plan import Plan
 
+NO_RULE = "no rule of the recipe selects it"
 SUMMARY = "show what a recipe does to a checkpoint, and the exact size of the result, without reading a weight"
 EXAMPLES = """\
   halfbyte plan ./Qwen3.5-35B-A3B --recipe mixfp4
@@ -24,13 +25,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     options.add_source(parser)
     options.add_recipe(parser)
+    parser.add_argument("--tensors", action="store_true", help="with --json: every tensor's fate and place, too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    made = options.make_plan(args)
+    made = options.plan_of(args)
     if args.json:
-        print_json(document(made))
+        print_json({**document(made), **(made.to_dict() if args.tensors else {})})
     else:
         show(made)
     return 0
@@ -54,41 +56,48 @@ def show(made: Plan) -> None:
     source = made.checkpoint.inventory
     say(f"{source.source}: recipe {made.recipe.name}, dialect {made.dialect.name}", "")
     table(
-        ("role", "fate", "format", ">tensors", ">written", ">parameters", ">bits/weight", ">bytes", "why"),
-        [_row(found) for found in summary["classes"]],
+        ("role", "becomes", ">tensors", ">parameters", ">bits", ">bytes", "~why"),
+        [_row(found, made.recipe.name) for found in summary["classes"]],
         (
             "all",
             "",
-            "",
-            f"{sum(c['tensors'] for c in summary['classes']):,}",
-            f"{summary['tensors']:,}",
+            _arrow(sum(c["tensors"] for c in summary["classes"]), summary["tensors"]),
             f"{summary['parameters']:,}",
             f"{summary['bits_per_weight']:.3f}",
             f"{summary['data_bytes']:,}",
             "",
         ),
     )
+    parts = {key: summary[f"{key}_bytes"] for key in ("data", "header", "index", "side_file")}
+    written = summary["repository_bytes"] - sum(parts.values())
     say(
         "",
-        f"tensors     {exact(summary['data_bytes'])}, from {exact(source.total_bytes)} in the source",
-        f"headers     {exact(summary['header_bytes'])} in {len(made.shards)} weight file(s)",
-        f"index       {exact(summary['index_bytes'])}",
-        f"side files  {exact(summary['side_file_bytes'])}",
+        f"tensors     {exact(parts['data'])}, from {exact(source.total_bytes)} in the source",
+        f"headers     {exact(parts['header'])} in {len(made.shards)} weight file(s)",
+        *([f"index       {exact(parts['index'])}"] if parts["index"] else []),
+        f"config      {exact(written)} in config.json, halfbyte.json{''.join(f', {n}' for n in made.extra_files)}",
+        f"side files  {exact(parts['side_file'])}, copied unchanged",
         f"repository  {exact(summary['repository_bytes'])} in all",
     )
     for note in summary["notes"]:
         say(f"note        {note}")
 
 
-def _row(found: dict[str, Any]) -> tuple[str, ...]:
+def _row(found: dict[str, Any], recipe: str) -> tuple[str, ...]:
+    # two reasons are so frequent that they are shown in few words
+    why = {NO_RULE: "no rule"}.get(found["reason"], found["reason"] or "").removesuffix(f" of {recipe}")
+    drops = found["action"] == "drop"
     return (
         found["role"],
-        found["action"],
-        found["format"] or "",
-        f"{found['tensors']:,}",
-        f"{found['output_tensors']:,}",
+        "dropped" if drops else f"kept {found['format']}" if found["action"] == "keep" else found["format"],
+        _arrow(found["tensors"], found["output_tensors"]),
         f"{found['parameters']:,}",
-        f"{found['bits_per_weight']:.3f}" if found["action"] != "drop" else "",
+        "" if drops else f"{found['bits_per_weight']:.3f}",
         f"{found['bytes']:,}",
-        found["reason"] or "",
+        why,
     )
+
+
+def _arrow(source: int, output: int) -> str:
+    """Source tensors and what they become, where the number changes."""
+    return f"{source:,}" if source == output else f"{source:,} -> {output:,}"

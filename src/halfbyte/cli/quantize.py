@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, report, and verify if asked to."""
     from halfbyte.convert import convert, source_bytes
 
-    made = options.make_plan(args)
+    made = options.plan_of(args)
     if args.dry_run:
         if args.json:
             print_json({**plan_command.document(made), "dry_run": True})

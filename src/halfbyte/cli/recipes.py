@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json({"recipes": [{"name": n, "description": d} for n, d in found.items()]})
         else:
-            table(("recipe", "what it does"), list(found.items()))
+            table(("recipe", "~what it does"), list(found.items()))
         return 0
     recipe = load_recipe(args.name)
     if args.json:
@@ -50,7 +50,7 @@ def _show(recipe: Recipe) -> None:
         say(f"dialect     {recipe.dialect}")
     say("")
     table(
-        ("", "matches", "fate", "search", "notes"),
+        ("", "~matches", "fate", "search", "~notes"),
         [
             (
                 number,

@@ -1,6 +1,6 @@
 """Dialects: one file per engine's spelling of quantized tensors."""
 
-from halfbyte.dialects import compressed_tensors, halfbyte
+from halfbyte.dialects import compressed_tensors, fp8, gpt_oss, halfbyte
 from halfbyte.dialects.base import Dialect, OutputTensor, Written, get_dialect, list_dialects, register_dialect
 
 __all__ = [
@@ -8,7 +8,9 @@ __all__ = [
     "OutputTensor",
     "Written",
     "compressed_tensors",
+    "fp8",
     "get_dialect",
+    "gpt_oss",
     "halfbyte",
     "list_dialects",
     "register_dialect",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +62,10 @@ class Dialect(ABC):
     @abstractmethod
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
         """The tensors that stand for a quantized weight, in file order."""
+
+    def stored(self, weight: Weight, fmt: Format, tensors: Mapping[str, TensorInfo]) -> list[OutputTensor]:
+        """The tensors of an existing checkpoint that hold a weight, where others spell it in more than one way."""
+        return self.outputs(weight, fmt)
 
     @abstractmethod
     def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
@@ -175,6 +179,12 @@ def _region(rows: tuple[int, int, int], part: str, fmt: Format) -> slice:
     first, stop, step = rows
     per = fmt.block[0] if part == "scales" else 1
     return slice(first // per, -(-stop // per), step)
+
+
+def quantization_config_of(inventory: Inventory) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint's config.json, {} where there is none."""
+    found = inventory.config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
 
 
 _DIALECTS: dict[str, Dialect] = {}

@@ -9,28 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
+from halfbyte.dialects.base import Array, Dialect, OutputTensor, quantization_config_of, register_dialect
 from halfbyte.dialects.compressed_tensors_config import SPELLINGS, Schemes, quantization_config
+from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
 from halfbyte.formats import AffineFormat, BlockFormat, Format
 from halfbyte.models import Weight
-from halfbyte.models.roles import bare_role
-
-
-class Module(NamedTuple):
-    """A module of the engine that a region of a weight becomes."""
-
-    name: str
-    expert: int | None
-    rows: tuple[int, int, int] | None
-    n: int
-    k: int
 
 
 class CompressedTensorsDialect(Dialect):
@@ -44,21 +33,7 @@ class CompressedTensorsDialect(Dialect):
         """Formats that the library has no compressor for, and weights that are no modules."""
         if fmt.name not in SPELLINGS:
             return f"compressed-tensors has no spelling for {fmt.name}; use the dialect halfbyte"
-        if len(weight.shape) == 2 and not weight.name.endswith(".weight"):
-            return f"compressed-tensors stores modules, and {weight.name} is not the weight of one"
-        if len(weight.shape) > 2 and "experts" not in weight.role.split("."):
-            return f"compressed-tensors stores matrices, and {weight.name} has the shape {list(weight.shape)}"
-        if weight.interleaved:
-            return (
-                f"{weight.name} interleaves its projections, and engines read the biases beside it that way; "
-                "use the dialect halfbyte"
-            )
-        if bare_role(weight.role) == "embedding":
-            return f"{weight.name} is an embedding, which no engine reads quantized; keep it"
-        rows = fmt.block[0]
-        if rows > 1 and any(first % rows for _, first, _ in weight.row_parts):
-            return f"the projections fused in {weight.name} do not begin at blocks of {rows} rows"
-        return None
+        return module_problem(weight, fmt, self.name)
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
         """Per module, in the library's names."""
@@ -76,9 +51,7 @@ class CompressedTensorsDialect(Dialect):
         """The inverse."""
         if output.part == "offsets":
             return _unpack_rows(stored, shape[-2]).reshape(shape)
-        if stored.dtype in (np.int32, np.dtype(ml_dtypes.float8_e4m3fn)):
-            stored = np.ascontiguousarray(stored).view(np.uint8)
-        return stored.reshape(shape)
+        return stored_bytes(stored).reshape(shape)
 
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """Config groups with unanchored patterns, and the ignore list."""
@@ -89,14 +62,13 @@ class CompressedTensorsDialect(Dialect):
         taken = spaces(w for w, _ in quantized)
         whole = sorted(spaces(kept) - taken)
         apart = tuple(f"{space}." for space in whole)
-        linear = [w for w in kept if _is_linear(w) and not w.name.removeprefix("model.").startswith(apart)]
+        linear = [w for w in kept if is_linear(w) and not w.name.removeprefix("model.").startswith(apart)]
         ignored = [m.name for weight in linear for m in modules(weight, one_expert=True)]
         return quantization_config(by_format, ignored, whole, sorted(taken))
 
     def claims(self, inventory: Inventory) -> bool:
         """By ``quant_method``."""
-        found = inventory.config.get("quantization_config")
-        return isinstance(found, dict) and found.get("quant_method") == self.name
+        return quantization_config_of(inventory).get("quant_method") == self.name
 
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Replace each module's tensors by its weight."""
@@ -120,22 +92,6 @@ class CompressedTensorsDialect(Dialect):
             elif name not in companions:
                 tensors[name] = info
         return tensors, by_weight
-
-
-def modules(weight: Weight, one_expert: bool = False) -> Iterator[Module]:
-    """The modules of a weight: itself, or per expert and projection; ``one_expert``: of the first expert only."""
-    n, k = weight.shape[-2:]
-    if len(weight.shape) == 2:
-        yield Module(weight.name.removesuffix(".weight"), None, None, n, k)
-        return
-    spelled = {(p.expert, p.rows): p.source.removesuffix(".weight") for p in weight.pieces if p.expert is not None}
-    base, last = weight.name.rsplit(".", 1)
-    parts = weight.row_parts or ((last.removesuffix("_proj"), 0, n),)
-    for expert in range(1 if one_expert else weight.shape[0]):
-        for i, (part, first, stop) in enumerate(parts):
-            rows = (i, n, len(parts)) if weight.interleaved else (first, stop, 1)
-            name = spelled.get((expert, (first, stop))) or spelled.get((expert, None)) or f"{base}.{expert}.{part}_proj"
-            yield Module(name, expert, rows, stop - first, k)
 
 
 def _outputs(module: Module, fmt: Format) -> Iterator[OutputTensor]:
@@ -175,13 +131,6 @@ def _fp8_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
 def _suffixes(fmt: Format) -> tuple[str, ...]:
     """What the tensors of a module are called, after the module's name."""
     return tuple(output.name for output in _outputs(Module("", None, None, 128, 128), fmt))
-
-
-def _is_linear(weight: Weight) -> bool:
-    """Whether an engine may take a weight for a Linear module; MoE stacks become such."""
-    if len(weight.shape) == 3:
-        return "experts" in weight.role.split(".")
-    return len(weight.shape) == 2 and weight.name.endswith(".weight")
 
 
 def _pack_rows(codes: Array) -> Array:

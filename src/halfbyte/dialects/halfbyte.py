@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo, safetensors_name
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
+from halfbyte.dialects.base import Array, Dialect, OutputTensor, quantization_config_of, register_dialect
 from halfbyte.dialects.patterns import compact, spaces
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats import AffineFormat, BlockFormat, Format, HiF4Format, get_format
@@ -71,11 +71,11 @@ class HalfbyteDialect(Dialect):
 
     def claims(self, inventory: Inventory) -> bool:
         """By ``quant_method``."""
-        return bool(_quantization(inventory).get("quant_method") == self.name)
+        return bool(quantization_config_of(inventory).get("quant_method") == self.name)
 
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Replace each group of ``T_*`` tensors by T."""
-        settings = _quantization(inventory)
+        settings = quantization_config_of(inventory)
         if settings.get("version") != VERSION:
             raise CheckpointError(
                 f"{inventory.source} is written in version {settings.get('version')} of the halfbyte dialect, but this "
@@ -144,11 +144,6 @@ def _format_of(weight: str, patterns: list[tuple[Format, list[re.Pattern[str]]]]
         if any(p.match(weight) for p in found):
             return fmt
     raise CheckpointError(f"quantization_config does not say which format {weight} has; the checkpoint is damaged")
-
-
-def _quantization(inventory: Inventory) -> dict[str, Any]:
-    found = inventory.config.get("quantization_config")
-    return found if isinstance(found, dict) else {}
 
 
 HALFBYTE = register_dialect(HalfbyteDialect())

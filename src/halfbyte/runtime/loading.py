@@ -22,6 +22,7 @@ from halfbyte.view import Checkpoint
 
 # roles of tensors that a model class may have no place for
 _OPTIONAL = ("mtp.", "vision.", "buffer", "quantized.")
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 def load(
@@ -59,10 +60,13 @@ def load(
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
     """The tokenizer that lies beside a checkpoint; CheckpointError if there is none."""
     root = Checkpoint.open(path, revision).inventory.root
+    # without any of these files transformers may make up an empty tokenizer
+    if root is None or not any(found for pattern in _VOCABULARIES for found in root.glob(pattern)):
+        raise CheckpointError(f"{path} has no tokenizer (a file such as tokenizer.json); put it beside the weights")
     try:
         return transformers.AutoTokenizer.from_pretrained(root, trust_remote_code=False)
     except Exception as error:  # each tokenizer class has errors of its own
-        raise CheckpointError(f"{path} has no tokenizer that transformers can load ({error})") from error
+        raise CheckpointError(f"transformers cannot load the tokenizer of {path} ({error})") from error
 
 
 def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:

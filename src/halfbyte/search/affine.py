@@ -22,8 +22,10 @@ def encode_affine(
 ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any]]:
     """Codes [n, B], BF16 scales [n] and offsets [n] of groups x [n, B]."""
     low, high = x.min(axis=1), x.max(axis=1)
-    end = np.where(high / 2 - low / 2 > _END, _END, np.float32(np.inf))
-    low, high = np.clip(low, -end, end), np.clip(high, -end, end)
+    wide = high / 2 - low / 2 > _END
+    if wide.any():
+        x = np.where(wide[:, None], np.clip(x, -_END, _END), x)
+        low, high = x.min(axis=1), x.max(axis=1)
     solve = _bias if fmt.offset == "bias" else _zero_point
     n = len(x)
     best = np.full(n, np.inf, dtype=np.float32)

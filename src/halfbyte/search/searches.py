@@ -70,7 +70,7 @@ SEARCHES = {
         ),
         Search(
             "exhaustive",
-            "every scale code that the scale type has",
+            "every code of an E4M3 or E3M3 scale, five powers of two, otherwise as sweep: slow, to judge the sweep",
             _EVERY,
             (0, 1, -1, 2, -2),
             _INT_RATIOS,
@@ -82,11 +82,11 @@ SEARCHES = {
         Search("four_over_six_absmax", "the same by largest error", metric="max", only="four_over_six"),
         Search(
             "mx_even",
-            "power-of-two scale of compressed-tensors: floor, plus one from 1.75",
+            "MX: floor, plus one where rounding would leave the octave (FP4: from 1.75), as compressed-tensors' MXFP4",
             rule="even",
             only="e8m0",
         ),
-        Search("mx_rceil", "power-of-two scale of MLX: ceil of log2(amax / 6)", rule="rceil", only="e8m0"),
+        Search("mx_rceil", "MX: the smallest scale that clips nothing, as MLX", rule="rceil", only="e8m0"),
     )
 }
 

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def test_json_names_family_roles_and_totals(run_json: Callable[..., Any], demo_model: str) -> None:
+    found = run_json("inspect", demo_model)
+    assert found["family"] == "qwen3_5_moe"
+    assert found["dialect"] is None
+    assert found["mtp"] is True and found["vision"] is False
+    roles = {role["role"]: role for role in found["roles"]}
+    assert roles["experts.gate_up"]["dtypes"] == {"BF16": 4}
+    assert sum(role["nbytes"] for role in found["roles"]) == found["data_bytes"] == 2 * found["parameters"]
+    assert found["bits_per_weight"] == 16
+
+
+def test_json_of_a_quantized_checkpoint_names_dialect_and_formats(run_json: Callable[..., Any], quantized: str) -> None:
+    found = run_json("inspect", quantized)
+    assert found["dialect"] == "halfbyte"
+    roles = {role["role"]: role for role in found["roles"]}
+    assert roles["experts.down"]["formats"] == {"mxfp4": 4}
+    assert roles["experts.down"]["tensors"] == 8
+    assert sum(role["nbytes"] for role in found["roles"]) == found["data_bytes"]
+
+
+def test_text_has_a_line_per_role_and_no_control_characters(run_text: Callable[..., str], demo_model: str) -> None:
+    text = run_text("inspect", demo_model)
+    assert "qwen3_5_moe (Qwen3_5MoeForCausalLM)" in text
+    assert "multi-token prediction" in text
+    assert any(line.split()[:2] == ["experts.down", "4"] for line in text.splitlines())
+    assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_an_inventory_file_serves_as_well(run_json: Callable[..., Any], inventory: str) -> None:
+    found = run_json("inspect", "--inventory", inventory)
+    assert found["family"] == "llama"
+    assert found["tensors"] == 17
+
+
+def test_unknown_architecture_is_noted(run_text: Callable[..., str], tmp_path: Any) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(
+        '{"config": {"model_type": "novel"}, "tensors": {"layers.0.mlp.up_proj.weight": ["BF16", [32, 32]]}}'
+    )
+    assert "note        the architecture 'novel' is unknown" in run_text("inspect", "--inventory", str(path))
+
+
+def test_source_and_inventory_exclude_each_other(refusal: Callable[..., str], inventory: str, demo_model: str) -> None:
+    assert "either a checkpoint SRC or --inventory" in refusal("inspect", demo_model, "--inventory", inventory)
+    assert "either a checkpoint SRC or --inventory" in refusal("inspect")

@@ -1,0 +1,144 @@
+"""Judged by the compressed-tensors library itself: values, configuration, name matching."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dialects.library import decompress, groups_of
+from halfbyte.checkpoint import Inventory, Reader
+from halfbyte.dialects.compressed_tensors import modules
+from halfbyte.plan import make_plan
+from halfbyte.recipes import Recipe
+from halfbyte.view import Checkpoint
+from small_models import (
+    DENSE_CONFIG,
+    MOE_CONFIG,
+    dense_tensors,
+    linear,
+    moe_tensors,
+    read_file,
+    recipe,
+    run,
+    write_checkpoint,
+)
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("compressed_tensors")
+from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
+
+FORMATS = [
+    "nvfp4",
+    "mxfp4",
+    *(f"int4_g{g}" for g in (16, 32, 64, 128)),
+    *(f"int4_asym_g{g}" for g in (16, 32, 64, 128)),
+    "fp8_channel",
+    "fp8_tensor",
+    "fp8_block128",
+    "mxfp8",
+]
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("per_expert", [False, True], ids=["fused", "per expert"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_library_decompresses_every_module_to_our_values(tmp_path: Path, fmt: str, per_expert: bool) -> None:
+    source = write_checkpoint(tmp_path / "source", moe_tensors(per_expert), MOE_CONFIG)
+    run(source, tmp_path / "out", linear(fmt), "compressed-tensors")
+    ours = Checkpoint.open(tmp_path / "out")
+    scheme = QuantizationConfig.model_validate(config_of(tmp_path / "out")).config_groups["group_0"]
+    stored, infos = read_file(tmp_path / "out"), ours.inventory.tensors
+    compared = 0
+    with Reader(ours.inventory) as reader:
+        for weight in (w for w in ours.weights if w.name in ours.formats):
+            dense = ours.read(reader, weight)
+            for module in modules(weight):
+                mine = dense if module.expert is None else dense[module.expert][slice(*module.rows)]
+                names = {n.rpartition(".")[2]: n for n in stored if n.rpartition(".")[0] == module.name}
+                theirs = decompress(
+                    {short: stored[n] for short, n in names.items()},
+                    {s: infos[n].dtype for s, n in names.items()},
+                    scheme,
+                )
+                assert torch.equal(torch.from_numpy(np.ascontiguousarray(mine)).to(theirs.dtype), theirs), module.name
+                compared += 1
+    assert compared == 37  # 4 attention, 3 linear attention, 2 x (3 shared + 4 x 3 experts)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_library_accepts_our_configuration(tmp_path: Path, fmt: str) -> None:
+    source = write_checkpoint(tmp_path / "source", dense_tensors(), DENSE_CONFIG)
+    plan = make_plan(Checkpoint.open(source), linear(fmt), "compressed-tensors")
+    config = json.loads(plan.config)["quantization_config"]
+    parsed = QuantizationConfig.model_validate(config)
+    assert parsed.format == config["format"] == parsed.config_groups["group_0"].format
+    assert json.loads(json.dumps(parsed.model_dump(mode="json")))["ignore"] == config["ignore"]
+
+
+def test_a_mixture_of_formats_is_accepted_as_mixed_precision(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", moe_tensors(), MOE_CONFIG)
+    plan = make_plan(Checkpoint.open(source), "nvfp4-fp8", "compressed-tensors")
+    parsed = QuantizationConfig.model_validate(json.loads(plan.config)["quantization_config"])
+    assert parsed.format == "mixed-precision" and len(parsed.config_groups) == 2
+
+
+def test_the_library_does_not_know_the_mixfp4_format_yet(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", dense_tensors(), DENSE_CONFIG)
+    plan = make_plan(Checkpoint.open(source), linear("mixfp4"), "compressed-tensors")
+    config = json.loads(plan.config)["quantization_config"]
+    with pytest.raises(ValueError, match="format"):
+        QuantizationConfig.model_validate(config)
+    # nothing else is in the way: under NVFP4's name, which has the same arguments, it is accepted
+    config["format"] = config["config_groups"]["group_0"]["format"] = "nvfp4-pack-quantized"
+    assert QuantizationConfig.model_validate(config)
+
+
+MTP_TOO = recipe(
+    {"match": "experts", "format": "nvfp4"},
+    {"match": ["mtp.experts", "mtp.attention"], "format": "fp8_channel"},
+    {"match": "vision.linear", "format": "fp8_channel"},
+)
+INT4_IN_HALF_OF_THE_LAYERS = recipe(
+    {"match": "linear", "format": "nvfp4"},
+    {"match": r"re:language_model\.layers\.(\d|1\d)\.mlp\.(experts|shared_expert)\.", "format": "int4_g32"},
+)
+
+
+@pytest.mark.parametrize(
+    ("inventory", "what"),
+    [
+        *(("qwen36_35b_a3b", name) for name in ("nvfp4", "nvfp4-fp8", "nvidia-nvfp4", MTP_TOO)),
+        *(("qwen3_0_6b", name) for name in ("nvfp4", "int4-g128")),
+        ("llama_3_2_1b", "mxfp4"),
+        ("kimi_k2_thinking.patterns", "nvfp4"),
+        ("qwen36_35b_a3b", INT4_IN_HALF_OF_THE_LAYERS),
+    ],
+)
+def test_every_linear_module_is_matched_by_its_own_group_and_kept_ones_by_none(
+    shared: Path, inventory: str, what: str | Recipe
+) -> None:
+    checkpoint = Checkpoint(Inventory.from_json(shared / "inventories" / f"{inventory}.json"))
+    plan = make_plan(checkpoint, what, "compressed-tensors")
+    config = json.loads(plan.config)["quantization_config"]
+    formats = {key: group["format"] for key, group in config["config_groups"].items()}
+    wanted: dict[str, str | None] = {}
+    for item in plan.items:
+        name, dimensions = item.weight.name, len(item.weight.shape)
+        # MTP layers load their fused experts as they are; all other matrices are Linear modules for some engine
+        if item.action == "keep" and not (dimensions == 2 and name.endswith(".weight")):
+            continue
+        found = list(modules(item.weight))
+        for module in {*found[:3], *found[-3:]}:
+            wanted[module.name] = item.format.name if item.format else None
+    spelled = {"fp8_channel": "float-quantized", "fp8_tensor": "float-quantized", "nvfp4": "nvfp4-pack-quantized"}
+    spelled |= {"mxfp4": "mxfp4-pack-quantized", "int4_g128": "pack-quantized", "int4_g32": "pack-quantized"}
+    for name, groups in groups_of(wanted, config).items():
+        fmt = wanted[name]
+        assert [formats[key] for key in groups] == ([spelled[fmt]] if fmt else []), name

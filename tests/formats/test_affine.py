@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from halfbyte.formats import AffineFormat, QuantizedTensor, get_format, list_formats
+
+AFFINE = [n for n in list_formats() if isinstance(get_format(n), AffineFormat)]
+
+
+def tensor(name: str) -> tuple[QuantizedTensor, np.ndarray]:
+    """A random tensor and its unpacked codes."""
+    fmt = get_format(name)
+    assert isinstance(fmt, AffineFormat)
+    r, shape = np.random.RandomState(0), (3, fmt.group * 2)
+    codes = r.randint(0, fmt.levels + 1, shape).astype(np.uint8)
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4 if fmt.bits == 4 else codes
+    scales = r.uniform(0.1, 1, (3, 2)).astype(ml_dtypes.bfloat16)
+    biases = r.standard_normal((3, 2)).astype(ml_dtypes.bfloat16)
+    zeros = r.randint(0, 16, (3, 2)).astype(np.uint8)
+    return QuantizedTensor(fmt, shape, packed, scales, None, biases if fmt.offset == "bias" else zeros), codes
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_decoding_follows_the_definition_element_by_element(name: str) -> None:
+    q, codes = tensor(name)
+    assert isinstance(q.format, AffineFormat) and q.offsets is not None
+    decoded = q.decode()
+    for i in range(3):
+        for j in range(q.shape[1]):
+            g = j // q.format.group
+            code, scale, offset = (np.float32(v) for v in (codes[i, j], q.scales[i, g], q.offsets[i, g]))
+            expected = code * scale + offset if q.format.offset == "bias" else (code - offset) * scale
+            assert decoded[i, j] == expected
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_declared_arrays(name: str) -> None:
+    q, _ = tensor(name)
+    parts = q.format.parts(q.shape)
+    assert q.offsets is not None
+    assert parts["codes"] == (q.codes.dtype, q.codes.shape)
+    assert parts["scales"] == (q.scales.dtype, q.scales.shape)
+    assert parts["offsets"] == (q.offsets.dtype, q.offsets.shape)
+    assert q.nbytes == q.format.nbytes(q.shape)
+
+
+def test_one_table_is_reported_for_affine_formats() -> None:
+    q, _ = tensor("affine4_g64")
+    assert q.tables.shape == q.scales.shape and not q.tables.any()

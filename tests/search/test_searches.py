@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.errors import FormatError
+from halfbyte.formats import get_format, list_formats
+from halfbyte.search import SEARCHES, get_search
+
+
+def test_sweep_and_absmax_apply_to_every_format() -> None:
+    for name in list_formats():
+        assert get_search("sweep", get_format(name)).name == "sweep"
+        assert get_search("absmax", get_format(name)).name == "absmax"
+
+
+def test_an_unknown_search_names_the_nearest() -> None:
+    with pytest.raises(FormatError, match="unknown search 'four_over_sx': did you mean four_over_six"):
+        get_search("four_over_sx")
+    with pytest.raises(FormatError, match=r"known searches: absmax, .*sweep"):
+        get_search("qqq")
+
+
+@pytest.mark.parametrize("name", ["nvint4", "mxfp4", "int4_g32", "hif4", "affine4_g64", "razer", "fp8_channel"])
+def test_four_over_six_needs_e2m1_with_e4m3_scales(name: str) -> None:
+    with pytest.raises(FormatError, match=f"needs E2M1 elements and E4M3 scales, which {name} does not have"):
+        get_search("four_over_six", get_format(name))
+
+
+@pytest.mark.parametrize("search", ["mx_even", "mx_rceil"])
+def test_power_of_two_rules_need_power_of_two_scales(search: str) -> None:
+    with pytest.raises(FormatError, match="does not apply to nvfp4; use absmax or sweep"):
+        get_search(search, get_format("nvfp4"))
+    assert [n for n in list_formats() if SEARCHES[search].problem(get_format(n)) is None] == ["mxfp4", "mxfp8"]
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_the_absmax_scale_is_the_first_candidate(search: object) -> None:
+    for steps in ("offsets", "power_offsets"):
+        assert getattr(search, steps)[0] == 0
+    for ratios in ("int_ratios", "float_ratios", "shrink"):
+        assert getattr(search, ratios)[0] == 1
+
+
+def test_the_sweep_covers_three_codes_down_and_eight_up() -> None:
+    assert sorted(SEARCHES["sweep"].offsets) == list(range(-3, 9))
+
+
+def test_the_sweep_contains_the_four_of_four_over_six_for_every_scale() -> None:
+    import numpy as np
+
+    from halfbyte.formats.scales import E4M3
+
+    base = np.arange(1, 127).astype(np.uint8)
+    four = E4M3.to_code(E4M3.to_value(base) * np.float32(1.5)).astype(int)
+    assert set((four - base).tolist()) <= set(SEARCHES["sweep"].offsets)

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import (
+    DENSE_CONFIG,
+    MOE_CONFIG,
+    dense_tensors,
+    heavy_tailed,
+    linear,
+    moe_tensors,
+    read_file,
+    recipe,
+    run,
+    write_checkpoint,
+)
+
+from halfbyte.checkpoint import Inventory, build_header
+from halfbyte.dialects.compressed_tensors import modules
+from halfbyte.errors import FormatError, HalfbyteError, PlanError, RecipeError
+from halfbyte.plan import Plan, make_plan
+from halfbyte.verify import verify
+from halfbyte.view import Checkpoint
+
+DIALECTS = ["halfbyte", "compressed-tensors"]
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("moe") / "moe", moe_tensors(), MOE_CONFIG)
+
+
+@pytest.fixture(scope="module")
+def qwen36(request: pytest.FixtureRequest) -> Checkpoint:
+    shared: Path = request.getfixturevalue("shared")
+    return Checkpoint(Inventory.from_json(shared / "inventories" / "qwen36_35b_a3b.json"))
+
+
+def outputs(plan: Plan) -> dict[str, str]:
+    return {o.name: o.dtype for item in plan.items for o in item.outputs}
+
+
+# Sizes that were published
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect", "gib"),
+    [
+        ("makora-mixfp4", "halfbyte", 21.29),
+        ("nvidia-nvfp4", "compressed-tensors", 21.85),
+        ("nvfp4-fp8", "compressed-tensors", 23.52),
+    ],
+)
+def test_published_repository_sizes_are_met_to_a_hundredth(
+    qwen36: Checkpoint, name: str, dialect: str, gib: float
+) -> None:
+    plan = make_plan(qwen36, name, dialect)
+    assert abs(plan.repository_bytes / 2**30 - gib) < 0.01
+
+
+def test_what_is_left_to_the_nvidia_size_are_the_input_scales_of_modelopt(qwen36: Checkpoint) -> None:
+    plan = make_plan(qwen36, "nvidia-nvfp4", "compressed-tensors")
+    weight_map: dict[str, str] = {}
+    rename = {"weight_packed": "weight", "weight_global_scale": "weight_scale_2"}
+    size = 0
+    for shard in plan.shards:
+        entries = []
+        for item in shard.items:
+            for o in item.outputs:
+                module, _, last = o.name.rpartition(".")
+                entries.append((f"{module}.{rename.get(last, last)}", o.dtype, () if o.shape == (1,) else o.shape))
+            if item.format is not None:
+                entries += [(f"{m.name}.input_scale", "F32", ()) for m in modules(item.weight)]
+        size += build_header(entries).total
+        weight_map |= dict.fromkeys((name for name, _, _ in entries), shard.name)
+    index = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}, indent=2)
+    others = plan.repository_bytes - plan.shard_bytes - len(plan.index or b"")
+    assert round((size + len(index) + others) / 2**30, 2) == 21.85
+
+
+# Regressions that other converters had, by what they lose
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("per_expert", [False, True], ids=["fused", "per expert"])
+def test_experts_are_not_left_in_bf16_unnoticed(tmp_path: Path, dialect: str, per_expert: bool) -> None:
+    source = write_checkpoint(tmp_path / "source", moe_tensors(per_expert), MOE_CONFIG)
+    written = outputs(make_plan(Checkpoint.open(source), linear("nvfp4"), dialect))
+    experts = {name: dtype for name, dtype in written.items() if "language_model" in name and ".experts." in name}
+    assert experts and "BF16" not in experts.values()
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("prefix", ["mtp.", "model.visual."])
+def test_mtp_and_vision_are_not_dropped(moe: Path, dialect: str, prefix: str) -> None:
+    plan = make_plan(Checkpoint.open(moe), linear("nvfp4"), dialect)
+    wanted = {name for name in moe_tensors() if name.startswith(prefix)}
+    assert {name for name in outputs(plan) if name.startswith(prefix)} == wanted
+    assert {outputs(plan)[name] for name in wanted} == {"BF16"}
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mixfp4", "int4-g128", "mxfp4", "fp8", "nvidia-nvfp4", "nvfp4-fp8"])
+def test_router_gates_norms_and_small_projections_are_not_quantized(qwen36: Checkpoint, name: str) -> None:
+    kept = {i.weight.role for i in make_plan(qwen36, name, "compressed-tensors").items if i.action == "keep"}
+    quantized = {i.weight.role for i in make_plan(qwen36, name, "compressed-tensors").items if i.action == "quantize"}
+    never = {"router", "shared_expert_gate", "norm", "embedding", "linear_attention.conv", "linear_attention.state"}
+    never |= {"linear_attention.a", "linear_attention.b", "vision.linear", "mtp.experts.gate_up", "mtp.attention.q"}
+    assert never <= kept and not never & quantized
+
+
+def test_a_rule_for_experts_does_not_match_mtp_layers_by_accident(qwen36: Checkpoint) -> None:
+    plan = make_plan(qwen36, recipe({"match": "experts", "format": "nvfp4"}))
+    quantized = [item.weight.name for item in plan.items if item.format]
+    assert len(quantized) == 80 and not [name for name in quantized if name.startswith("mtp.")]
+
+
+def test_conv1d_is_not_taken_for_experts_since_it_has_three_dimensions(qwen36: Checkpoint) -> None:
+    with pytest.raises(FormatError, match=r"conv1d\.weight: K = 4 is not a multiple of the block size 16 of nvfp4"):
+        make_plan(qwen36, recipe({"match": "re:conv1d", "format": "nvfp4"}))
+    with pytest.raises(PlanError, match=r"conv1d\.weight has the shape \[8192, 1, 4\]"):
+        make_plan(qwen36, recipe({"match": "re:conv1d", "format": "fp8_channel"}), "compressed-tensors")
+
+
+def test_k_4304_does_not_fit_blocks_of_32(qwen36: Checkpoint) -> None:
+    rule = {"match": "vision.linear", "format": "mxfp4"}
+    with pytest.raises(FormatError, match=r"linear_fc2\.weight: K = 4304 is not a multiple of the block size 32"):
+        make_plan(qwen36, recipe(rule))
+    plan = make_plan(qwen36, recipe({**rule, "indivisible": "keep"}))
+    kept = [i for i in plan.items if i.action == "keep" and "linear_fc2" in i.weight.name and "blocks" in i.weight.name]
+    assert len(kept) == 27 + 27 and any("K = 4304" in item.reason for item in kept)  # weights and biases
+    assert make_plan(qwen36, recipe({**rule, "format": "nvfp4"})).bits_per_weight < 16
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({"match": "lm_head", "format": "nvfp4"}, "embed_tokens.weight: keep, lm_head.weight: nvfp4"),
+        ({"match": "embedding", "format": "nvfp4"}, "embed_tokens.weight: nvfp4, lm_head.weight: keep"),
+    ],
+)
+def test_tied_embeddings_are_not_quantized_on_one_side_only(tmp_path: Path, rule: dict[str, str], told: str) -> None:
+    config = {**DENSE_CONFIG, "tie_word_embeddings": True}
+    source = write_checkpoint(tmp_path / "source", dense_tensors(tied=True), config)
+    with pytest.raises(PlanError, match=f"embeddings are tied .* but they have model.{told}"):
+        make_plan(Checkpoint.open(source), recipe(rule))
+    both = recipe({"match": ["lm_head", "embedding"], "format": "nvfp4", "search": "absmax"})
+    run(source, tmp_path / "out", both)
+    stored = read_file(tmp_path / "out")
+    assert stored["lm_head.weight_codes"].tobytes() == stored["model.embed_tokens.weight_codes"].tobytes()
+
+
+def test_one_indivisible_member_does_not_leave_its_fusion_group_in_two_formats(tmp_path: Path) -> None:
+    tensors = dense_tensors()
+    tensors["model.layers.0.self_attn.v_proj.weight"] = heavy_tailed(np.random.default_rng(0), 64, 136)
+    source = write_checkpoint(tmp_path / "source", tensors, DENSE_CONFIG)
+    with pytest.raises(PlanError, match=r"engines fuse the group model\.layers\.0\.self_attn\.qkv_proj"):
+        make_plan(Checkpoint.open(source), linear("nvfp4", indivisible="keep"))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("what", "dialect", "error", "message"),
+    [
+        ("mixfp5", None, RecipeError, "there is no recipe 'mixfp5'; nearest: mixfp4"),
+        (
+            recipe({"match": "linear", "format": "nvfp5"}),
+            None,
+            FormatError,
+            "unknown format 'nvfp5': did you mean nvfp4",
+        ),
+        (
+            recipe({"match": "linear", "format": "nvfp4", "search": "swep"}),
+            None,
+            FormatError,
+            "unknown search 'swep': did you mean sweep",
+        ),
+        ("nvfp4", "compressed-tensor", PlanError, "unknown dialect 'compressed-tensor'; known dialects: .*halfbyte"),
+        (recipe({"match": "norm", "format": "nvfp4"}), None, PlanError, "rule 1 .* which is no floating-point matrix"),
+        (recipe({"match": "linear", "keep": True}), None, PlanError, "quantizes nothing"),
+        (
+            recipe({"match": "linear", "format": "int4_g128", "search": "four_over_six"}),
+            None,
+            FormatError,
+            "four_over_six.* needs E2M1",
+        ),
+    ],
+)
+def test_unknown_and_impossible_wishes_are_refused(
+    moe: Path, what: Any, dialect: str | None, error: type[HalfbyteError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as raised:
+        make_plan(Checkpoint.open(moe), what, dialect)
+    assert "\n" not in str(raised.value)
+
+
+def test_integers_are_not_quantized(tmp_path: Path) -> None:
+    tensors = dense_tensors() | {"model.layers.0.self_attn.o_proj.weight": np.ones((128, 128), np.int32)}
+    source = write_checkpoint(tmp_path / "source", tensors, DENSE_CONFIG)
+    with pytest.raises(PlanError, match=r"o_proj\.weight \(I32 \[128, 128\]\), which is no floating-point matrix"):
+        make_plan(Checkpoint.open(source), recipe({"match": r"re:self_attn\.o_proj", "format": "nvfp4"}))
+
+
+# Sources that are quantized already
+
+
+MIXED = recipe(
+    {"match": "experts", "format": "nvfp4", "search": "absmax"},
+    {"match": "attention", "format": "fp8_channel", "search": "absmax"},
+)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_is_quantized_already_is_kept_byte_for_byte_and_stays_in_the_configuration(
+    moe: Path, tmp_path: Path, dialect: str
+) -> None:
+    run(moe, tmp_path / "first", MIXED, dialect)
+    shared_experts = recipe({"match": "shared_expert", "format": "int4_g32", "search": "absmax"})
+    run(tmp_path / "first", tmp_path / "second", shared_experts, dialect)
+    first, second = Checkpoint.open(tmp_path / "first"), Checkpoint.open(tmp_path / "second")
+    assert {n: f.name for n, f in second.formats.items() if "shared_expert" not in n} == {
+        n: f.name for n, f in first.formats.items()
+    }
+    assert {f.name for n, f in second.formats.items() if "shared_expert" in n} == {"int4_g32"}
+    before, after = read_file(tmp_path / "first"), read_file(tmp_path / "second")
+    same = [name for name in before if name in after]
+    assert len(same) == len(before) - 2 * 3 and all(before[n].tobytes() == after[n].tobytes() for n in same)
+    assert verify(tmp_path / "second", tmp_path / "first").problems == []
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("target", DIALECTS)
+def test_a_quantized_checkpoint_can_be_quantized_to_another_format(
+    moe: Path, tmp_path: Path, dialect: str, target: str
+) -> None:
+    run(moe, tmp_path / "first", linear("fp8_channel"), dialect)
+    plan = run(tmp_path / "first", tmp_path / "second", linear("nvfp4"), target)
+    result = verify(tmp_path / "second", tmp_path / "first")
+    assert result.problems == [] and result.quantized == sum(item.format is not None for item in plan.items)
+    assert verify(tmp_path / "second", moe).problems == []
+
+
+def test_keeping_quantized_weights_while_the_dialect_changes_is_refused(moe: Path, tmp_path: Path) -> None:
+    run(moe, tmp_path / "first", MIXED, "halfbyte")
+    with pytest.raises(PlanError, match="is quantized in the source and kept by the recipe, but the dialect changes"):
+        make_plan(
+            Checkpoint.open(tmp_path / "first"), recipe({"match": "experts", "format": "mxfp4"}), "compressed-tensors"
+        )
+
+
+# Time and determinism
+
+
+def test_125_000_tensors_are_planned_in_two_seconds_from_headers_alone(tmp_path: Path) -> None:
+    layers, experts = 162, 256
+    entries = [
+        (f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight", "BF16", shape)
+        for layer in range(layers)
+        for e in range(experts)
+        for part, shape in (("gate", (32, 64)), ("up", (32, 64)), ("down", (64, 32)))
+    ]
+    entries += [(f"model.layers.{layer}.mlp.gate.weight", "BF16", (experts, 64)) for layer in range(layers)]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "hidden_size": 64}))
+    layout = build_header(entries)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(layout.header)
+        file.truncate(layout.total)  # a hole: no weight is there to be read
+    times = []
+    for _ in range(3):
+        began = time.process_time()
+        plan = make_plan(Checkpoint.open(tmp_path), "nvfp4", "compressed-tensors")
+        assert len(plan.summary()["classes"]) == 3 and plan.fingerprint
+        times.append(time.process_time() - began)
+    assert len(entries) >= 124_000 and plan.tensors > 373_000
+    # generous, since test machines are slow and shared
+    assert min(times) < 2 * float(os.environ.get("HALFBYTE_SLOW_MACHINE", 3))
+
+
+def test_the_same_inputs_give_the_same_plan_and_others_another_one(moe: Path) -> None:
+    def fingerprint(what: str = "nvfp4", dialect: str = "halfbyte", limit: int = 10**9, **extra: bytes) -> str:
+        return make_plan(Checkpoint.open(moe), what, dialect, limit, extra).fingerprint
+
+    assert fingerprint() == fingerprint()
+    others = [
+        fingerprint("mixfp4"),
+        fingerprint(dialect="compressed-tensors"),
+        fingerprint(limit=100_000),
+        fingerprint(README=b"x"),
+    ]
+    assert len({fingerprint(), *others}) == 5
+
+
+def test_the_plan_of_one_spelling_of_experts_quantizes_what_the_other_does(moe: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "moe", moe_tensors(per_expert=True), MOE_CONFIG)
+    plans = [make_plan(Checkpoint.open(p), "nvfp4", "compressed-tensors") for p in (moe, other)]
+    found = [{o.name: (o.dtype, o.shape) for i in p.items if i.format for o in i.outputs} for p in plans]
+    assert found[0] == found[1]
+
+
+def test_extra_files_replace_side_files_and_are_counted(moe: Path, tmp_path: Path) -> None:
+    plan = run(moe, tmp_path / "out", linear("nvfp4"), extra_files={"README.md": b"card", "tokenizer.json": b"new"})
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"new"
+    assert (tmp_path / "out" / "README.md").read_bytes() == b"card"
+    assert sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) == plan.repository_bytes
