@@ -43,10 +43,14 @@ struct AffineEncoder {
       high = maximum(tile.x[i], high);
     }
     // levels * scale + bias must not overflow in wider groups
-    const F half = all(0.5f), end = all(0x1p127f * (1.0f - 0x1p-6f));
-    const I too_wide = (I)(high * half - low * half > end);
-    low = select(too_wide, minimum(maximum(low, -end), end), low);
-    high = select(too_wide, minimum(maximum(high, -end), end), high);
+    const F end = all(0x1p127f * (1.0f - 0x1p-6f));
+    const I wide = (I)(high * all(0.5f) - low * all(0.5f) > end);
+    for (int i = 0; i < tile.size; ++i) {
+      const F x = tile.x[i];
+      tile.y[i] = select(wide, minimum(maximum(x, -end), end), x);
+    }
+    low = select(wide, minimum(maximum(low, -end), end), low);
+    high = select(wide, minimum(maximum(high, -end), end), high);
     const F unit = unit_of(maximum(absolute(low), absolute(high)) + all(0x1p-126f));
     AffineBest best = {all(__builtin_inff()), F{}, F{}};
     for (int i = 0; i < c.ratio_count; ++i)
@@ -106,8 +110,8 @@ struct AffineEncoder {
   HB_MEMBER F error(F scale, F offset, F unit) const {
     F sum = {};
     for (int i = 0; i < tile.size; ++i) {
-      const F q = number<BIAS>(tile.x[i], scale, offset);
-      const F e = (value<BIAS>(q, scale, offset) - tile.x[i]) * unit;
+      const F q = number<BIAS>(tile.y[i], scale, offset);
+      const F e = (value<BIAS>(q, scale, offset) - tile.y[i]) * unit;
       sum += WEIGHTED ? e * e * tile.w[i] : e * e;
     }
     return sum;
@@ -126,7 +130,7 @@ struct AffineEncoder {
       I word = {};
       for (int k = per_word - 1; k >= 0; --k) {
         const F x = tile.x[i + k];
-        const F q = keep(found, number<BIAS>(x, best.scale, best.offset));
+        const F q = keep(found, number<BIAS>(tile.y[i + k], best.scale, best.offset));
         word = (word << c.bits) | to_int(q);
         if (task.stats) {
           sums.error(value<BIAS>(q, best.scale, best.offset) - x);

@@ -27,6 +27,8 @@ from halfbyte.checkpoint import (
 )
 from halfbyte.errors import CheckpointError, FormatError, OutputError, PlanError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor
+from halfbyte.kernels import ErrorStats, compare
+from halfbyte.kernels import amax as largest
 from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Plan
 from halfbyte.search import encode, get_search, tensor_scale
 from halfbyte.shards import Item, Shard
@@ -49,6 +51,7 @@ class TensorError:
     squares: float = 0.0
     max_error: float = 0.0
     table_blocks: list[int] = field(default_factory=list)
+    saturated: int = 0
 
     @property
     def relmse(self) -> float:
@@ -59,14 +62,18 @@ class TensorError:
 
     def add(self, source: NDArray[Any], tensor: QuantizedTensor) -> None:
         """Count a slice."""
-        wide = source.astype(np.float32)
-        error = tensor.decode() - wide
-        self.squared_error += float(np.einsum("i,i->", error.ravel(), error.ravel(), dtype=np.float64))
-        self.squares += float(np.einsum("i,i->", wide.ravel(), wide.ravel(), dtype=np.float64))
-        self.max_error = max(self.max_error, float(np.abs(error).max(initial=0)))
-        if isinstance(tensor.format, BlockFormat) and len(tensor.format.tables) > 1:
-            counts = np.bincount(tensor.tables.ravel(), minlength=len(tensor.format.tables))
-            self._count(counts.tolist())
+        stats = ErrorStats()
+        compare(tensor, source, stats)
+        self.count(stats)
+
+    def count(self, stats: ErrorStats) -> None:
+        """Count a slice whose error has been measured."""
+        self.squared_error += stats.squared_error
+        self.squares += stats.squares
+        self.max_error = max(self.max_error, stats.max_error)
+        self.saturated += stats.saturated
+        if len(stats.table_blocks) > 1:
+            self._count(stats.table_blocks)
 
     def merge(self, other: TensorError) -> None:
         """Add the errors of another part of the same weight."""
@@ -74,6 +81,7 @@ class TensorError:
         self.squared_error += other.squared_error
         self.squares += other.squares
         self.max_error = max(self.max_error, other.max_error)
+        self.saturated += other.saturated
         self._count(other.table_blocks)
 
     def _count(self, blocks: list[int]) -> None:
@@ -162,7 +170,7 @@ def _unit(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, rep
 def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:
     for output, offset in zip(item.outputs, item.offsets, strict=True):
         for chunk in reader.chunks(output.name, SLICE_BYTES):
-            if output.dtype in FLOATS and not np.isfinite(np.frombuffer(chunk, dtype=numpy_dtype(output.dtype))).all():
+            if output.dtype in FLOATS and not largest(np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))[1]:
                 raise _not_finite(item.weight.name)
             writer.write_at(offset, chunk)
             offset += len(chunk)
@@ -182,16 +190,20 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
         amax = np.float32(0)
         for k, item in enumerate(unit):
             for first, stop in cuts[k]:
-                array = _read(plan, reader, item, first, stop)
-                amax = np.maximum(amax, np.abs(array).max(initial=0).astype(np.float32))
+                array, found = _read(plan, reader, item, first, stop)
+                amax = np.maximum(amax, found)
                 if len(cuts[k]) == 1:
                     held[k] = array
     for k, item in enumerate(unit):
         places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
         for first, stop in cuts[k]:
-            array = held.pop(k) if k in held else _read(plan, reader, item, first, stop)
-            tensor = _encode(plan, item, array, amax)
-            errors[k].add(array, tensor)
+            if k in held:
+                array, found = held.pop(k), np.float32(0)
+            else:
+                array, found = _read(plan, reader, item, first, stop)
+            stats = ErrorStats()
+            tensor = _encode(plan, item, array, found if amax is None else amax, stats)
+            errors[k].count(stats)
             where = (first, 0) if stacked else (0, first)
             for part in plan.dialect.write(item.outputs, fmt, tensor, *where):
                 start = part.start * part.array.dtype.itemsize
@@ -200,34 +212,33 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
     return errors
 
 
-def _encode(plan: Plan, item: Item, array: NDArray[Any], amax: NDArray[np.float32] | None) -> QuantizedTensor:
+def _encode(
+    plan: Plan, item: Item, array: NDArray[Any], amax: NDArray[np.float32], stats: ErrorStats
+) -> QuantizedTensor:
     fmt = item.format
     assert fmt is not None
-    if amax is None:
-        amax = np.abs(array).max(axis=(-2, -1)).astype(np.float32)
     try:
         if not (isinstance(fmt, BlockFormat) and fmt.has_tensor_scale):
-            return encode(array, fmt, item.search, amax=amax)
+            return encode(array, fmt, item.search, amax=amax, stats=stats)
         scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two)
-        if not plan.dialect.divisor:
-            return encode(array, fmt, item.search, tensor_scale=scale)
-        divisor = np.asarray(np.float32(1) / scale)
-        tensor = encode(array, fmt, item.search, tensor_scale=np.float32(1) / divisor)
+        if plan.dialect.divisor:
+            return encode(array, fmt, item.search, divisor=np.float32(1) / scale, stats=stats)
+        return encode(array, fmt, item.search, tensor_scale=scale, stats=stats)
     except FormatError as error:
         raise CheckpointError(f"{item.weight.name}: {error}") from error
-    tensor.divisor = divisor
-    return tensor
 
 
 def _needs_amax(fmt: Format) -> bool:
     return isinstance(fmt, BlockFormat) and (fmt.has_tensor_scale or fmt.block == (-1, -1))
 
 
-def _read(plan: Plan, reader: Reader, item: Item, first: int, stop: int) -> NDArray[Any]:
+def _read(plan: Plan, reader: Reader, item: Item, first: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Part of a weight and the largest magnitude of each of its matrices."""
     array = plan.checkpoint.read(reader, item.weight, first, stop)
-    if not np.isfinite(array).all():
+    found, finite = largest(array)
+    if not finite:
         raise _not_finite(item.weight.name)
-    return array
+    return array, found
 
 
 def _cuts(item: Item, fmt: Format, members: int) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
 from halfbyte.convert import SLICE_BYTES, TensorError
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
+from halfbyte.kernels import amax
 from halfbyte.models import Weight
 from halfbyte.plan import INDEX, PROVENANCE
 from halfbyte.recipes import Decision, Recipe, resolve
@@ -178,7 +179,7 @@ def _chunks(reader: Reader, name: str) -> Iterator[memoryview]:
 
 
 def _finite(chunks: Iterable[memoryview], dtype: str) -> bool:
-    return all(np.isfinite(np.frombuffer(chunk, numpy_dtype(dtype))).all() for chunk in chunks)
+    return all(amax(np.frombuffer(chunk, numpy_dtype(dtype)))[1] for chunk in chunks)
 
 
 def _slices(weight: Weight) -> Iterator[tuple[int, int]]:

@@ -92,12 +92,12 @@ def supports(fmt: Format, search: SearchLike | None = None) -> bool:
 
 
 def amax(x: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
-    """Largest magnitude of each x[i] of x [L, N, K] (BF16, FP16, FP32), and whether all elements are finite."""
-    if _current == _REFERENCE or _native is None:
-        magnitudes = np.abs(x)
-        found = magnitudes.reshape(len(x), -1).max(axis=1).astype(np.float32)
-        return found, bool(np.isfinite(found).all())
-    out = np.empty(len(x), dtype=np.float32)
+    """Largest magnitude of each matrix of x [..., N, K], shape [...], and whether all elements are finite."""
+    lead = x.shape[:-2]
+    if _current == _REFERENCE or _native is None or x.dtype.name not in _SOURCES:
+        found = np.abs(_matrices(x)).max(axis=(1, 2), initial=0).astype(np.float32)
+        return found.reshape(lead), bool(np.isfinite(found).all())
+    out = np.empty(lead, dtype=np.float32)
     finite = _native.amax(_current, np.ascontiguousarray(x), out)
     return out, finite
 

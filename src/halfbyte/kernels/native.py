@@ -36,9 +36,10 @@ class Native:
         self.isas = tuple(name for name, number in _ISAS.items() if library.hb_has_isa(number))
 
     def amax(self, isa: str, x: NDArray[Any], out: NDArray[np.float32]) -> bool:
-        """Largest magnitude of each x[i]; False where a NaN or infinity is among them."""
+        """Largest magnitude of each matrix; False where a NaN or infinity is among them."""
+        per_matrix = x.size // max(out.size, 1)
         status = self._library.hb_amax(
-            _ISAS[isa], x.ctypes.data, _TYPES[x.dtype.name], len(out), x.size // max(len(out), 1), out.ctypes.data
+            _ISAS[isa], x.ctypes.data, _TYPES[x.dtype.name], out.size, per_matrix, out.ctypes.data
         )
         return bool(status == 0)
 

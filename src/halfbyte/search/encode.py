@@ -56,8 +56,7 @@ def encode(
     flat = array.reshape((-1, *array.shape[-2:]) if array.ndim > 1 else (1, 1, -1))
     weights = _importance(importance, array.shape)
     out = _empty(fmt, array.shape)
-    lead = array.shape[:-2]
-    _set_scales(out, how, array, flat, lead, tensor_scale, divisor, amax, power_of_two)
+    _set_scales(out, how, array, tensor_scale, divisor, amax, power_of_two)
     if kernels.supports(fmt, how):
         finite = kernels.encode_into(
             flat, fmt, how, out.codes, out.scales, out.offsets, out.tensor_scale, out.divisor, weights, stats
@@ -81,22 +80,20 @@ def _set_scales(
     out: QuantizedTensor,
     search: Search,
     array: NDArray[Any],
-    flat: NDArray[Any],
-    lead: tuple[int, ...],
     tensor_scale: ArrayLike | None,
     divisor: ArrayLike | None,
     amax: ArrayLike | None,
     power_of_two: bool,
 ) -> None:
     """Fill in what the kernels must know beforehand: tensor scales, or the scale of a whole tensor."""
-    fmt = out.format
+    fmt, lead = out.format, array.shape[:-2]
     tensor_wide = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale
     if not tensor_wide and (tensor_scale is not None or divisor is not None):
         raise FormatError(f"{fmt.name} has no tensor scale; leave the arguments tensor_scale and divisor out")
     if not isinstance(fmt, BlockFormat) or not (tensor_wide or fmt.block == (-1, -1)):
         return
     if tensor_scale is None and divisor is None:
-        largest = _per_matrix(amax, lead, "amax") if amax is not None else _amax(array, flat).reshape(lead)
+        largest = _per_matrix(amax, lead, "amax") if amax is not None else _amax(array)
     if fmt.block == (-1, -1):
         # always absmax, since a search over FP8 scales gains nothing
         top = np.float32(fmt.tables[0].top)
@@ -119,8 +116,8 @@ def _set_scales(
     out.tensor_scale[...] = scale
 
 
-def _amax(array: NDArray[Any], flat: NDArray[Any]) -> Floats:
-    largest, finite = kernels.amax(flat)
+def _amax(array: NDArray[Any]) -> Floats:
+    largest, finite = kernels.amax(array)
     _check_finite(finite, array)
     return largest
 
