@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo, itemsize
 from halfbyte.checkpoint.files import collector_paused
-from halfbyte.dialects import Dialect, OutputTensor, UnequalScales, list_dialects
+from halfbyte.dialects import Dialect, OutputTensor, UnequalScalesError, list_dialects
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.models import Family, Piece, Weight, family_for
@@ -102,7 +102,7 @@ class Checkpoint:
             return read_dense(reader, weight, first, stop)
         try:
             return self.read_quantized(reader, weight, first, stop).decode()
-        except UnequalScales:
+        except UnequalScalesError:
             return self._read_projections(reader, weight, first, weight.shape[0] if stop is None else stop)
 
     def read_quantized(
@@ -110,7 +110,7 @@ class Checkpoint:
     ) -> QuantizedTensor:
         """Leading indices first..stop of a quantized stack, or rows (whole blocks of them) of a quantized matrix.
 
-        UnequalScales where the projections of a stack have a tensor scale each; ``read`` gives their values.
+        UnequalScalesError where the projections of a stack have a tensor scale each; ``read`` gives their values.
         """
         return self._assemble(reader, weight, self.stored(weight), first, stop)
 

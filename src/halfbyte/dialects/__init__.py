@@ -4,7 +4,7 @@ from halfbyte.dialects import compressed_tensors, fp8, gpt_oss, halfbyte, modelo
 from halfbyte.dialects.base import (
     Dialect,
     OutputTensor,
-    UnequalScales,
+    UnequalScalesError,
     Written,
     get_dialect,
     list_dialects,
@@ -14,7 +14,7 @@ from halfbyte.dialects.base import (
 __all__ = [
     "Dialect",
     "OutputTensor",
-    "UnequalScales",
+    "UnequalScalesError",
     "Written",
     "compressed_tensors",
     "fp8",

@@ -17,7 +17,7 @@ from halfbyte.models import Weight
 Array = NDArray[Any]
 
 
-class UnequalScales(CheckpointError):
+class UnequalScalesError(CheckpointError):
     """Projections that one weight holds have different scales, where the weight has room for one."""
 
 
@@ -145,7 +145,7 @@ class Dialect(ABC):
     ) -> QuantizedTensor:
         """Leading indices (or rows) first..stop of a weight; ``read(output, first, stop)`` gives stored arrays.
 
-        Rows must begin and end at blocks. UnequalScales where fused projections have a scale each.
+        Rows must begin and end at blocks. UnequalScalesError where fused projections have a scale each.
         """
         shape = (stop - first, *weight.shape[1:])
         arrays: dict[str, Array] = {}
@@ -169,7 +169,7 @@ class Dialect(ABC):
             if not output.rows_per_row:
                 content = stored.tobytes()
                 if shared.setdefault((output.part, output.expert), content) != content:
-                    raise UnequalScales(f"{output.name} differs from the scale of the projection it is fused with")
+                    raise UnequalScalesError(f"{output.name} differs from the scale of the projection it is fused with")
         tensor = QuantizedTensor(fmt, shape, **arrays)
         if self.divisor and tensor.tensor_scale is not None:
             tensor.divisor = tensor.tensor_scale
