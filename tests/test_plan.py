@@ -8,6 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from halfbyte.checkpoint import Inventory, build_header
+from halfbyte.dialects.compressed_tensors import modules
+from halfbyte.errors import FormatError, HalfbyteError, PlanError, RecipeError
+from halfbyte.plan import Plan, make_plan
+from halfbyte.recipes import list_recipes, load_recipe, parse_recipe
+from halfbyte.verify import verify
+from halfbyte.view import Checkpoint
 from small_models import (
     DENSE_CONFIG,
     MOE_CONFIG,
@@ -20,13 +28,6 @@ from small_models import (
     run,
     write_checkpoint,
 )
-
-from halfbyte.checkpoint import Inventory, build_header
-from halfbyte.dialects.compressed_tensors import modules
-from halfbyte.errors import FormatError, HalfbyteError, PlanError, RecipeError
-from halfbyte.plan import Plan, make_plan
-from halfbyte.verify import verify
-from halfbyte.view import Checkpoint
 
 DIALECTS = ["halfbyte", "compressed-tensors"]
 
@@ -253,6 +254,17 @@ def test_keeping_quantized_weights_while_the_dialect_changes_is_refused(moe: Pat
         make_plan(
             Checkpoint.open(tmp_path / "first"), recipe({"match": "experts", "format": "mxfp4"}), "compressed-tensors"
         )
+
+
+@pytest.mark.parametrize("name", list(list_recipes()))
+def test_every_recipe_survives_its_way_through_the_provenance_file(moe: Path, name: str) -> None:
+    rule = {"match": "lm_head", "format": "nvfp4"}
+    wanted = load_recipe(name)
+    suited = wanted.model_copy(
+        update={"rules": tuple(r.model_copy(update={"optional": True}) for r in wanted.rules) + recipe(rule).rules}
+    )
+    told = json.loads(make_plan(Checkpoint.open(moe), suited, "halfbyte").provenance)["recipe"]
+    assert parse_recipe(json.dumps(told), "provenance").model_dump() == suited.model_dump()
 
 
 # Time and determinism

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from small_models import MOE_CONFIG, linear, moe_tensors, recipe, run, write_checkpoint
 
 from halfbyte.checkpoint import Inventory
 from halfbyte.plan import make_plan
 from halfbyte.view import Checkpoint
+from small_models import MOE_CONFIG, linear, moe_tensors, recipe, run, write_checkpoint
 
 RECIPE = recipe(
     {"match": "experts", "format": "nvfp4", "search": "absmax", "reason": "where the bytes are"},

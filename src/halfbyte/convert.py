@@ -235,6 +235,9 @@ def _needs_amax(fmt: Format) -> bool:
 def _read(plan: Plan, reader: Reader, item: Item, first: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Part of a weight and the largest magnitude of each of its matrices."""
     array = plan.checkpoint.read(reader, item.weight, first, stop)
+    if array.dtype.itemsize > 4:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
     found, finite = largest(array)
     if not finite:
         raise _not_finite(item.weight.name)
@@ -258,7 +261,9 @@ def _source_bytes(item: Item) -> int:
 
 
 def _not_finite(name: str) -> CheckpointError:
-    return CheckpointError(f"{name} holds a NaN or an infinity; repair the source, or drop the tensor by a rule")
+    return CheckpointError(
+        f"{name} holds a NaN, an infinity or a value beyond FP32; repair the source, or drop the tensor by a rule"
+    )
 
 
 def _check_disk(plan: Plan, out: Path, todo: Sequence[Shard]) -> None:

@@ -148,7 +148,7 @@ def make_plan(
             "fingerprint": inventory.fingerprint,
         },
         "dialect": dialect.name,
-        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "recipe": _recipe(recipe),
     }
     notes = [checkpoint.family.note] if checkpoint.family.note else []
     if inventory.ignored_files:
@@ -168,6 +168,16 @@ def make_plan(
         extra_files or {},
         notes + dialect.notes(quantized),
     )
+
+
+def _recipe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe that can be parsed again, with the defaults of this release spelled out."""
+    told = recipe.model_dump(mode="json", exclude_none=True)
+    for rule in told["rules"]:
+        if "format" not in rule:
+            for key in ("search", "tensor_scale", "indivisible"):
+                del rule[key]
+    return told
 
 
 def _upright(weight: Weight) -> Weight:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from halfbyte.checkpoint import Layout, build_header, nbytes
 from halfbyte.dialects import OutputTensor
@@ -14,6 +15,8 @@ from halfbyte.models import Weight
 
 # a header entry without its name: dtype, shape and offsets take fewer bytes than this
 _ENTRY_BYTES = 128
+# a stack of experts has hundreds of tensors of a few kinds
+_nbytes = cache(nbytes)
 
 
 @dataclass(slots=True)
@@ -37,7 +40,7 @@ class Item:
 
     def __post_init__(self) -> None:
         """Count the bytes of the output tensors once."""
-        self.nbytes = sum([nbytes(o.dtype, o.shape) for o in self.outputs])
+        self.nbytes = sum([_nbytes(o.dtype, o.shape) for o in self.outputs])
 
     @property
     def indices(self) -> range:

@@ -19,7 +19,7 @@ from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
 from halfbyte.models import Weight
 from halfbyte.plan import INDEX, PROVENANCE
-from halfbyte.recipes import Decision, Recipe, resolve
+from halfbyte.recipes import Decision, parse_recipe, resolve
 from halfbyte.search.blocks import to_blocks
 from halfbyte.view import FLOATS, Checkpoint
 
@@ -69,9 +69,7 @@ def verify(
     source = Checkpoint(Inventory.open(against, revision))
     result.problems += _files(folder, ours.inventory, source.inventory)
     if ours.dialect is None:
-        result.problems.append(
-            "config.json has no quantization_config, so engines would take packed tensors for weights"
-        )
+        result.problems.append("config.json has no quantization_config, so engines would misread the packed tensors")
         return result
     decisions = _decisions(folder, source)
     found = {weight.name: weight for weight in ours.weights}
@@ -231,7 +229,7 @@ def _decisions(folder: Path, source: Checkpoint) -> dict[str, Decision]:
     if not path.is_file():
         return {}
     try:
-        recipe = Recipe.model_validate_json(json.dumps(json.loads(path.read_bytes())["recipe"]))
+        recipe = parse_recipe(json.dumps(json.loads(path.read_bytes())["recipe"]), "its recipe")
         decisions = resolve(recipe, source.weights)
     except (ValueError, KeyError, TypeError, HalfbyteError) as error:
         raise VerifyError(f"{path} cannot be used with this source ({error}); is it the right source?") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo, itemsize
 from halfbyte.checkpoint.files import collector_paused
-from halfbyte.dialects import Dialect, OutputTensor, list_dialects
+from halfbyte.dialects import Dialect, OutputTensor, UnequalScalesError, list_dialects
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.models import Family, Piece, Weight, family_for
@@ -98,25 +98,48 @@ class Checkpoint:
 
         For a weight of two or fewer dimensions first..stop are rows; of a quantized one, whole blocks of rows.
         """
-        if weight.name in self.formats:
+        if weight.name not in self.formats:
+            return read_dense(reader, weight, first, stop)
+        try:
             return self.read_quantized(reader, weight, first, stop).decode()
-        return read_dense(reader, weight, first, stop)
+        except UnequalScalesError:
+            return self._read_projections(reader, weight, first, weight.shape[0] if stop is None else stop)
 
     def read_quantized(
         self, reader: Reader, weight: Weight, first: int = 0, stop: int | None = None
     ) -> QuantizedTensor:
-        """Leading indices first..stop of a quantized stack, or rows (whole blocks of them) of a quantized matrix."""
+        """Leading indices first..stop of a quantized stack, or rows (whole blocks of them) of a quantized matrix.
+
+        UnequalScalesError where the projections of a stack have a tensor scale each; ``read`` gives their values.
+        """
+        return self._assemble(reader, weight, self.stored(weight), first, stop)
+
+    def _assemble(
+        self, reader: Reader, weight: Weight, stored: Sequence[OutputTensor], first: int, stop: int | None
+    ) -> QuantizedTensor:
         assert self.dialect is not None
         stacked = len(weight.shape) > 2
 
         def fetch(output: OutputTensor, begin: int, until: int) -> Array:
             per = 1 if stacked else output.rows_per_row
-            if output.expert is not None or not per:
+            if output.expert is not None or not per or not output.shape:
                 return reader.read(output.name)
             return reader.read(output.name, begin // per, -(-until // per))
 
         end = weight.shape[0] if stop is None else stop
-        return self.dialect.assemble(weight, self.formats[weight.name], self.stored(weight), fetch, first, end)
+        return self.dialect.assemble(weight, self.formats[weight.name], stored, fetch, first, end)
+
+    def _read_projections(self, reader: Reader, weight: Weight, first: int, stop: int) -> Array:
+        """Experts first..stop in FP32, each of their projections decoded by itself."""
+        stored, count = self.stored(weight), len(weight.row_parts)
+        each = len(stored) // (weight.shape[0] * count)
+        values = np.empty((stop - first, *weight.shape[1:]), dtype=np.float32)
+        for i, (_, begin, until) in enumerate(weight.row_parts):
+            part = replace(weight, shape=(weight.shape[0], until - begin, weight.shape[2]), row_parts=())
+            mine = [o._replace(rows=None) for k, o in enumerate(stored) if k // each % count == i]
+            rows = slice(i, None, count) if weight.interleaved else slice(begin, until)
+            values[:, rows] = self._assemble(reader, part, mine, first, stop).decode()
+        return values
 
 
 def _agree(info: TensorInfo, output: OutputTensor) -> bool:

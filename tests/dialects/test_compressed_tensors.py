@@ -249,12 +249,20 @@ def damaged(folder: Path, out: Path, change: dict[str, Any], drop: str = "") -> 
     return out
 
 
-def test_different_scales_of_gate_and_up_are_an_error_and_not_a_guess(moe: Path, tmp_path: Path) -> None:
+def test_gate_and_up_with_different_scales_are_decoded_each_by_its_own(moe: Path, tmp_path: Path) -> None:
     run(moe, tmp_path / "out", linear("nvfp4"), "compressed-tensors")
-    scale = f"{EXPERT}.up_proj.weight_global_scale"
-    bad = damaged(tmp_path / "out", tmp_path / "bad", {scale: np.array([1234.5], np.float32)})
-    with pytest.raises(CheckpointError, match=r"2\.up_proj\.weight_global_scale differs"):
-        read_all(bad)
+    name = f"{EXPERT}.up_proj.weight_global_scale"
+    half = read_file(tmp_path / "out")[name] / 2
+    other = damaged(tmp_path / "out", tmp_path / "other", {name: half})
+    stack = f"{EXPERT.removesuffix('.2')}.gate_up_proj"
+    before, after = (read_all(folder)[stack] for folder in (tmp_path / "out", other))
+    assert np.array_equal(after[2, 128:], 2 * before[2, 128:])
+    before[2, 128:] = after[2, 128:]
+    assert np.array_equal(after, before)
+    checkpoint = Checkpoint.open(other)
+    weight = next(w for w in checkpoint.weights if w.name == stack)
+    with Reader(checkpoint.inventory) as reader, pytest.raises(CheckpointError, match=r"2\.up_proj\.\w+ differs"):
+        checkpoint.read_quantized(reader, weight)
 
 
 def test_a_module_without_its_scale_is_an_error(moe: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Real weights and an edge matrix, encoded by seven libraries: what they stored decodes to what they recorded.
 
-Our encoders give the same bytes where a rule is the same; each exception says why.
+Our encoders give the same bytes where a rule is the same; each exception says why. torchao's fourth rule, ceil of
+log2(amax) whatever the grid, is only read: no engine writes it.
 """
 
 from __future__ import annotations

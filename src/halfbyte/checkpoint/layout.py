@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 
 from halfbyte.checkpoint.dtypes import nbytes
 from halfbyte.checkpoint.files import collector_paused
@@ -35,24 +36,26 @@ def build_header(
     order; entries by falling element size keep each tensor aligned. OutputError on a duplicate or an
     impossible entry.
     """
-    table: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
+    table = [f'{{"__metadata__":{_json({"format": "pt"} if metadata is None else dict(metadata))}']
+    seen = {"__metadata__"}
+    # a checkpoint of 200,000 tensors has a dozen kinds of them: their size and spelling are found once
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}
     starts: list[int] = []
     end = 0
     for name, dtype, shape in entries:
-        if name in table:
+        if name in seen:
             raise OutputError(f"the output would hold the name {name} twice in one file")
-        sizes = [int(size) for size in shape]
-        if any(size < 0 for size in sizes):
-            raise OutputError(f"output tensor {name} has the impossible shape {sizes}")
-        try:
-            size = nbytes(dtype, sizes)
-        except CheckpointError as error:
-            raise OutputError(f"output tensor {name} cannot be written: {error}") from error
+        seen.add(name)
+        key = (dtype, tuple(shape))
+        kind = kinds.get(key)
+        if kind is None:
+            kind = kinds[key] = _kind(name, dtype, [int(size) for size in shape])
+        size, spelled = kind
         starts.append(end)
-        table[name] = {"dtype": dtype, "shape": sizes, "data_offsets": [end, end + size]}
+        table.append(f'{encode_basestring(name)}:{spelled}"data_offsets":[{end},{end + size}]}}')
         end += size
     try:
-        text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+        text = (",".join(table) + "}").encode()
     except UnicodeEncodeError as error:
         raise OutputError("the output holds a tensor name or metadata that is not valid Unicode") from error
     text += b" " * (-len(text) % 8)
@@ -63,3 +66,17 @@ def build_header(
         )
     header = len(text).to_bytes(8, "little") + text
     return Layout(header, [len(header) + start for start in starts], len(header) + end)
+
+
+def _kind(name: str, dtype: str, shape: list[int]) -> tuple[int, str]:
+    """Bytes of a tensor, and the beginning of its entry."""
+    if any(size < 0 for size in shape):
+        raise OutputError(f"output tensor {name} has the impossible shape {shape}")
+    try:
+        size = nbytes(dtype, shape)
+    except CheckpointError as error:
+        raise OutputError(f"output tensor {name} cannot be written: {error}") from error
+    return size, f'{{"dtype":{_json(dtype)},"shape":{_json(shape)},'
+
+
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

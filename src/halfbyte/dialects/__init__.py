@@ -1,11 +1,20 @@
 """Dialects: one file per engine's spelling of quantized tensors."""
 
-from halfbyte.dialects import compressed_tensors, fp8, gpt_oss, halfbyte
-from halfbyte.dialects.base import Dialect, OutputTensor, Written, get_dialect, list_dialects, register_dialect
+from halfbyte.dialects import compressed_tensors, fp8, gpt_oss, halfbyte, modelopt
+from halfbyte.dialects.base import (
+    Dialect,
+    OutputTensor,
+    UnequalScalesError,
+    Written,
+    get_dialect,
+    list_dialects,
+    register_dialect,
+)
 
 __all__ = [
     "Dialect",
     "OutputTensor",
+    "UnequalScalesError",
     "Written",
     "compressed_tensors",
     "fp8",
@@ -13,5 +22,6 @@ __all__ = [
     "gpt_oss",
     "halfbyte",
     "list_dialects",
+    "modelopt",
     "register_dialect",
 ]

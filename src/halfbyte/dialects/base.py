@@ -17,6 +17,10 @@ from halfbyte.models import Weight
 Array = NDArray[Any]
 
 
+class UnequalScalesError(CheckpointError):
+    """Projections that one weight holds have different scales, where the weight has room for one."""
+
+
 class OutputTensor(NamedTuple):
     """One tensor of the output, and which part of which region of a weight it holds.
 
@@ -48,12 +52,16 @@ class Written(NamedTuple):
 class Dialect(ABC):
     """Names, packing and configuration of one engine family.
 
-    ``divisor``: tensor scales are stored as reciprocals, and the stored number is the exact one.
+    ``divisor``: tensor scales are stored as reciprocals, and the stored number is the exact one. ``files``: the
+    files beside the weights that only this dialect's readers look at. ``input_scales``: endings of the names of
+    tensors that hold calibrated scales of activations, not of weights.
     """
 
     name: str
     about: str
     divisor: bool = False
+    files: tuple[str, ...] = ()
+    input_scales: tuple[str, ...] = ()
 
     @abstractmethod
     def problem(self, weight: Weight, fmt: Format) -> str | None:
@@ -78,6 +86,10 @@ class Dialect(ABC):
     @abstractmethod
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """The ``quantization_config`` of the output's config.json."""
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, bytes]:
+        """Further files for a ``quantization_config`` that ``config`` made, name -> content."""
+        return {}
 
     def notes(self, quantized: Sequence[tuple[Weight, Format]]) -> list[str]:
         """What a user should know about this output before writing it."""
@@ -133,7 +145,7 @@ class Dialect(ABC):
     ) -> QuantizedTensor:
         """Leading indices (or rows) first..stop of a weight; ``read(output, first, stop)`` gives stored arrays.
 
-        Rows must begin and end at blocks. CheckpointError where stored arrays contradict each other.
+        Rows must begin and end at blocks. UnequalScalesError where fused projections have a scale each.
         """
         shape = (stop - first, *weight.shape[1:])
         arrays: dict[str, Array] = {}
@@ -157,7 +169,7 @@ class Dialect(ABC):
             if not output.rows_per_row:
                 content = stored.tobytes()
                 if shared.setdefault((output.part, output.expert), content) != content:
-                    raise CheckpointError(f"{output.name} differs from the scale of the projection it is fused with")
+                    raise UnequalScalesError(f"{output.name} differs from the scale of the projection it is fused with")
         tensor = QuantizedTensor(fmt, shape, **arrays)
         if self.divisor and tensor.tensor_scale is not None:
             tensor.divisor = tensor.tensor_scale

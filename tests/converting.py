@@ -1,0 +1,49 @@
+"""Run as a program: converts a checkpoint, and can kill itself (SIGKILL) at a given system call.
+
+Usage: converting.py SOURCE OUT DIALECT SHARD_BYTES WORKERS KILL_AT; KILL_AT counts calls that write, sync or
+rename (0: never), and the number of calls is printed at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from halfbyte.convert import convert
+from halfbyte.plan import make_plan
+from halfbyte.view import Checkpoint
+from small_models import linear
+
+COUNTED = ("pwrite", "write", "fsync", "replace", "link", "unlink", "rmdir")
+
+
+def main() -> None:
+    source, out, dialect, shard_bytes, workers, kill_at = sys.argv[1:]
+    calls = 0
+    lock = threading.Lock()
+
+    def counted(call: Any) -> Any:
+        def wrapped(*args: Any, **more: Any) -> Any:
+            nonlocal calls
+            with lock:
+                calls += 1
+                if calls == int(kill_at):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **more)
+
+        return wrapped
+
+    for name in COUNTED:
+        setattr(os, name, counted(getattr(os, name)))
+    plan = make_plan(Checkpoint.open(source), linear("nvfp4"), dialect, int(shard_bytes))
+    convert(plan, out, workers=int(workers))
+    print(calls)
+
+
+if __name__ == "__main__":
+    main()
