@@ -127,6 +127,9 @@ class Checkpoint:
             return reader.read(output.name, begin // per, -(-until // per))
 
         end = weight.shape[0] if stop is None else stop
+        if stacked and stored[0].expert is not None:
+            each = len(stored) // weight.shape[0]
+            stored = stored[first * each : end * each]
         return self.dialect.assemble(weight, self.formats[weight.name], stored, fetch, first, end)
 
     def _read_projections(self, reader: Reader, weight: Weight, first: int, stop: int) -> Array:

@@ -76,6 +76,14 @@ def test_reader_that_goes_away_is_no_error() -> None:
     assert child.wait() == 141
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written_is_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*HALFBYTE, "recipes"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "halfbyte: No space left on device\n"
+
+
 def test_names_from_files_cannot_steer_the_terminal(tmp_path: Path, run_text: Callable[..., str]) -> None:
     path = tmp_path / "inventory.json"
     path.write_text(r'{"tensors": {"a": ["BF16", [4]]}, "config": {"architectures": ["\u001b[31mred"]}}')

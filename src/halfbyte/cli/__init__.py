@@ -101,12 +101,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume = getattr(args, "resume", "").format_map(vars(args))
         return _fail(f"interrupted{resume}", INTERRUPTED)
     except BrokenPipeError:
-        # the reader has gone; without this, Python complains once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return BROKEN_PIPE
     except OSError as error:
+        _forget_output()
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", BAD_INPUT)
+
+
+def _forget_output() -> None:
+    """What could not be printed: without this, Python tries once more at exit and complains."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:
