@@ -31,7 +31,7 @@ struct AffineEncoder {
           one_tile<false>(lead, first, lanes);
       }
     stats.finish();
-    return any((I)(worst >= 0x7f800000)) ? 1 : 0;
+    return has_no_number(worst, task.type) ? 1 : 0;
   }
 
   template <bool BIAS>

@@ -8,6 +8,7 @@ namespace {
 // What is done with decoded values: `count` of them (at most W) at element `at`, and the range of their block.
 struct Range {
   F low, high;
+  Range(F a, F b) : low(minimum(a, b)), high(maximum(a, b)) {}
 };
 
 struct ToFloats {
@@ -123,13 +124,18 @@ struct Decoder {
     const uint8_t* scale = (const uint8_t*)task.scales;
     int64_t at = 0;
     for (int64_t lead = 0; lead < task.lead; ++lead) {
-      for (int i = 0; i <= mask; ++i) values[i] = with_tensor_scale(scale_value(c.scale_kind, all(i))[0], lead);
+      for (int i = 0; i <= mask; ++i) {
+        // where bit 7 of an E4M3 scale is no selector, it is a sign
+        const bool negative = c.scale_kind == HB_SCALE_E4M3 && i > 127;
+        const float scale_of = scale_value(c.scale_kind, all(negative ? i - 128 : i))[0];
+        values[i] = with_tensor_scale(negative ? -scale_of : scale_of, lead);
+      }
       for (int64_t b = 0; b < per_matrix; ++b) {
         const int byte = *scale++;
         const int selector = c.table_count > 1 ? (byte >> c.scale_bits) & 3 : 0;
         const hb_table& t = c.tables[selector];
         const F s = all(values[byte & mask]);
-        const Range range = {all(t.lowest) * s, all(t.highest) * s};
+        const Range range(all(t.lowest) * s, all(t.highest) * s);
         if (blocks) ++blocks[selector];
         for (int i = 0; i < c.columns; i += W, at += W)
           sink(at, table_values(t, c.bits, load_codes(task.codes, c.bits, at, W)) * s, W, range);
@@ -158,7 +164,7 @@ struct Decoder {
       memcpy(&stored, (const char*)task.scales + block * scale_bytes(c), (size_t)scale_bytes(c));
       const F s = all(with_tensor_scale(scale_value(c.scale_kind, all(stored))[0], lead));
       const hb_table& t = c.tables[0];
-      const Range range = {all(t.lowest) * s, all(t.highest) * s};
+      const Range range(all(t.lowest) * s, all(t.highest) * s);
       for (int64_t i = 0; i < count; i += W)
         sink(begin + i, table_values(t, c.bits, load_codes(task.codes, c.bits, begin + i, count - i)) * s, count - i,
              range);
@@ -170,11 +176,11 @@ struct Decoder {
     const uint16_t *scales = (const uint16_t*)task.scales, *biases = (const uint16_t*)task.offsets;
     const uint8_t* zeros = (const uint8_t*)task.offsets;
     segments([&](int64_t, int64_t begin, int64_t count, int64_t block) {
-      const F s = floats(all((int32_t)((uint32_t)scales[block] << 16)));
-      const F o = BIAS ? floats(all((int32_t)((uint32_t)biases[block] << 16))) : all((float)zeros[block]);
+      const F s = floats(all((int32_t)((uint32_t)load<uint16_t>(scales + block) << 16)));
+      const F o = BIAS ? floats(all((int32_t)((uint32_t)load<uint16_t>(biases + block) << 16))) : all((float)zeros[block]);
       const F most = all((float)c.levels);
       const F first = BIAS ? o : -o * s, last = BIAS ? most * s + o : (most - o) * s;
-      const Range range = {minimum(first, last), maximum(first, last)};
+      const Range range(first, last);
       for (int64_t i = 0; i < count; i += W) {
         const F q = to_float(load_codes(task.codes, c.bits, begin + i, W));
         sink(begin + i, BIAS ? q * s + o : (q - o) * s, W, range);
@@ -186,7 +192,7 @@ struct Decoder {
     const uint32_t* words = (const uint32_t*)task.scales;
     const I lane = lane_numbers();
     segments([&](int64_t, int64_t begin, int64_t, int64_t block) {
-      const int32_t word = (int32_t)words[block];
+      const int32_t word = (int32_t)load<uint32_t>(words + block);
       const F step = scale_value(HB_SCALE_E6M2, all(word & 255));
       for (int i = 0; i < 64; i += W) {
         const I code = load_codes(task.codes, 4, begin + i, W);
@@ -194,7 +200,7 @@ struct Decoder {
         const F value = floats(bits(quarters) | ((code & 8) << 28));
         const I e8 = ((I{} + word) >> (8 + ((i + lane) >> 3))) & 1, e16 = ((I{} + word) >> (16 + ((i + lane) >> 2))) & 1;
         const F scale = step * floats((127 + e8 + e16) << 23), top = all(1.75f) * scale;
-        sink(begin + i, value * scale, W, Range{-top, top});
+        sink(begin + i, value * scale, W, Range(-top, top));
       }
     });
   }

@@ -93,7 +93,7 @@ struct BlockEncoder {
       }
     }
     stats.finish();
-    return any((I)(worst >= 0x7f800000)) ? 1 : 0;
+    return has_no_number(worst, task.type) ? 1 : 0;
   }
 
   HB_MEMBER void one_tile(int64_t lead, int64_t first, int lanes, float tensor_scale, float factor,
@@ -131,7 +131,7 @@ struct BlockEncoder {
                        const Best& best) {
     I words[LARGEST_BLOCK / 4];
     Sums sums;
-    const int32_t zero = c.tables[0].zero_code * (c.bits == 4 ? 0x11111111 : 0x01010101);
+    const int32_t zero = (int32_t)((uint32_t)c.tables[0].zero_code * (c.bits == 4 ? 0x11111111u : 0x01010101u));
     for (int i = 0; i < tile.size * c.bits / 32; ++i) words[i] = all(zero);
     F scale = select(live, best.scale, scale_value(c.scale_kind, stored));
     if (task.stats) {

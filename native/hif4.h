@@ -36,7 +36,7 @@ struct HiF4Encoder {
         one_tile(lead, first, rest < W ? (int)rest : W);
       }
     stats.finish();
-    return any((I)(worst >= 0x7f800000)) ? 1 : 0;
+    return has_no_number(worst, task.type) ? 1 : 0;
   }
 
   void one_tile(int64_t lead, int64_t first, int lanes) {

@@ -34,7 +34,10 @@ int amax(const void* x, int type, int64_t lead, int64_t count, float* out) {
         }
       for (int j = 0; j < 4; ++j)
         for (int l = 0; l < 2 * W; ++l) most = m[j][l] > most ? m[j][l] : most;
-      for (; k < count; ++k) most = (p[k] & 0x7fff) > most ? p[k] & 0x7fff : most;
+      for (; k < count; ++k) {
+        const int32_t v = load<uint16_t>(p + k) & 0x7fff;
+        most = v > most ? v : most;
+      }
       bad |= most >= (type == HB_BF16 ? 0x7f80 : 0x7c00);
       out[i] = (type == HB_BF16 ? floats(all(most << 16)) : widen_half(all(most)))[0];
     }

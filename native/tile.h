@@ -82,13 +82,18 @@ HB_INLINE void gather_words(At at, I* words) {
 #endif
 }
 
-// FP16 in the low 16 bits of each lane to FP32; exact, subnormals included.
+// FP16 in the low 16 bits of each lane to FP32; exact, subnormals included. Infinity becomes 65536.
 HB_INLINE F widen_half(I h) {
   const F magnitude = floats((h & 0x7fff) << 13) * all(0x1p112f);
   return floats(bits(magnitude) | ((h & 0x8000) << 16));
 }
 
-// `count` elements (a multiple of 16) of W rows that lie `stride` elements apart.
+// Whether magnitudes (as bits) of elements of a type are among them that stand for NaN or infinity.
+HB_INLINE bool has_no_number(I magnitudes, int type) {
+  return any((I)(magnitudes >= (type == HB_FP16 ? 0x47800000 : 0x7f800000)));
+}
+
+// `count` elements (a multiple of 16) of W rows; at(l) points to the row of lane l.
 template <class At>
 HB_INLINE void load_floats(At at, int count, F* out) {
   for (int i = 0; i < count; i += 8) {

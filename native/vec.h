@@ -43,7 +43,7 @@ template <class V>
 HB_INLINE void store(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
-HB_INLINE F all(float v) { return F{} + v; }
+HB_INLINE F all(float v) { return v - F{}; }  // minus: a negative zero stays one
 HB_INLINE I all(int32_t v) { return I{} + v; }
 HB_INLINE I bits(F v) { return (I)v; }
 HB_INLINE F floats(I v) { return (F)v; }

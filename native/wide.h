@@ -41,7 +41,7 @@ struct WideEncoder {
         }
     }
     stats.finish();
-    return any((I)(worst >= 0x7f800000)) ? 1 : 0;
+    return has_no_number(worst, task.type) ? 1 : 0;
   }
 
   HB_MEMBER F y_of(const Region& g, F x) const { return task.tensor_scale ? x * all(g.factor) : x; }

@@ -53,8 +53,10 @@ def table_count(tensor: QuantizedTensor) -> int:
 def reference_stats(tensor: QuantizedTensor, source: NDArray[Any]) -> ErrorStats:
     """The statistics by NumPy, in FP64."""
     wide = source.astype(np.float32)
-    error = (tensor.format.decode(tensor) - wide).astype(np.float64)
-    low, high = _range(tensor)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = (tensor.format.decode(tensor) - wide).astype(np.float64)
+        ends = _range(tensor)
+    low, high = np.minimum(*ends), np.maximum(*ends)
     return ErrorStats(
         wide.size,
         float(np.sum(error * error)),
@@ -66,14 +68,14 @@ def reference_stats(tensor: QuantizedTensor, source: NDArray[Any]) -> ErrorStats
 
 
 def _range(tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Lowest and highest value that each element's block can stand for, in the tensor's shape."""
+    """The values at both ends of each element's block, in the tensor's shape."""
     fmt = tensor.format
     if isinstance(fmt, BlockFormat):
         scales, chosen = fmt.decode_scales(tensor)
         used = [np.delete(t.array, list(t.unused)) for t in fmt.tables]
         ends = np.array([[u.min() for u in used], [u.max() for u in used]], dtype=np.float32)
-        low, high = (ends[:, 0].reshape(2, *(1,) * scales.ndim) if chosen is None else ends[:, chosen]) * scales
-        return fmt.spread(low, tensor.shape), fmt.spread(high, tensor.shape)
+        first, last = (ends[:, 0].reshape(2, *(1,) * scales.ndim) if chosen is None else ends[:, chosen]) * scales
+        return fmt.spread(first, tensor.shape), fmt.spread(last, tensor.shape)
     if isinstance(fmt, HiF4Format):
         step = E6M2.to_value(tensor.scales & np.uint32(255))[..., None]
         top = np.repeat(np.float32(1.75) * (step * micro_scales(tensor.scales)), 4, axis=-1).reshape(tensor.shape)
@@ -81,6 +83,5 @@ def _range(tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.flo
     assert isinstance(fmt, AffineFormat) and tensor.offsets is not None
     s, o = tensor.scales.astype(np.float32), tensor.offsets.astype(np.float32)
     levels = np.float32(fmt.levels)
-    ends = np.stack((o, levels * s + o) if fmt.offset == "bias" else ((-o) * s, (levels - o) * s))
-    low, high = np.repeat(ends.min(axis=0), fmt.group, axis=-1), np.repeat(ends.max(axis=0), fmt.group, axis=-1)
-    return low, high
+    first, last = (o, levels * s + o) if fmt.offset == "bias" else ((-o) * s, (levels - o) * s)
+    return np.repeat(first, fmt.group, axis=-1), np.repeat(last, fmt.group, axis=-1)
