@@ -67,9 +67,8 @@ HB_INLINE I load_codes(const void* codes, int bits_of_code, int64_t at, int64_t 
     return (I)__builtin_convertvector(bytes, U);
   }
 #if HB_LANES == 16
-  I lanes;
-  U shift;
-  for (int l = 0; l < 16; ++l) lanes[l] = l / 8, shift[l] = (uint32_t)(4 * (l % 8));
+  const I lanes = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  const U shift = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
   const __m512i both = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)p));
   const U word = (U)_mm512_permutexvar_epi32((__m512i)lanes, both);
   return (I)(word >> shift) & 15;

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
 #include <immintrin.h>
 #define HB_X86 1
 #endif
@@ -24,6 +25,33 @@ struct StandardArithmetic {
 #endif
 };
 
+#if HB_X86
+// The largest instruction set that the processor has and whose registers the operating system saves.
+int find_isa() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return HB_BASELINE;
+  unsigned saved, high;
+  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return HB_BASELINE;
+  const unsigned avx2 = 1u << 5 | 1u << 8;                                   // AVX2, BMI2
+  const unsigned avx512 = avx2 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  if ((b & avx512) == avx512 && (saved & 0xe6) == 0xe6) return HB_AVX512;
+  return (b & avx2) == avx2 && (saved & 0x6) == 0x6 ? HB_AVX2 : HB_BASELINE;
+}
+#else
+int find_isa() { return HB_BASELINE; }
+#endif
+
+int largest_isa() {
+  static int known = -1;
+  int found = __atomic_load_n(&known, __ATOMIC_RELAXED);
+  if (found < 0) {
+    found = find_isa();
+    __atomic_store_n(&known, found, __ATOMIC_RELAXED);
+  }
+  return found;
+}
+
 const hb_kernels* kernels(int isa) {
   if (!hb_has_isa(isa)) return nullptr;
 #if HB_X86
@@ -39,18 +67,7 @@ extern "C" {
 
 int hb_interface(void) { return 1000003 + (int)(sizeof(hb_codec) + sizeof(hb_task)); }
 
-int hb_has_isa(int isa) {
-  if (isa == HB_BASELINE) return 1;
-#if HB_X86
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
-  if (isa == HB_AVX2) return avx2;
-  if (isa == HB_AVX512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-  return 0;
-}
+int hb_has_isa(int isa) { return isa >= HB_BASELINE && isa <= largest_isa(); }
 
 int hb_amax(int isa, const void* x, int type, int64_t lead, int64_t count, float* out) {
   const StandardArithmetic guard;

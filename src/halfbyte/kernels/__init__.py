@@ -49,9 +49,9 @@ def _load() -> Native | None:
         try:
             return Native(path)
         except OSError as error:
-            _log.warning("the native kernels cannot be used (%s); NumPy does their work, some 100 times slower", error)
+            _log.warning("the native kernels cannot be used (%s); NumPy does their work, 10 to 100 times slower", error)
             return None
-    _log.warning("halfbyte was installed without its native kernels; NumPy does their work, some 100 times slower")
+    _log.warning("halfbyte was installed without its native kernels; NumPy does their work, 10 to 100 times slower")
     return None
 
 
