@@ -34,7 +34,7 @@ from halfbyte.search import encode, get_search, tensor_scale
 from halfbyte.shards import Item, Shard
 from halfbyte.view import FLOATS
 
-SLICE_BYTES = 32 << 20
+SLICE_BYTES = 8 << 20
 Progress = Callable[[int], None]
 """Called with the number of source bytes that have just been dealt with."""
 
