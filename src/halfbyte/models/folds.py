@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from halfbyte.models.family import Family
-from halfbyte.models.patterns import Templates, normalise
+from halfbyte.models.patterns import Templates, normalise, split_numbers
 from halfbyte.models.roles import bare_role
 from halfbyte.models.weight import Weight
 
@@ -74,16 +74,18 @@ def find_groups(
     named = {w.name: w for w in weights}
     mtp = any(in_mtp for in_mtp, _ in layers)
     spelling = _Spelling(family)
+    # what no template knows has no layer either
+    strays = [w for w in weights if w.layer is None and bare_role(w.role) == "other"]
     result: list[FoldGroup] = []
     for members in layers.values():
         groups = _norms(members, named, spelling)
         readers = {r for entry in family.data.norms.values() for r in entry.feeds}
         read = [w.name for g in groups for w in g.consumers]
-        orphans = [w for w in members if bare_role(w.role) in readers and w.name not in read]
+        orphans = [w for w in members if _reads(w, readers) and w.name not in read]
         if orphans:
             groups.append(FoldGroup(orphans[0].name, (), tuple(orphans), 0))
         for group in groups:
-            problem = _norm_problem(group, members, read, orphans, mtp, tied)
+            problem = _norm_problem(group, members + strays, read, orphans, mtp, tied)
             result.append(replace(group, refusal=problem or _problem(group, family, quantized)))
         if products and family.data.linear_up:
             found = _products(members, named)
@@ -131,7 +133,7 @@ def _norms(members: list[Weight], named: dict[str, Weight], spelling: _Spelling)
         entry = spelling.data.norms[template]
         if spelling.any_of(entry.unless, (w.name for w in norms)):
             continue
-        consumers = tuple(w for w in members if bare_role(w.role) in entry.feeds)
+        consumers = tuple(w for w in members if _reads(w, entry.feeds))
         if not consumers and (entry.feeds != ("lm_head",) or weight.role != "norm"):
             continue
         producers = [Producer(weight, "zero_centred" if spelling.is_centred(weight.name) else "norm")]
@@ -175,13 +177,18 @@ def _norm_problem(
             return "the output weights are tied to the embeddings, which no norm feeds"
         if mtp:
             return "the layers that predict further tokens share lm_head and read this norm"
-    elif orphans:
-        return f"{orphans[0].name} in the same layer reads an input that is not known"
+    elif hidden := next((w for w in orphans if bare_role(w.role) != "lm_head"), None):
+        return f"{hidden.name} in the same layer reads an input that is not known"
     twice = next((w.name for w in group.consumers if read.count(w.name) > 1), None)
     if twice:
         return f"more than one norm may feed {twice}"
+    attention = any(bare_role(w.role).startswith("attention.") for w in group.consumers)
     for weight in members:
-        if bare_role(weight.role) in _OBSCURE and len(weight.shape) > 1 and group.channels in weight.shape[-2:]:
+        role = bare_role(weight.role)
+        if role not in _OBSCURE or (role == "indexer" and not attention):
+            continue
+        beside = weight.layer is not None or weight.name.startswith(_place(group.producers[0].weight))
+        if beside and len(weight.shape) > 1 and weight.shape[-1] == group.channels:
             return f"{weight.name} may read this norm too"
     return None
 
@@ -208,6 +215,18 @@ def _problem(group: FoldGroup, family: Family, quantized: Collection[str]) -> st
         if len(weight.shape) < 2 or _columns(weight) != group.channels:
             return f"{weight.name} has the shape {list(weight.shape)}, not {group.channels} input columns"
     return None
+
+
+def _place(norm: Weight) -> str:
+    """What the names of a norm's layer begin with; nothing where it belongs to no layer."""
+    parts = split_numbers(norm.name)
+    index = parts.index(str(norm.layer), 1) if norm.layer is not None and str(norm.layer) in parts else 0
+    return "".join(parts[: index + 1]) + "." if index else ""
+
+
+def _reads(weight: Weight, roles: Collection[str]) -> bool:
+    # a router's correction is added to its output and reads nothing
+    return bare_role(weight.role) in roles and len(weight.shape) > 1
 
 
 def _columns(weight: Weight) -> int:

@@ -79,7 +79,10 @@ class FamilyFile(BaseModel):
             own[key] = merge(getattr(self, key), getattr(parent, key))
         inherited = {
             key: getattr(parent, key)
-            for key in ("prefixes", "mtp_prefixes", "mtp_from_layer", "vision_prefixes", "quantized_suffixes")
+            for key in (
+                *("prefixes", "mtp_prefixes", "mtp_from_layer", "vision_prefixes", "quantized_suffixes"),
+                *("zero_centred_norms", "linear_up"),
+            )
         }
         return FamilyFile.model_construct(**{**inherited, **own})
 
