@@ -45,7 +45,12 @@ def shares_scale(fmt: Format | None) -> bool:
 
 
 def respelled(checkpoint: Checkpoint, weight: Weight, fmt: Format, dialect: Dialect) -> list[OutputTensor]:
-    """The tensors that hold a quantized weight in another dialect, with scales of a type that rounds none of them."""
+    """The tensors that hold a quantized weight in an output, with scales of a type that rounds none of them.
+
+    In the dialect of the source they are spelled as there, to the byte.
+    """
+    if checkpoint.dialect is dialect and checkpoint.formats[weight.name] == fmt:
+        return list(checkpoint.stored(weight))
     outputs = dialect.outputs(weight, fmt)
     if checkpoint.formats[weight.name] != fmt or np.dtype(fmt.parts((128, 256))["scales"][0]).itemsize == 1:
         return outputs
