@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -108,8 +107,8 @@ def test_mtp_and_vision_are_not_dropped(moe: Path, dialect: str, prefix: str) ->
 
 @pytest.mark.parametrize("name", ["nvfp4", "mixfp4", "int4-g128", "mxfp4", "fp8", "nvidia-nvfp4", "nvfp4-fp8"])
 def test_router_gates_norms_and_small_projections_are_not_quantized(qwen36: Checkpoint, name: str) -> None:
-    kept = {i.weight.role for i in make_plan(qwen36, name, "compressed-tensors").items if i.action == "keep"}
-    quantized = {i.weight.role for i in make_plan(qwen36, name, "compressed-tensors").items if i.action == "quantize"}
+    items = make_plan(qwen36, name, "halfbyte").items
+    kept, quantized = ({i.weight.role for i in items if i.action == action} for action in ("keep", "quantize"))
     never = {"router", "shared_expert_gate", "norm", "embedding", "linear_attention.conv", "linear_attention.state"}
     never |= {"linear_attention.a", "linear_attention.b", "vision.linear", "mtp.experts.gate_up", "mtp.attention.q"}
     assert never <= kept and not never & quantized
@@ -248,9 +247,9 @@ def test_a_quantized_checkpoint_can_be_quantized_to_another_format(
     assert verify(tmp_path / "second", moe).problems == []
 
 
-def test_keeping_quantized_weights_while_the_dialect_changes_is_refused(moe: Path, tmp_path: Path) -> None:
-    run(moe, tmp_path / "first", MIXED, "halfbyte")
-    with pytest.raises(PlanError, match="is quantized in the source and kept by the recipe, but the dialect changes"):
+def test_kept_quantized_weights_that_the_new_dialect_cannot_spell_are_refused(moe: Path, tmp_path: Path) -> None:
+    run(moe, tmp_path / "first", recipe({"match": "linear", "format": "razer", "search": "absmax"}), "halfbyte")
+    with pytest.raises(PlanError, match="is razer in the source and kept by the recipe, but .* no spelling for razer"):
         make_plan(
             Checkpoint.open(tmp_path / "first"), recipe({"match": "experts", "format": "mxfp4"}), "compressed-tensors"
         )
@@ -284,15 +283,12 @@ def test_125_000_tensors_are_planned_in_two_seconds_from_headers_alone(tmp_path:
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(layout.header)
         file.truncate(layout.total)  # a hole: no weight is there to be read
-    times = []
-    for _ in range(3):
-        began = time.process_time()
-        plan = make_plan(Checkpoint.open(tmp_path), "nvfp4", "compressed-tensors")
-        assert len(plan.summary()["classes"]) == 3 and plan.fingerprint
-        times.append(time.process_time() - began)
-    assert len(entries) >= 124_000 and plan.tensors > 373_000
-    # generous, since test machines are slow and shared
-    assert min(times) < 2 * float(os.environ.get("HALFBYTE_SLOW_MACHINE", 3))
+    began = time.process_time()
+    plan = make_plan(Checkpoint.open(tmp_path), "nvfp4")
+    assert len(plan.summary()["classes"]) == 3 and plan.fingerprint
+    seconds = time.process_time() - began
+    assert len(entries) >= 124_000 and plan.parameters == 3 * 32 * 64 * layers * experts + 64 * layers * experts
+    assert seconds < 2 * 3  # machines that run tests are slow and shared
 
 
 def test_the_same_inputs_give_the_same_plan_and_others_another_one(moe: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
+from halfbyte.checkpoint.files import collector_paused
 from halfbyte.convert import Conversion, Progress, convert
 from halfbyte.dialects import get_dialect
 from halfbyte.dialects.halfbyte import HALFBYTE
@@ -28,6 +29,7 @@ def inspect(source: Source, *, revision: str | None = None) -> Overview:
     return overview(_open(source, revision))
 
 
+@collector_paused()
 def plan(
     source: Source,
     recipe: str | Path | Recipe,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.carry import Carrier
 from halfbyte.checkpoint import (
     Journal,
     Reader,
@@ -27,65 +27,17 @@ from halfbyte.checkpoint import (
 )
 from halfbyte.errors import CheckpointError, FormatError, OutputError, PlanError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor
-from halfbyte.kernels import ErrorStats, compare
+from halfbyte.kernels import ErrorStats
 from halfbyte.kernels import amax as largest
+from halfbyte.measure import TensorError
 from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Plan
 from halfbyte.search import encode, get_search, tensor_scale
 from halfbyte.shards import Item, Shard
 from halfbyte.view import FLOATS
 
-SLICE_BYTES = 32 << 20
+SLICE_BYTES = 8 << 20
 Progress = Callable[[int], None]
 """Called with the number of source bytes that have just been dealt with."""
-
-
-@dataclass
-class TensorError:
-    """Error of one quantized weight against its source; sums are over all its elements."""
-
-    name: str
-    role: str
-    format: str
-    elements: int
-    squared_error: float = 0.0
-    squares: float = 0.0
-    max_error: float = 0.0
-    table_blocks: list[int] = field(default_factory=list)
-    saturated: int = 0
-
-    @property
-    def relmse(self) -> float:
-        """Squared error over the sum of squares; infinite where only the source is zero."""
-        if not self.squares:
-            return math.inf if self.squared_error else 0.0
-        return self.squared_error / self.squares
-
-    def add(self, source: NDArray[Any], tensor: QuantizedTensor) -> None:
-        """Count a slice."""
-        stats = ErrorStats()
-        compare(tensor, source, stats)
-        self.count(stats)
-
-    def count(self, stats: ErrorStats) -> None:
-        """Count a slice whose error has been measured."""
-        self.squared_error += stats.squared_error
-        self.squares += stats.squares
-        self.max_error = max(self.max_error, stats.max_error)
-        self.saturated += stats.saturated
-        if len(stats.table_blocks) > 1:
-            self._count(stats.table_blocks)
-
-    def merge(self, other: TensorError) -> None:
-        """Add the errors of another part of the same weight."""
-        self.elements += other.elements
-        self.squared_error += other.squared_error
-        self.squares += other.squares
-        self.max_error = max(self.max_error, other.max_error)
-        self.saturated += other.saturated
-        self._count(other.table_blocks)
-
-    def _count(self, blocks: list[int]) -> None:
-        self.table_blocks = [a + b for a, b in zip(self.table_blocks or [0] * len(blocks), blocks, strict=True)]
 
 
 @dataclass
@@ -163,7 +115,7 @@ def _unit(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, rep
     for item in copied:
         _copy(item, reader, writer)
         report(_source_bytes(item))
-    chosen = [item for item in unit if item.action == "quantize"]
+    chosen = [item for item in unit if item.format is not None]
     return _quantize(plan, chosen, reader, writer, report) if chosen else []
 
 
@@ -180,13 +132,19 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
     """Weights that share a tensor scale: read a slice of each, find their amax, encode, write."""
     fmt = unit[0].format
     assert fmt is not None
-    errors = [TensorError(i.weight.name, i.weight.role, fmt.name, i.parameters) for i in unit]
+    formats = plan.checkpoint.formats
+    errors = [
+        TensorError(w.name, w.role, fmt.name, i.parameters, source=formats[w.name].name if w.name in formats else "")
+        for i in unit
+        for w in (i.weight,)
+    ]
     stacked = len(unit[0].weight.shape) > 2
     cuts = [_cuts(item, fmt, len(unit)) for item in unit]
     # matrices share one amax; each expert of a stack has its own, so a slice of experts is complete in itself
     amax = None
     held: dict[int, NDArray[Any]] = {}
-    if not stacked and (_needs_amax(fmt)):
+    carrier = Carrier(plan, unit, cuts, reader)
+    if not stacked and _needs_amax(fmt) and not carrier.ready:
         amax = np.float32(0)
         for k, item in enumerate(unit):
             for first, stop in cuts[k]:
@@ -196,14 +154,20 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
                     held[k] = array
     for k, item in enumerate(unit):
         places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
-        for first, stop in cuts[k]:
-            if k in held:
-                array, found = held.pop(k), np.float32(0)
+        for first, stop, carried in (piece for cut in cuts[k] for piece in carrier.slices(item, *cut)):
+            if carried is None:
+                if k in held:
+                    array, found = held.pop(k), np.float32(0)
+                else:
+                    array, found = _read(plan, reader, item, first, stop)
+                stats = ErrorStats()
+                tensor = _encode(plan, item, array, found if amax is None else amax, stats)
+                errors[k].count(stats)
+                errors[k].requantized += array.size if errors[k].source else 0
             else:
-                array, found = _read(plan, reader, item, first, stop)
-            stats = ErrorStats()
-            tensor = _encode(plan, item, array, found if amax is None else amax, stats)
-            errors[k].count(stats)
+                tensor = carried.tensor
+                if not carried.exact:
+                    errors[k].compare(carried.before.decode(), tensor)
             where = (first, 0) if stacked else (0, first)
             for part in plan.dialect.write(item.outputs, fmt, tensor, *where):
                 start = part.start * part.array.dtype.itemsize

@@ -14,6 +14,7 @@ from halfbyte.dialects import Dialect, OutputTensor, get_dialect
 from halfbyte.errors import FormatError, PlanError
 from halfbyte.formats import get_format
 from halfbyte.models import Weight
+from halfbyte.quantized import INPUT_SCALE, REQUANTIZED, claim, left_out, respelled, shares_scale
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.search import get_search
 from halfbyte.shards import Item, Shard, make_index, make_shards
@@ -67,7 +68,9 @@ class Plan:
     @property
     def side_files(self) -> list[str]:
         """Files that are copied unchanged."""
-        return [n for n in self.checkpoint.inventory.side_files if n not in self.extra_files and n != PROVENANCE]
+        source = self.checkpoint.dialect
+        replaced = {PROVENANCE, *self.extra_files, *(source.files if source else ())}
+        return [name for name in self.checkpoint.inventory.side_files if name not in replaced]
 
     @property
     def parameters(self) -> int:
@@ -132,6 +135,8 @@ def make_plan(
     if not any(item.format for item in items):
         raise PlanError(f"recipe {recipe.name} quantizes nothing in {inventory.source}; check its rules")
     _check_groups(items)
+    notes = [checkpoint.family.note] if checkpoint.family.note else []
+    notes += _leave_input_scales(checkpoint, items, dialect)
     _check_tied(inventory.config, items)
     shards = make_shards(items, max_shard_bytes)
     # what is kept may be quantized already, and the configuration has to say so
@@ -139,7 +144,7 @@ def make_plan(
     quantized = [(i.weight, fmt) for i in items if (fmt := formats.get(i.weight.name))]
     kept = [i.weight for i in items if i.action == "keep" and not formats[i.weight.name]]
     config = {k: v for k, v in inventory.config.items() if k != "quantization_config"} | dict(extra_config or {})
-    config["quantization_config"] = dialect.config(quantized, kept)
+    config["quantization_config"] = settings = dialect.config(quantized, kept)
     provenance = {
         "halfbyte": PLAN_VERSION,
         "source": {
@@ -150,7 +155,6 @@ def make_plan(
         "dialect": dialect.name,
         "recipe": _recipe(recipe),
     }
-    notes = [checkpoint.family.note] if checkpoint.family.note else []
     if inventory.ignored_files:
         notes.append(f"not part of the checkpoint, not copied: {', '.join(inventory.ignored_files[:5])}")
     large = [shard.name for shard in shards if shard.layout.total > max_shard_bytes]
@@ -165,7 +169,7 @@ def make_plan(
         make_index(shards),
         _json(config),
         _json(provenance),
-        extra_files or {},
+        dialect.extra_files(settings) | (extra_files or {}),
         notes + dialect.notes(quantized),
     )
 
@@ -191,7 +195,7 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
     if decision.action == "drop":
         return Item(weight, "drop", decision.reason)
     if decision.action == "keep":
-        return Item(weight, "keep", decision.reason, outputs=_kept(checkpoint, weight, dialect))
+        return _kept(checkpoint, weight, decision.reason, dialect)
     assert decision.format is not None and decision.search is not None
     fmt = get_format(decision.format)
     get_search(decision.search, fmt)
@@ -203,42 +207,66 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
         )
     problem = fmt.problem(weight.shape)
     if problem and decision.indivisible == "keep":
-        return Item(weight, "keep", problem, outputs=_kept(checkpoint, weight, dialect))
+        return _kept(checkpoint, weight, problem, dialect)
     if problem:
         raise FormatError(f"{weight.name}: {problem}; say `indivisible: keep` in the rule or choose another format")
     problem = dialect.problem(weight, fmt)
     if problem:
         raise PlanError(f"{weight.name}: {problem}")
     power = decision.tensor_scale == "power_of_two"
+    before = checkpoint.formats.get(weight.name)
+    said = claim(weight, before, fmt, checkpoint.dialect, dialect) if before and checkpoint.dialect else None
+    if said:
+        outputs = respelled(checkpoint, weight, fmt, dialect)
+        return Item(weight, "transcode", said, fmt, decision.search, power, outputs)
     return Item(weight, "quantize", decision.reason, fmt, decision.search, power, dialect.outputs(weight, fmt))
 
 
-def _kept(checkpoint: Checkpoint, weight: Weight, dialect: Dialect) -> list[OutputTensor]:
-    """A kept weight's tensors as the source has them."""
+def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect) -> Item:
+    """A kept weight's tensors as the source has them; in another dialect a quantized one keeps its codes."""
     tensors = checkpoint.inventory.tensors
-    if weight.name not in checkpoint.formats:
+    before, source = checkpoint.formats.get(weight.name), checkpoint.dialect
+    if before is None or source is None:
         copied = [(tensors[piece.source], piece.expert) for piece in weight.pieces]
-    elif checkpoint.dialect is dialect:
+    elif source is dialect:
         copied = [(tensors[o.name], o.expert) for o in checkpoint.stored(weight)]
     else:
-        raise PlanError(
-            f"{weight.name} is quantized in the source and kept by the recipe, but the dialect changes; "
-            "give it a rule with a format, or write the source's dialect"
-        )
-    return [OutputTensor(t.name, t.dtype, t.shape, "copy", expert) for t, expert in copied]
+        problem = dialect.problem(weight, before)
+        if problem:
+            raise PlanError(
+                f"{weight.name} is {before.name} in the source and kept by the recipe, but {problem}, "
+                "or give it a rule with a format"
+            )
+        said = claim(weight, before, before, source, dialect) or ""
+        return Item(weight, "transcode", said, before, "absmax", False, respelled(checkpoint, weight, before, dialect))
+    outputs = [OutputTensor(t.name, t.dtype, t.shape, "copy", expert) for t, expert in copied]
+    return Item(weight, "keep", reason, outputs=outputs)
+
+
+def _leave_input_scales(checkpoint: Checkpoint, items: Iterable[Item], dialect: Dialect) -> list[str]:
+    """Drop the activation scales of modules that change; the note that says so."""
+    formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.outputs}
+    names = left_out(checkpoint, dialect, formats)
+    for item in items:
+        if item.weight.name in names:
+            item.action, item.reason, item.outputs, item.nbytes = "drop", INPUT_SCALE, [], 0
+    return [f"{len(names)} scales of activations are left out: this output quantizes weights only"] if names else []
 
 
 def _check_groups(items: Iterable[Item]) -> None:
-    """An indivisible member keeps its whole fusion group from being split between formats."""
+    """Members of a fusion group stay together: in one format, and requantized where only some are quantized yet."""
     groups: dict[str, list[Item]] = {}
     for item in items:
         if item.weight.group:
             groups.setdefault(item.weight.group, []).append(item)
     for name, members in groups.items():
-        if len({(m.action, m.format) for m in members}) > 1:
+        if len({m.format or m.action for m in members}) > 1:
             raise PlanError(
                 f"engines fuse the group {name}, so its members need one format, but they have {_fates(members)}"
             )
+        if shares_scale(members[0].format) and any(m.action == "quantize" for m in members):
+            for m in members:
+                m.action, m.reason = "quantize", m.reason if m.action == "quantize" else REQUANTIZED
 
 
 def _check_tied(config: Mapping[str, Any], items: Iterable[Item]) -> None:

@@ -21,7 +21,7 @@ _nbytes = cache(nbytes)
 
 @dataclass(slots=True)
 class Item:
-    """One weight's fate: ``quantize``, ``keep`` or ``drop``, and the output tensors that hold it.
+    """One weight's fate: ``quantize``, ``transcode``, ``keep`` or ``drop``, and the output tensors that hold it.
 
     ``experts``: the leading indices that these outputs hold, where a stack is spread over several files; None
     for all. ``offsets``: where each output starts in its file, absolute.

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
-from halfbyte.convert import SLICE_BYTES, TensorError
+from halfbyte.convert import SLICE_BYTES
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
+from halfbyte.measure import TensorError
 from halfbyte.models import Weight
 from halfbyte.plan import INDEX, PROVENANCE
+from halfbyte.quantized import INPUT_SCALE, LOSSLESS, claim, left_out
 from halfbyte.recipes import Decision, parse_recipe, resolve
 from halfbyte.search.blocks import to_blocks
 from halfbyte.view import FLOATS, Checkpoint
@@ -38,6 +40,11 @@ class Verification:
     quantized: int = 0
     dropped: dict[str, str] = field(default_factory=dict)
     errors: list[TensorError] = field(default_factory=list)
+
+    @property
+    def lossless(self) -> int:
+        """How many weights that the source holds quantized have exactly its values."""
+        return sum(error.lossless for error in self.errors)
 
     @property
     def ok(self) -> bool:
@@ -67,12 +74,13 @@ def verify(
     _unfinished(folder)
     ours = Checkpoint(Inventory.open(out))
     source = Checkpoint(Inventory.open(against, revision))
-    result.problems += _files(folder, ours.inventory, source.inventory)
+    result.problems += _files(folder, ours.inventory, source)
     if ours.dialect is None:
         result.problems.append("config.json has no quantization_config, so engines would misread the packed tensors")
         return result
     decisions = _decisions(folder, source)
     found = {weight.name: weight for weight in ours.weights}
+    scales = left_out(source, ours.dialect, ours.formats)
     report = progress or (lambda _: None)
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
         pair = _Pair(result, ours, source, left, right, max_relmse)
@@ -82,6 +90,8 @@ def verify(
                 result.dropped[weight.name] = decision.reason
                 if twin is not None:
                     result.problems.append(f"{weight.name} is there, but the recipe drops it")
+            elif twin is None and weight.name in scales:
+                result.dropped[weight.name] = INPUT_SCALE
             elif twin is None:
                 result.problems.append(f"{weight.name} of the source is missing, and no rule of the recipe drops it")
             else:
@@ -119,7 +129,7 @@ class _Pair:
         if fmt != wanted:
             said = [f.name if f else "unquantized" for f in (fmt, wanted)]
             self.result.problems.append(f"{weight.name} is {said[0]}, but the recipe wants it {said[1]}")
-        if keep:
+        if keep and (before is None or self.ours.dialect is self.source.dialect):
             self._kept([o.name for o in self.source.stored(weight)] if before else weight.sources)
         elif fmt is not None:
             self._quantized(weight, twin, fmt)
@@ -141,7 +151,8 @@ class _Pair:
     def _quantized(self, weight: Weight, twin: Weight, fmt: Format) -> None:
         self.result.quantized += 1
         problems = self.result.problems
-        whole = TensorError(weight.name, weight.role, fmt.name, 0)
+        before = self.source.formats.get(weight.name)
+        whole = TensorError(weight.name, weight.role, fmt.name, 0, source=before.name if before else "")
         self.result.errors.append(whole)
         for first, stop in _slices(twin):
             tensor = self.ours.read_quantized(self.left, twin, first, stop)
@@ -158,9 +169,15 @@ class _Pair:
                 problems.append(f"{weight.name} has a zero scale on a block that is not zero in the source")
         if len(twin.shape) == 2:
             self._judge(whole, weight.name)
+        if before and not whole.lossless and self._claim(weight, before, fmt) == LOSSLESS:
+            problems.append(f"{weight.name} has the format of the source, {fmt.name}, but other values")
         for output in self.ours.stored(twin):
             if output.constant is not None and tuple(self.left.read(output.name)) != output.constant:
                 problems.append(f"{output.name} does not hold {list(output.constant)}")
+
+    def _claim(self, weight: Weight, before: Format, fmt: Format) -> str | None:
+        assert self.source.dialect is not None and self.ours.dialect is not None
+        return claim(weight, before, fmt, self.source.dialect, self.ours.dialect)
 
     def _judge(self, error: TensorError, what: str) -> None:
         if not math.isfinite(error.squared_error):
@@ -236,11 +253,13 @@ def _decisions(folder: Path, source: Checkpoint) -> dict[str, Decision]:
     return {w.name: d for w, d in zip(source.weights, decisions, strict=True)}
 
 
-def _files(folder: Path, ours: Inventory, source: Inventory) -> list[str]:
+def _files(folder: Path, ours: Inventory, checkpoint: Checkpoint) -> list[str]:
+    source = checkpoint.inventory
+    replaced = {PROVENANCE, *(checkpoint.dialect.files if checkpoint.dialect else ())}
     """Everything but the weights: side files, config.json, index."""
     problems = []
     for name, size in source.side_files.items():
-        if name == PROVENANCE or source.root is None or ours.root is None:
+        if name in replaced or source.root is None or ours.root is None:
             continue
         path = ours.root / name
         if not path.is_file():

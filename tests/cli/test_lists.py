@@ -31,7 +31,7 @@ def test_all_formats_are_listed_with_their_dialects(run_json: Callable[..., Any]
     found = run_json("formats")
     formats = {f["name"]: f for f in found["formats"]}
     assert list(formats) == list_formats()
-    assert formats["nvfp4"]["dialects"] == ["compressed-tensors", "halfbyte"]
+    assert {"compressed-tensors", "halfbyte"} <= set(formats["nvfp4"]["dialects"])
     assert round(formats["mxfp4"]["bits_per_weight"], 3) == 4.25
     assert {d["name"] for d in found["dialects"]} >= {"halfbyte", "compressed-tensors"}
     assert "four_over_six" in {s["name"] for s in found["searches"]}

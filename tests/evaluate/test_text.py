@@ -22,6 +22,16 @@ def test_a_text_becomes_tokens_and_only_the_first_ones_if_so_asked(tmp_path: Pat
     assert tokens_of(path, by_letter, 3) == [ord(c) for c in "naï"]
 
 
+def test_a_text_of_very_long_tokens_is_read_as_far_as_needed(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("-" * 20_000)
+
+    def by_page(text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text) // 1000))}
+
+    assert tokens_of(path, by_page, 12) == list(range(12))
+
+
 def test_a_model_that_travels_with_a_held_out_text_is_measured_on_it(tmp_path: Path) -> None:
     (tmp_path / "heldout.txt").write_text("x")
     assert find_text(None, tmp_path) == tmp_path / "heldout.txt"

@@ -31,3 +31,15 @@ def test_an_unknown_role_is_refused_by_name() -> None:
 def test_an_unknown_key_is_refused() -> None:
     with pytest.raises(HalfbyteError, match="model_type"):
         schema.parse("name: odd\nmodel_type: [a]", "odd")
+
+
+def test_what_a_family_says_about_its_norms_holds_for_those_that_extend_it() -> None:
+    gemma = schema.read("gemma")
+    child = schema.parse("name: x\nextends: gemma\nnorms: {a.weight: {feeds: [mlp.up]}}", "x").extended(gemma)
+    assert child.zero_centred_norms == gemma.zero_centred_norms != ()
+    assert set(child.norms) == {"a.weight", *gemma.norms}
+
+
+def test_a_norm_cannot_feed_a_role_that_does_not_exist() -> None:
+    with pytest.raises(HalfbyteError, match=r"there is no role 'mlp\.ups'"):
+        schema.parse("name: x\nnorms: {a.weight: {feeds: [mlp.ups]}}", "x")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import halfbyte
 from halfbyte import list_formats
 from halfbyte.checkpoint import Reader
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.runtime import load, load_tokenizer
 from halfbyte.runtime.decode import to_torch
 from halfbyte.runtime.remote.halfbyte_modules import QuantizedWeights
@@ -165,6 +165,12 @@ def test_weights_are_rounded_to_the_dtype_of_the_config_by_default(saved: Saved,
         weight = model.model.layers[0].mlp.up_proj.weight
         expected = decoded(path, "layers.0.mlp.up_proj.weight").numpy().astype(ml_dtypes.bfloat16)
         assert torch.equal(weight, to_torch(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float99", "uint8", "float8_e4m3fn", torch.int32])
+def test_a_dtype_that_models_cannot_compute_in_is_refused(dtype: Any, saved: Saved) -> None:
+    with pytest.raises(HalfbyteError, match="use float32, bfloat16 or float16"):
+        load(saved("qwen3"), dtype)
 
 
 def test_tied_embeddings_are_quantized_once_and_used_twice(saved: Saved, quantized: Quantized) -> None:

@@ -34,13 +34,14 @@ def test_dense_models_have_the_same_logits(fmt: str, shared: Path, quantized: Qu
     assert torch.equal(logits(load(path, "bfloat16")), logits(stock(path)))
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("model", ["qwen3-tiny-wiki", "qwen35moe-tiny-wiki"])
-def test_fp8_weights_are_the_same_and_so_are_the_logits_where_activations_are_not_rounded(
-    model: str, shared: Path, quantized: Quantized
-) -> None:
+def test_fp8_weights_are_the_same(model: str, shared: Path, quantized: Quantized) -> None:
     path = quantized(shared / "data" / "models" / model, linear("fp8_channel"), "compressed-tensors")
-    theirs = stock(path, quantization_config=CompressedTensorsConfig(dequantize=True))
-    assert torch.equal(logits(load(path, "bfloat16")), logits(theirs))
+    # their logits may differ: the scheme rounds activations to FP8 as well
+    theirs = stock(path, quantization_config=CompressedTensorsConfig(dequantize=True)).state_dict()
+    for name, values in load(path, "bfloat16").state_dict().items():
+        assert torch.equal(theirs[name], values), name
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "int4_g32"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.cli.output import table
 
 if TYPE_CHECKING:
-    from halfbyte.convert import TensorError
+    from halfbyte.measure import TensorError
 
 
 def by_role(errors: Iterable[TensorError]) -> list[dict[str, Any]]:

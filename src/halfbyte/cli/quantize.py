@@ -51,6 +51,18 @@ def run(args: argparse.Namespace) -> int:
         "seconds": done.seconds,
         "resumed_shards": done.resumed_shards,
         "relmse": done.relmse,
+        "carried": [
+            {
+                "name": error.name,
+                "source_format": error.source,
+                "format": error.format,
+                "lossless": error.lossless,
+                "requantized": error.requantized,
+                "max_relative_change": error.max_relative,
+            }
+            for error in done.errors
+            if error.source
+        ],
         "accuracy": accuracy.by_role(done.errors),
     }
     if not args.json:

@@ -66,6 +66,8 @@ def document(result: Verification) -> dict[str, Any]:
         "kept": result.kept,
         "quantized": result.quantized,
         "dropped": result.dropped,
+        "already_quantized": sum(bool(error.source) for error in result.errors),
+        "lossless": result.lossless,
         "relmse": result.relmse,
         "accuracy": accuracy.by_role(result.errors),
         "weights": [
@@ -76,6 +78,8 @@ def document(result: Verification) -> dict[str, Any]:
                 "parameters": error.elements,
                 "relmse": error.relmse,
                 "max_error": error.max_error,
+                "source_format": error.source or None,
+                "lossless": error.lossless,
             }
             for error in result.errors
         ],
@@ -86,6 +90,9 @@ def verdict(result: Verification) -> None:
     """The outcome in words."""
     dropped = f", {len(result.dropped)} dropped by the recipe" if result.dropped else ""
     counts = f"{result.quantized} weights quantized, {result.kept} kept byte for byte{dropped}"
+    already = sum(bool(error.source) for error in result.errors)
+    if already:
+        counts += f"; of {already} that the source holds quantized, {result.lossless} have exactly its values"
     if result.ok:
         say(f"verified: {counts}; relative error {result.relmse:.5f}")
         return

@@ -126,6 +126,9 @@ class Dialect(ABC):
                 part = part[output.expert - expert]
             if output.rows is not None:
                 part = part[_region(output.rows, output.part, fmt)]
+            if part.dtype.itemsize > 1:
+                # the plan chose a type that rounds no scale
+                part = part.astype(numpy_dtype(output.dtype), copy=False)
             packed = self.pack(output, part, fmt)
             start = 0
             if output.expert is None and stacked:
@@ -160,6 +163,8 @@ class Dialect(ABC):
                 kind, dims = wanted[output.part]
                 arrays[output.part] = np.empty(dims, kind if np.dtype(kind).itemsize == 1 else stored.dtype)
             target = arrays[output.part]
+            if target.dtype.itemsize > 1 and target.dtype != stored.dtype:
+                raise CheckpointError(f"{output.name} is {stored.dtype}, but others of its kind are {target.dtype}")
             if output.expert is not None:
                 target = target[output.expert - first : output.expert - first + 1]
             if output.rows is not None:

@@ -16,8 +16,9 @@ import numpy as np
 from halfbyte.checkpoint import Inventory, TensorInfo
 from halfbyte.dialects.base import Array, Dialect, OutputTensor, quantization_config_of, register_dialect
 from halfbyte.dialects.compressed_tensors_config import SPELLINGS, Schemes, quantization_config
-from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, stored_bytes
+from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
+from halfbyte.errors import CheckpointError
 from halfbyte.formats import AffineFormat, BlockFormat, Format
 from halfbyte.models import Weight
 
@@ -28,6 +29,7 @@ class CompressedTensorsDialect(Dialect):
     name = "compressed-tensors"
     about = "vLLM, SGLang, transformers"
     divisor = True
+    input_scales = (".input_global_scale", ".input_scale")
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
         """Formats that the library has no compressor for, and weights that are no modules."""
@@ -55,10 +57,12 @@ class CompressedTensorsDialect(Dialect):
 
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """Config groups with unanchored patterns, and the ignore list."""
-        by_format: dict[str, list[str]] = {}
+        static = scaled_modules(kept, self.input_scales)
+        by_format: dict[tuple[str, bool], list[str]] = {}
         # transformers takes the first pattern that contains "experts", which those of shared experts may do
         for weight, fmt in sorted(quantized, key=lambda pair: len(pair[0].shape) == 2):
-            by_format.setdefault(fmt.name, []).extend(m.name for m in modules(weight, one_expert=True))
+            names = [m.name for m in modules(weight, one_expert=True)]
+            by_format.setdefault((fmt.name, names[0] in static), []).extend(names)
         taken = spaces(w for w, _ in quantized)
         whole = sorted(spaces(kept) - taken)
         apart = tuple(f"{space}." for space in whole)
@@ -80,6 +84,8 @@ class CompressedTensorsDialect(Dialect):
             if last == "weight_packed" or (last == "weight" and info.dtype == "F8_E4M3"):
                 fmt = formats[name] = schemes.format_of(module)
                 companions.update([module + suffix for suffix in _suffixes(fmt)])
+            elif last == "weight_g_idx":
+                raise CheckpointError(f"{name} reorders columns (actorder: group), which cannot be read")
         tensors: dict[str, TensorInfo] = {}
         by_weight: dict[str, Format] = {}
         for name, info in inventory.tensors.items():

@@ -66,25 +66,29 @@ SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 
 
 def quantization_config(
-    by_format: Mapping[str, Sequence[str]], ignored: Sequence[str], whole: Sequence[str], mixed: Sequence[str]
+    by_format: Mapping[tuple[str, bool], Sequence[str]],
+    ignored: Sequence[str],
+    whole: Sequence[str],
+    mixed: Sequence[str],
 ) -> dict[str, Any]:
-    """Config groups for modules by format; ``ignored`` are the Linear modules that stay as they are.
+    """Config groups for modules by format and by whether their activations have calibrated scales.
 
+    ``ignored`` are the Linear modules that stay as they are.
     ``whole``: the spaces (``mtp``, ``visual``) that stay as they are with everything in them; ``mixed``: those
     that hold quantized modules.
     """
     everything = {name for names in by_format.values() for name in names} | set(ignored)
     groups = {}
-    for i, (name, members) in enumerate(by_format.items()):
+    for i, ((name, static), members) in enumerate(by_format.items()):
         compressor, weights, inputs = SPELLINGS[name]
         groups[f"group_{i}"] = {
             "targets": compact(members, everything - set(members), mixed),
             "weights": weights,
-            "input_activations": inputs,
+            "input_activations": _static(name) if static else inputs,
             "output_activations": None,
             "format": compressor,
         }
-    compressors = {SPELLINGS[name][0] for name in by_format}
+    compressors = {SPELLINGS[name][0] for name, _ in by_format}
     # engines ignore before they look for a target, so the targets of the main model may match these too
     apart = [r"re:^(model\.)?mtp.*" if space == "mtp" else f"re:.*{re.escape(space)}.*" for space in whole]
     return {
@@ -101,11 +105,25 @@ def quantization_config(
     }
 
 
+def _static(name: str) -> dict[str, Any]:
+    """Arguments of activations with a calibrated scale per tensor."""
+    if name.startswith("fp8"):
+        return _float8("tensor")
+    return {**_float4(16, "tensor_group", "torch.float8_e4m3fn"), "dynamic": "local"}
+
+
 class Schemes:
     """Which format each module of a compressed-tensors checkpoint has."""
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         self.source = source
+        transforms = (config.get("transform_config") or {}).get("config_groups")
+        sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+        if transforms or sparsity != "dense":
+            raise CheckpointError(
+                f"the weights of {source} are rotated (transform_config) or sparse (sparsity_config), "
+                "which cannot be read"
+            )
         self.groups: list[tuple[list[str], Format]] = []
         for group in config.get("config_groups", {}).values():
             name = _format_name(group.get("weights") or {}, group.get("format") or config.get("format", ""))

@@ -13,7 +13,7 @@ from typing import Any
 from halfbyte.checkpoint import Inventory, TensorInfo
 from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
 from halfbyte.dialects.modelopt_config import FILE, Algorithms, config_file, quantization_config, settings_of
-from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, stored_bytes
+from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import BlockFormat, Format
@@ -21,7 +21,6 @@ from halfbyte.models import Weight
 
 _WRITTEN = ("nvfp4", "fp8_channel", "fp8_block128", "mxfp8")
 _PARTS = ("weight_scale", "weight_scale_2")
-_INPUT = "input_scale"
 
 
 class ModelOptDialect(Dialect):
@@ -30,7 +29,7 @@ class ModelOptDialect(Dialect):
     name = "modelopt"
     about = "NVIDIA ModelOpt: TensorRT-LLM, vLLM, SGLang"
     files = (FILE,)
-    input_scales = (f".{_INPUT}",)
+    input_scales = (".input_scale",)
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
         """Formats that engines read in this spelling without calibrated activations, weights of modules."""
@@ -57,7 +56,7 @@ class ModelOptDialect(Dialect):
 
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """One algorithm for all modules, or a map from modules to algorithms; patterns of what is left out."""
-        static = {w.name.removesuffix(f".{_INPUT}") for w in kept if w.name.endswith(f".{_INPUT}")}
+        static = scaled_modules(kept, self.input_scales)
         layers: dict[tuple[str, bool], list[str]] = {}
         for weight, fmt in quantized:
             names = [m.name for m in modules(weight)]

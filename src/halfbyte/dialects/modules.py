@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import ml_dtypes
@@ -59,6 +59,11 @@ def module_problem(weight: Weight, fmt: Format, dialect: str) -> str | None:
     if rows > 1 and any(first % rows for _, first, _ in weight.row_parts):
         return f"the projections fused in {weight.name} do not begin at blocks of {rows} rows"
     return None
+
+
+def scaled_modules(kept: Iterable[Weight], endings: tuple[str, ...]) -> set[str]:
+    """The modules whose activations have calibrated scales: those with such tensors among the kept ones."""
+    return {w.name.rpartition(".")[0] for w in kept if w.name.endswith(endings)}
 
 
 def is_linear(weight: Weight) -> bool:

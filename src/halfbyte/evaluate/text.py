@@ -33,10 +33,11 @@ def tokens_of(path: Path, tokenizer: Any, most: int | None) -> list[int]:
         raise HalfbyteError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
     if not content.strip():
         raise HalfbyteError(f"the text {path} is empty")
-    if most is not None:
-        # a token stands for at least a few characters on average; the rest would be cut off anyway
-        content = content[: max(most * 64, 4096)]
-    found = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:most]
+    # a token stands for a few characters; more of a long text need not be looked at, unless this is no usual text
+    beginning = content if most is None else content[: max(most * 64, 4096)]
+    found = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"][:most]
+    if most is not None and len(found) < most and len(beginning) < len(content):
+        found = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:most]
     if len(found) < 2:
         raise HalfbyteError(f"the text {path} has {len(found)} token(s); at least 2 are needed to predict one")
     return list(found)

@@ -50,6 +50,11 @@ class Family:
     def __repr__(self) -> str:
         return f"Family({self.name!r})"
 
+    @property
+    def data(self) -> schema.FamilyFile:
+        """What the family's file says, completed by the files that it extends."""
+        return self._data
+
     def role(self, name: str) -> str:
         """The role of a tensor's name alone; its shape, its dtype and the config may still change it."""
         return self._kind(normalise(name)).role

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.patterns import merge
-from halfbyte.models.roles import bare_role, is_known
+from halfbyte.models.roles import ROLES, bare_role, is_known
 from halfbyte.models.strict_yaml import load_yaml
 
 
@@ -21,6 +21,23 @@ class ExpertLayout(BaseModel):
 
     role: str
     parts: dict[str, str] = Field(min_length=1)
+
+
+class NormReaders(BaseModel):
+    """The roles that read a norm's output, in its own layer; not where a norm of ``unless`` is there too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    feeds: tuple[str, ...] = Field(min_length=1)
+    unless: tuple[str, ...] = ()
+
+    @field_validator("feeds")
+    @classmethod
+    def _roles_exist(cls, feeds: tuple[str, ...]) -> tuple[str, ...]:
+        for role in feeds:
+            if role not in ROLES:
+                raise ValueError(f"there is no role {role!r}")
+        return feeds
 
 
 class FamilyFile(BaseModel):
@@ -43,6 +60,9 @@ class FamilyFile(BaseModel):
     groups: dict[str, tuple[str, ...]] = {}
     vision: dict[str, str] = {}
     quantized_suffixes: tuple[str, ...] = ()
+    norms: dict[str, NormReaders] = {}
+    zero_centred_norms: tuple[str, ...] = ()
+    linear_up: bool = True
 
     @field_validator("roles", "vision")
     @classmethod
@@ -55,11 +75,14 @@ class FamilyFile(BaseModel):
     def extended(self, parent: FamilyFile) -> FamilyFile:
         """This file completed by `parent`: its own entries come first and win."""
         own: dict[str, Any] = {key: getattr(self, key) for key in self.model_fields_set}
-        for key in ("roles", "experts", "groups", "vision"):
+        for key in ("roles", "experts", "groups", "vision", "norms"):
             own[key] = merge(getattr(self, key), getattr(parent, key))
         inherited = {
             key: getattr(parent, key)
-            for key in ("prefixes", "mtp_prefixes", "mtp_from_layer", "vision_prefixes", "quantized_suffixes")
+            for key in (
+                *("prefixes", "mtp_prefixes", "mtp_from_layer", "vision_prefixes", "quantized_suffixes"),
+                *("zero_centred_norms", "linear_up"),
+            )
         }
         return FamilyFile.model_construct(**{**inherited, **own})
 

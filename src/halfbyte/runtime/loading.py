@@ -14,7 +14,7 @@ import transformers
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Reader
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.models import Piece
 from halfbyte.runtime.decode import to_torch
 from halfbyte.runtime.remote.halfbyte_quantizer import say_left_out
@@ -47,7 +47,7 @@ def load(
     """
     checkpoint = Checkpoint.open(path, revision)
     config, model_class = _class_of(checkpoint)
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kind = _torch_dtype(dtype)
     if checkpoint.dialect is not None and checkpoint.dialect.name == "halfbyte":
         model = _strictly(checkpoint, model_class, checkpoint.inventory.root, config=config, dtype=kind or "auto")[0]
         if dequantize:
@@ -67,6 +67,16 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
         return transformers.AutoTokenizer.from_pretrained(root, trust_remote_code=False)
     except Exception as error:  # each tokenizer class has errors of its own
         raise CheckpointError(f"transformers cannot load the tokenizer of {path} ({error})") from error
+
+
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """None and "auto" leave the choice to the config."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto"):
+        return None
+    if not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+        raise HalfbyteError(f"models cannot compute in {dtype!r}; use float32, bfloat16 or float16")
+    return found
 
 
 def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:

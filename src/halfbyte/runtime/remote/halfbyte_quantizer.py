@@ -88,6 +88,13 @@ class HalfbyteQuantizer(HfQuantizer):
                 del tied[other]
                 model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k != other}
         _be_strict(model)
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            # transformers up to 5.20 leaves renamed tensors of a quantized checkpoint in the dtype of the file
+            self.pre_quantized = False
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.pre_quantized = True
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -125,15 +132,21 @@ def _headers(files: list[str] | None) -> dict[str, torch.Tensor]:
 
 
 def _be_strict(model: Any) -> None:
-    """Make missing tensors, and quantized ones without a place, errors instead of a report and random weights."""
+    """Errors, not a report and random weights, for tensors that are missing, misshapen or quantized without a place."""
     adjust = model._adjust_missing_and_unexpected_keys
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def adjust_and_check(info: Any) -> None:
         del model._adjust_missing_and_unexpected_keys
         left_out = sorted(info.unexpected_keys)
         adjust(info)
         lost = [name for name in sorted(info.unexpected_keys) if name.endswith(tuple(f"_{part}" for part in PARTS))]
-        for what, names in (("the checkpoint lacks", sorted(info.missing_keys)), ("the model has no place for", lost)):
+        other = [name for name, tensor in model.state_dict().items() if tensor.shape != shapes.get(name, tensor.shape)]
+        for what, names in (
+            ("the checkpoint lacks", sorted(info.missing_keys)),
+            ("the checkpoint has another shape of", other),
+            ("the model has no place for", lost),
+        ):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise ValueError(f"{type(model).__name__}: {what} {', '.join(names[:3])}{more}")

@@ -1,0 +1,5 @@
+"""What activations say about weights: importance of input columns, from halfbyte's and llama.cpp's files."""
+
+from halfbyte.calibrate.importance import Importance, Matched, match_importance, read_importance, write_importance
+
+__all__ = ["Importance", "Matched", "match_importance", "read_importance", "write_importance"]

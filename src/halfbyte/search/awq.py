@@ -1,0 +1,258 @@
+"""AWQ folding: columns that meet large activations grow before quantizing, and the norm before them shrinks.
+
+With columns times s and the norm (or the rows of the previous projection) divided by s a model computes the
+same, but the quantizer now spends its error where activations are small. Method: Lin et al., arXiv 2306.00978;
+here the scale comes from an importance file and is chosen with the real quantizer in the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.errors import FormatError
+from halfbyte.formats import Format
+from halfbyte.search.encode import encode
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+
+ALPHAS = tuple(round(0.05 * i, 2) for i in range(17))
+"""Exponents tried on the mean squared activation; 0 is no folding, 0.5 scales by the root mean square."""
+_FLOOR = 1e-8
+
+
+@dataclass
+class Consumer:
+    """A matrix or stack [..., N, K] that reads the scaled channels; ``weight`` may hold some of its rows only.
+
+    ``importance``: mean squared activation FP32 [K] or [E, K], or None for one that was never measured;
+    ``counts`` [E]: tokens per expert. ``format`` None means that the matrix is kept in its own dtype. Matrices
+    with the same ``share`` have one tensor scale.
+    """
+
+    name: str
+    weight: Array
+    importance: Floats | None
+    format: Format | None
+    search: str = "sweep"
+    counts: NDArray[np.int64] | None = None
+    share: str | None = None
+
+
+@dataclass
+class FoldChoice:
+    """The scale of a group, FP32 [K] or [E, K], or None where no folding is best.
+
+    ``losses`` by exponent: the consumers' mean weighted error, each relative to its own output's energy.
+    ``norm`` is the new norm in its own dtype; the scale is the one that this rounded norm needs, so quantized
+    consumers see no rounding of it. ``rounding`` is the relative weighted error of kept consumers by rounding.
+    """
+
+    alpha: float
+    scale: Floats | None
+    losses: dict[float, float]
+    norm: Array | None = None
+    rounding: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """The loss of what was chosen."""
+        return self.losses[self.alpha]
+
+    @property
+    def unfolded(self) -> float:
+        """The loss without folding."""
+        return self.losses[0.0]
+
+
+def choose_scale(
+    consumers: Sequence[Consumer],
+    norm: Array | None = None,
+    *,
+    zero_centred: bool = False,
+    per_expert: bool = False,
+    alphas: Sequence[float] = ALPHAS,
+    weighted_search: bool = False,
+) -> FoldChoice:
+    """The exponent, and with it the scale, of the least importance-weighted error over all consumers.
+
+    ``norm`` [K] is the norm's weight, None where rows of a projection are divided instead; ``per_expert`` gives
+    every expert a scale of its own. ``weighted_search``: the quantizer weighs errors by importance too. Without
+    importance or quantized consumers the choice is no folding. FormatError for shapes that do not fit.
+    """
+    for consumer in consumers:
+        _check(consumer)
+    importance = _shared_importance(consumers, per_expert)
+    if importance is None or not any(c.format for c in consumers):
+        return FoldChoice(0.0, None, {0.0: _loss(consumers, None, importance, weighted_search)})
+    losses: dict[float, float] = {}
+    best = FoldChoice(0.0, None, losses)
+    for alpha in sorted({0.0, *alphas}):
+        scale, rounded = scale_from(importance, alpha), None
+        if norm is not None:
+            rounded, scale = fold_norm(norm, scale, zero_centred)
+        losses[alpha] = _loss(consumers, scale if alpha else None, importance, weighted_search)
+        if alpha and losses[alpha] < best.loss:
+            best = FoldChoice(alpha, scale, losses, rounded)
+    if best.scale is not None:
+        best.rounding = {c.name: _rounding(c, best.scale, importance) for c in consumers if c.format is None}
+    return best
+
+
+def scale_from(importance: Floats, alpha: float) -> Floats:
+    """importance ** alpha over the root of its maximum times its minimum, [K] or [E, K]; all ones for alpha 0."""
+    values = importance.astype(np.float64)
+    largest = values.max(axis=-1, keepdims=True)
+    values = np.maximum(values / np.where(largest > 0, largest, 1), _FLOOR) ** alpha
+    values /= np.sqrt(values.max(axis=-1, keepdims=True) * values.min(axis=-1, keepdims=True))
+    return values.astype(np.float32)
+
+
+def fold_norm(norm: Array, scale: Floats, zero_centred: bool) -> tuple[Array, Floats]:
+    """A norm's weight [K] over the scale, rounded to its dtype, and the scale [K] that this amounts to exactly.
+
+    A zero-centred weight stands for 1 + w, so w' = (1 + w) / s - 1. Channels whose gain is zero stay.
+    """
+    offset = 1.0 if zero_centred else 0.0
+    gain = norm.astype(np.float64) + offset
+    wanted = gain / scale - offset
+    rounded = wanted.astype(norm.dtype)
+    # near -1 a zero-centred weight is coarse: a gain must not become zero
+    lost = (rounded.astype(np.float64) + offset == 0) & (gain != 0)
+    away = np.nextafter(rounded, np.where(wanted > -offset, 1, -2).astype(norm.dtype) * np.ones_like(rounded))
+    rounded = np.where(lost, away, rounded)
+    new = rounded.astype(np.float64) + offset
+    usable = (gain != 0) & (new != 0) & np.isfinite(new)
+    exact = np.divide(gain, new, out=np.ones_like(gain), where=usable)
+    rounded = np.where(usable, rounded, norm).astype(norm.dtype)
+    return rounded, exact.astype(np.float32)
+
+
+def fold_vector(vector: Array, scale: Floats) -> Array:
+    """A bias over the channels, divided by the scale, in its own dtype."""
+    return (vector.astype(np.float32) / scale).astype(vector.dtype)
+
+
+def fold_rows(weight: Array, scale: Floats, rows: tuple[int, int] | None = None) -> Floats:
+    """Rows first..stop (or all) of a matrix [..., N, K] divided by the scale [N] or [E, N], in FP32."""
+    result = weight.astype(np.float32)
+    part = slice(*rows) if rows else slice(None)
+    result[..., part, :] /= scale[..., :, None]
+    return result
+
+
+def fold_columns(weight: Array, scale: Floats) -> Floats:
+    """The columns of a matrix [..., N, K] times the scale [K] or [E, K], in FP32."""
+    return weight.astype(np.float32) * scale[..., None, :]
+
+
+def folded_importance(importance: Floats | None, scale: Floats) -> Floats | None:
+    """Mean squared activations once they are divided by the scale."""
+    return None if importance is None else (importance / np.square(scale)).astype(np.float32)
+
+
+def weighted_error(weight: Floats, decoded: Floats, importance: Floats, counts: Array | None = None) -> float:
+    """Sum over rows and columns of importance times squared difference, experts weighted by their tokens."""
+    squares = np.square(decoded - weight, dtype=np.float32).sum(axis=-2, dtype=np.float64)
+    per_matrix = (squares * importance).sum(axis=-1)
+    return float((per_matrix if counts is None else per_matrix * _share(counts)).sum())
+
+
+def _loss(consumers: Sequence[Consumer], scale: Floats | None, importance: Floats | None, weighted: bool) -> float:
+    """Mean over the consumers of weighted error / weighted energy, after scaling and quantizing."""
+    scaled = [c.weight.astype(np.float32) if scale is None else fold_columns(c.weight, scale) for c in consumers]
+    amax: dict[str, float] = {}
+    for consumer, weight in zip(consumers, scaled, strict=True):
+        if consumer.share:
+            amax[consumer.share] = max(amax.get(consumer.share, 0.0), float(np.abs(weight).max(initial=0)))
+    total = 0.0
+    for consumer, weight in zip(consumers, scaled, strict=True):
+        seen = _seen(consumer, importance)
+        now = seen if scale is None else np.asarray(folded_importance(seen, scale))
+        decoded = _stored(consumer, weight, now if weighted else None, amax.get(consumer.share or ""))
+        energy = weighted_error(weight, np.zeros_like(weight), now, consumer.counts)
+        total += weighted_error(weight, decoded, now, consumer.counts) / energy if energy else 0.0
+    return total / max(len(consumers), 1)
+
+
+def _stored(consumer: Consumer, weight: Floats, importance: Floats | None, amax: float | None) -> Floats:
+    """What a reader of the output will see."""
+    if consumer.format is None:
+        return weight.astype(consumer.weight.dtype).astype(np.float32)
+    return encode(weight, consumer.format, consumer.search, importance, amax=amax).decode()
+
+
+def _rounding(consumer: Consumer, scale: Floats, importance: Floats) -> float:
+    weight = fold_columns(consumer.weight, scale)
+    now = np.asarray(folded_importance(_seen(consumer, importance), scale))
+    energy = weighted_error(weight, np.zeros_like(weight), now, consumer.counts)
+    rounded = weight.astype(consumer.weight.dtype).astype(np.float32)
+    return weighted_error(weight, rounded, now, consumer.counts) / energy if energy else 0.0
+
+
+def _seen(consumer: Consumer, importance: Floats | None) -> Floats:
+    """The consumer's own importance, else the group's, else one for every column."""
+    if consumer.importance is not None:
+        return consumer.importance
+    return np.ones(consumer.weight.shape[-1], np.float32) if importance is None else importance
+
+
+def _shared_importance(consumers: Sequence[Consumer], per_expert: bool) -> Floats | None:
+    """One importance for the group's scale.
+
+    Matrices of one group read the same activations, so their importance is the same but for rounding. A stack
+    sees only routed tokens, so it speaks for the group only where no matrix does, by its token-weighted mean.
+    """
+    given = [(c.importance, c.counts) for c in consumers if c.importance is not None]
+    if per_expert:
+        return given[0][0] if given else None
+    whole = [values for values, _ in given if values.ndim == 1]
+    if whole:
+        return np.max(whole, axis=0)
+    means = [np.average(v, axis=0, weights=None if n is None else _share(n)).astype(np.float32) for v, n in given]
+    return np.max(means, axis=0) if means else None
+
+
+def _share(counts: Array) -> NDArray[np.float64]:
+    counts = counts.astype(np.float64)
+    total = counts.sum()
+    return counts / total if total else np.full(counts.shape, 1 / counts.size)
+
+
+def _check(consumer: Consumer) -> None:
+    shape, given = consumer.weight.shape, consumer.importance
+    if len(shape) < 2 or (given is not None and given.shape not in ((shape[-1],), (*shape[:-2], shape[-1]))):
+        found = None if given is None else list(given.shape)
+        raise FormatError(f"{consumer.name} has shape {list(shape)}, which importance of shape {found} does not fit")
+    if consumer.counts is not None and consumer.counts.shape != shape[:-2]:
+        raise FormatError(f"{consumer.name} has shape {list(shape)}, but counts {list(consumer.counts.shape)}")
+
+
+def apply(
+    arrays: Mapping[str, Array],
+    choice: FoldChoice,
+    producers: Sequence[tuple[str, str, tuple[int, int] | None]],
+    consumers: Sequence[str],
+) -> dict[str, Array]:
+    """The group's tensors after folding, by name: producers and consumers as FP32, a chosen norm in its dtype.
+
+    ``producers`` are (name, kind, rows) as in ``halfbyte.models.folds.Producer``; empty where nothing is folded.
+    """
+    scale = choice.scale
+    if scale is None:
+        return {}
+    result: dict[str, Array] = {}
+    for name, kind, rows in producers:
+        if kind in ("norm", "zero_centred"):
+            assert choice.norm is not None
+            result[name] = choice.norm
+        else:
+            result[name] = fold_rows(arrays[name], scale, rows) if kind == "rows" else fold_vector(arrays[name], scale)
+    for name in consumers:
+        result[name] = fold_columns(result.get(name, arrays[name]), scale)
+    return result
