@@ -180,7 +180,7 @@ def _arrays(tensor: QuantizedTensor) -> dict[str, NDArray[Any] | None] | None:
             name, array = "divisor", tensor.divisor
         if array is None or array.shape != shape or array.dtype != dtype:
             return None
-        found[name] = np.require(array, requirements="CA")
+        found[name] = np.require(array, requirements=("C", "A"))
     return found
 
 
