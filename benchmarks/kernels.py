@@ -64,7 +64,9 @@ def main() -> None:
                     print(f"{name:23}{search:21}{kind:10}{isa:10}{figures}", flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        lines = ",\n  ".join(json.dumps(result) for result in found.pop("results"))
+        head = json.dumps(found, indent=1)[:-2]
+        options.out.write_text(f'{head},\n "results": [\n  {lines}\n ]\n}}\n')
 
 
 def searches(name: str, isa: str) -> list[str]:

@@ -64,7 +64,7 @@ HB_INLINE I load_codes(const void* codes, int bits_of_code, int64_t at, int64_t 
   if (bits_of_code == 8) {
     QuarterBytes bytes = {};
     memcpy(&bytes, p, count < W ? (size_t)count : sizeof bytes);
-    return (I)__builtin_convertvector(bytes, U);
+    return (I) __builtin_convertvector(bytes, U);
   }
 #if HB_LANES == 16
   const I lanes = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -103,10 +103,14 @@ struct Decoder {
 
   void decode() {
     switch (c.family) {
-      case HB_AFFINE_BIAS: return affine<true>();
-      case HB_AFFINE_ZERO_POINT: return affine<false>();
-      case HB_HIF4: return hif4();
-      default: return scale_bytes(c) == 1 ? byte_scales() : wide_scales();
+      case HB_AFFINE_BIAS:
+        return affine<true>();
+      case HB_AFFINE_ZERO_POINT:
+        return affine<false>();
+      case HB_HIF4:
+        return hif4();
+      default:
+        return scale_bytes(c) == 1 ? byte_scales() : wide_scales();
     }
   }
 
@@ -176,7 +180,8 @@ struct Decoder {
     const uint8_t* zeros = (const uint8_t*)task.offsets;
     segments([&](int64_t, int64_t begin, int64_t count, int64_t block) {
       const F s = floats(all((int32_t)((uint32_t)load<uint16_t>(scales + block) << 16)));
-      const F o = BIAS ? floats(all((int32_t)((uint32_t)load<uint16_t>(biases + block) << 16))) : all((float)zeros[block]);
+      const F o =
+          BIAS ? floats(all((int32_t)((uint32_t)load<uint16_t>(biases + block) << 16))) : all((float)zeros[block]);
       const F most = all((float)c.levels);
       const F first = BIAS ? o : -o * s, last = BIAS ? most * s + o : (most - o) * s;
       const Range range(first, last);
@@ -197,7 +202,8 @@ struct Decoder {
         const I code = load_codes(task.codes, 4, begin + i, W);
         const F quarters = to_float(code & 7) * all(0.25f);
         const F value = floats(bits(quarters) | ((code & 8) << 28));
-        const I e8 = ((I{} + word) >> (8 + ((i + lane) >> 3))) & 1, e16 = ((I{} + word) >> (16 + ((i + lane) >> 2))) & 1;
+        const I e8 = ((I{} + word) >> (8 + ((i + lane) >> 3))) & 1,
+                e16 = ((I{} + word) >> (16 + ((i + lane) >> 2))) & 1;
         const F scale = step * floats((127 + e8 + e16) << 23), top = all(1.75f) * scale;
         sink(begin + i, value * scale, W, Range(-top, top));
       }

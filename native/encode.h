@@ -148,11 +148,9 @@ struct BlockEncoder {
       const I mask = chosen & live;
       with_grid(c.tables[t], [&](const auto& grid) {
         if (task.stats)
-          write_codes<true>(grid, c.tables[t], tile, c.bits, mask, best.inverse, scale,
-                                                       words, sums);
+          write_codes<true>(grid, c.tables[t], tile, c.bits, mask, best.inverse, scale, words, sums);
         else
-          write_codes<false>(grid, c.tables[t], tile, c.bits, mask, best.inverse, scale,
-                                                        words, sums);
+          write_codes<false>(grid, c.tables[t], tile, c.bits, mask, best.inverse, scale, words, sums);
       });
       if (task.stats)
         for (int l = 0; l < lanes; ++l) stats.blocks[t] -= chosen[l];

@@ -158,14 +158,22 @@ struct GridLadder {
 template <class Use>
 HB_INLINE void with_grid(const hb_table& t, Use use) {
   switch (t.kind) {
-    case HB_E2M1: return use(GridE2M1(t));
-    case HB_INT_SIGN_MAGNITUDE: return use(GridInt7<false>(t));
-    case HB_INT_TWOS_COMPLEMENT: return use(GridInt7<true>(t));
-    case HB_IF4_INT: return use(GridIf4(t));
-    case HB_INT_OFFSET: return use(GridOffset(t));
-    case HB_E4M3: return use(GridE4M3(t));
-    case HB_E2M1_SPECIAL: return use(GridSpecial(t));
-    default: return use(GridLadder(t));
+    case HB_E2M1:
+      return use(GridE2M1(t));
+    case HB_INT_SIGN_MAGNITUDE:
+      return use(GridInt7<false>(t));
+    case HB_INT_TWOS_COMPLEMENT:
+      return use(GridInt7<true>(t));
+    case HB_IF4_INT:
+      return use(GridIf4(t));
+    case HB_INT_OFFSET:
+      return use(GridOffset(t));
+    case HB_E4M3:
+      return use(GridE4M3(t));
+    case HB_E2M1_SPECIAL:
+      return use(GridSpecial(t));
+    default:
+      return use(GridLadder(t));
   }
 }
 

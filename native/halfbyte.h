@@ -13,7 +13,14 @@ extern "C" {
 enum { HB_BF16 = 0, HB_FP16 = 1, HB_FP32 = 2 };
 enum { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2 };
 enum { HB_BLOCK = 0, HB_AFFINE_BIAS = 1, HB_AFFINE_ZERO_POINT = 2, HB_HIF4 = 3 };
-enum { HB_SCALE_E4M3 = 0, HB_SCALE_E8M0 = 1, HB_SCALE_E3M3 = 2, HB_SCALE_BF16 = 3, HB_SCALE_FP32 = 4, HB_SCALE_E6M2 = 5 };
+enum {
+  HB_SCALE_E4M3 = 0,
+  HB_SCALE_E8M0 = 1,
+  HB_SCALE_E3M3 = 2,
+  HB_SCALE_BF16 = 3,
+  HB_SCALE_FP32 = 4,
+  HB_SCALE_E6M2 = 5
+};
 enum { HB_SSE = 0, HB_MAE = 1, HB_MAX = 2 };
 enum { HB_FLOOR = 0, HB_EVEN = 1, HB_RCEIL = 2 };
 enum {
@@ -38,7 +45,7 @@ typedef struct {
   float rceil_from;       // mantissa above which the rule "rceil" adds one
   int32_t high;           // largest scale code for this table
   int32_t zero_code;      // code of zero
-  float thresholds[16];  // the last one unused
+  float thresholds[16];   // the last one unused
   float ladder_values[16];
   int32_t ladder_codes[16];
   float values[256];

@@ -49,7 +49,9 @@ bool is_wide(const hb_codec& c) { return c.family == HB_BLOCK && (c.rows != 1 ||
 
 bool is_known(const hb_codec& c) {
   if (c.bits != 4 && c.bits != 8) return false;
-  if (is_wide(c)) return c.bits == 8 && c.table_count == 1 && c.tables[0].kind == HB_E4M3 && (c.rows == 1 || c.columns % 64 == 0 || c.rows < 0);
+  if (is_wide(c))
+    return c.bits == 8 && c.table_count == 1 && c.tables[0].kind == HB_E4M3 &&
+           (c.rows == 1 || c.columns % 64 == 0 || c.rows < 0);
   return c.columns >= 16 && c.columns % 16 == 0 && c.columns <= LARGEST_BLOCK;
 }
 

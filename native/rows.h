@@ -9,7 +9,7 @@ typedef uint8_t QuarterBytes __attribute__((vector_size(W)));
 
 HB_INLINE F load_row(const void* x, int type, int64_t at) {
   if (type == HB_FP32) return load<F>((const float*)x + at);
-  const I wide = (I)__builtin_convertvector(load<HalfShorts>((const uint16_t*)x + at), U);
+  const I wide = (I) __builtin_convertvector(load<HalfShorts>((const uint16_t*)x + at), U);
   return type == HB_BF16 ? floats(wide << 16) : widen_half(wide);
 }
 

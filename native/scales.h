@@ -7,13 +7,16 @@ namespace {
 // Bits of the stored scale nearest to v > 0, never zero.
 HB_INLINE I scale_code(int kind, F v) {
   switch (kind) {
-    case HB_SCALE_E4M3: return maximum(E4M3Steps::code(E4M3Steps::make(v, 448.0f)), all(1));
+    case HB_SCALE_E4M3:
+      return maximum(E4M3Steps::code(E4M3Steps::make(v, 448.0f)), all(1));
     case HB_SCALE_E3M3: {
       typedef FloatSteps<3, -2> Steps;
       return clip(Steps::code(Steps::make(v, 28.0f)), 1, 62);
     }
-    case HB_SCALE_BF16: return (I)((U)bf16_round(clip(v, 1.2e-38f, 3.3e38f)) >> 16);
-    default: return bits(clip(v, 1.2e-38f, 3.4e38f));
+    case HB_SCALE_BF16:
+      return (I)((U)bf16_round(clip(v, 1.2e-38f, 3.3e38f)) >> 16);
+    default:
+      return bits(clip(v, 1.2e-38f, 3.4e38f));
   }
 }
 
@@ -23,14 +26,18 @@ HB_INLINE F scale_value(int kind, I code) {
       const F value = select(code < 8, to_float(code) * all(0x1p-9f), floats((code << 20) + (120 << 23)));
       return select(code == 127, floats(all(0x7fc00000)), value);
     }
-    case HB_SCALE_E3M3: return select(code < 8, to_float(code) * all(0x1p-5f), floats((code << 20) + (124 << 23)));
+    case HB_SCALE_E3M3:
+      return select(code < 8, to_float(code) * all(0x1p-5f), floats((code << 20) + (124 << 23)));
     case HB_SCALE_E8M0: {
       const I power = select(code == 0, all(0x00400000), code << 23);
       return floats(select(code == 255, all(0x7fc00000), power));
     }
-    case HB_SCALE_E6M2: return floats((code + (127 - 48) * 4) << 21);
-    case HB_SCALE_BF16: return floats(code << 16);
-    default: return floats(code);
+    case HB_SCALE_E6M2:
+      return floats((code + (127 - 48) * 4) << 21);
+    case HB_SCALE_BF16:
+      return floats(code << 16);
+    default:
+      return floats(code);
   }
 }
 

@@ -37,9 +37,9 @@ struct Best {
 struct Problem {
   const hb_codec& codec;
   const Tile& tile;
-  F amax;          // largest |y|
-  F amax_weight;   // importance of an element of that magnitude
-  I ignored;       // lanes without weights other than zero
+  F amax;         // largest |y|
+  F amax_weight;  // importance of an element of that magnitude
+  I ignored;      // lanes without weights other than zero
 };
 
 HB_INLINE F term(F miss, int metric) { return metric == HB_SSE ? miss * miss : absolute(miss); }

@@ -27,10 +27,9 @@ HB_INLINE I butterfly(I a, I b) {
 #define HB_LOW(l) ((l) & H ? 8 + (l) - H : (l))
 #define HB_HIGH(l) ((l) & H ? 8 + (l) : (l) + H)
   if (HIGH)
-    return HB_SHUFFLE(a, b, HB_HIGH(0), HB_HIGH(1), HB_HIGH(2), HB_HIGH(3), HB_HIGH(4), HB_HIGH(5),
-                                   HB_HIGH(6), HB_HIGH(7));
-  return HB_SHUFFLE(a, b, HB_LOW(0), HB_LOW(1), HB_LOW(2), HB_LOW(3), HB_LOW(4), HB_LOW(5), HB_LOW(6),
-                                 HB_LOW(7));
+    return HB_SHUFFLE(a, b, HB_HIGH(0), HB_HIGH(1), HB_HIGH(2), HB_HIGH(3), HB_HIGH(4), HB_HIGH(5), HB_HIGH(6),
+                      HB_HIGH(7));
+  return HB_SHUFFLE(a, b, HB_LOW(0), HB_LOW(1), HB_LOW(2), HB_LOW(3), HB_LOW(4), HB_LOW(5), HB_LOW(6), HB_LOW(7));
 #else
 #define HB_LOW(l) ((l) & H ? 4 + (l) - H : (l))
 #define HB_HIGH(l) ((l) & H ? 4 + (l) : (l) + H)

@@ -129,9 +129,7 @@ HB_INLINE F rint_small(F v) {
   return (v + magic) - magic;
 }
 // The same for any finite value.
-HB_INLINE F rint_any(F v) {
-  return select(absolute(v) < all(4194304.0f), floats(bits(rint_small(v)) | sign_of(v)), v);
-}
+HB_INLINE F rint_any(F v) { return select(absolute(v) < all(4194304.0f), floats(bits(rint_small(v)) | sign_of(v)), v); }
 // Round half to even to BF16, as bits of the FP32 value.
 HB_INLINE I bf16_round(F v) {
   const U u = (U)bits(v);
@@ -140,7 +138,8 @@ HB_INLINE I bf16_round(F v) {
 // Multiplied with a scale v this gives a value in [0.5, 1): a power of two.
 HB_INLINE F unit_of(F v) {
   const I field = (I{} + 253) - (I)((U)bits(v) >> 23);
-  const I bits_of = select(field > 0, field << 23, select(field == 0, all((int32_t)0x00400000), all((int32_t)0x00200000)));
+  const I bits_of =
+      select(field > 0, field << 23, select(field == 0, all((int32_t)0x00400000), all((int32_t)0x00200000)));
   return floats(bits_of);
 }
 

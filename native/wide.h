@@ -20,8 +20,8 @@ struct WideEncoder {
     int64_t start, rows, columns;  // first element
     const float* weights;          // of its columns
     float tensor_scale;
-    float factor;                  // one over the tensor scale
-    float decode_divisor;          // or 0
+    float factor;          // one over the tensor scale
+    float decode_divisor;  // or 0
   };
 
   int encode() {
@@ -35,8 +35,13 @@ struct WideEncoder {
         for (int64_t k = 0; k < task.k; k += wide, ++block) {
           const int64_t rows = task.n - r < tall ? task.n - r : tall;
           const int64_t columns = task.k - k < wide ? task.k - k : wide;
-          const Region region = {(lead * task.n + r) * task.k + k, rows, columns, weights ? weights + k : nullptr, scale,
-                                 1.0f / scale, divisor};
+          const Region region = {(lead * task.n + r) * task.k + k,
+                                 rows,
+                                 columns,
+                                 weights ? weights + k : nullptr,
+                                 scale,
+                                 1.0f / scale,
+                                 divisor};
           one_block(region, block, tall * wide);
         }
     }
@@ -56,7 +61,8 @@ struct WideEncoder {
     I largest = {};
     for (int64_t r = 0; r < g.rows; ++r)
       for (int64_t k = 0; k < g.columns; k += W)
-        largest = maximum(largest, bits(load_row(task.x, task.type, g.start + r * task.k + k, g.columns - k)) & 0x7fffffff);
+        largest =
+            maximum(largest, bits(load_row(task.x, task.type, g.start + r * task.k + k, g.columns - k)) & 0x7fffffff);
     worst = maximum(worst, largest);
     int32_t most = 0;
     for (int l = 0; l < W; ++l) most = largest[l] > most ? largest[l] : most;
@@ -67,9 +73,8 @@ struct WideEncoder {
     F unit = {};
     const bool ordered = is_ordered(c.scale_kind);
     for (int i = 0; i < (c.single ? 1 : ordered ? c.offset_count : c.ratio_count); ++i) {
-      const I stored = ordered
-                           ? clip(base_code(c, t, amax) + c.offsets[i], c.scale_low, t.high)
-                           : scale_code(c.scale_kind, minimum(amax / all(t.top) * all(c.ratios[i]), all(t.limit)));
+      const I stored = ordered ? clip(base_code(c, t, amax) + c.offsets[i], c.scale_low, t.high)
+                               : scale_code(c.scale_kind, minimum(amax / all(t.top) * all(c.ratios[i]), all(t.limit)));
       const F scale = scale_value(c.scale_kind, stored), inverse = all(1.0f) / scale;
       if (i == 0) unit = unit_of(scale);
       const F relative = scale * unit;

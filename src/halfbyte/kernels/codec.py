@@ -165,6 +165,8 @@ def _block(fmt: BlockFormat, search: SearchLike | None) -> NativeCodec | None:
     )
     if not along_row and not (large and len(tables) == 1 and tables[0].kind == "e4m3" and tables[0].rounding):
         return None
+    if rows < 0 and scale.name != "fp32":
+        return None
     if scale.name not in _SCALES or len(tables) > 4 or sorted(fmt.order) != list(range(len(tables))):
         return None
     if len(tables) > 1 and (scale.dtype is not np.uint8 or len(tables) << scale.bits > 256):
