@@ -38,7 +38,7 @@ class TensorError:
     @property
     def lossless(self) -> bool:
         """Whether every value of a quantized source stayed the same."""
-        return bool(self.source) and not self.requantized and self.max_error == 0
+        return bool(self.source) and self.max_error == 0
 
     @property
     def relmse(self) -> float:
