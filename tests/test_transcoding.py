@@ -89,22 +89,35 @@ def test_the_same_dialect_copies_a_format_with_a_tensor_scale(moe: Path, tmp_pat
     proven(tmp_path / "b", tmp_path / "a", len(results))
 
 
-def test_a_tensor_scale_that_becomes_its_reciprocal_changes_values_by_a_rounding(moe: Path, tmp_path: Path) -> None:
-    run(moe, tmp_path / "a", linear("nvfp4"), "compressed-tensors")
-    plan, results = carried(tmp_path / "a", tmp_path / "b", linear("nvfp4"), "modelopt")
-    reason = "the same codes and block scales; the tensor scale becomes its reciprocal, rounded to FP32"
-    assert {item.reason for item in plan.items if item.format} == {reason}
+RECIPROCAL = "the same codes and block scales; the tensor scale becomes its reciprocal, rounded to FP32"
+
+
+@pytest.mark.parametrize(("fmt", "dialect"), [("nvfp4", "modelopt"), ("nvfp4", "halfbyte"), ("mixfp4", "halfbyte")])
+def test_a_tensor_scale_that_becomes_its_reciprocal_changes_values_by_a_rounding(
+    moe: Path, tmp_path: Path, fmt: str, dialect: str
+) -> None:
+    run(moe, tmp_path / "a", linear(fmt), "compressed-tensors")
+    plan, results = carried(tmp_path / "a", tmp_path / "b", linear(fmt), dialect)
+    assert {item.reason for item in plan.items if item.format} == {RECIPROCAL}
     assert not any(result.requantized for result in results)
     assert all((result.max_relative == 0) == result.lossless for result in results)
-    assert 0 < max(result.max_relative for result in results) <= 2**-22
-    a, b = read_file(tmp_path / "a"), read_file(tmp_path / "b")
-    for name in (name for name in a if name.endswith("weight_packed")):
-        module = name.removesuffix("_packed")
-        assert a[name].tobytes() == b[module].tobytes()
-        assert a[f"{module}_scale"].tobytes() == b[f"{module}_scale"].tobytes()
-        assert np.float32(1) / a[f"{module}_global_scale"][0] == b[f"{module}_scale_2"]
+    assert 0 < max(result.max_relative for result in results) < 2**-21
+    before, after = (parts(folder) for folder in (tmp_path / "a", tmp_path / "b"))
+    for name, (codes, scales, divisor) in before.items():
+        assert np.array_equal(codes, after[name][0]) and np.array_equal(scales, after[name][1])
+        assert np.array_equal(np.float32(1) / divisor, after[name][2])
     result = proven(tmp_path / "b", tmp_path / "a", sum(result.lossless for result in results))
     assert 0 < result.relmse < 1e-14
+
+
+def parts(folder: Path) -> dict[str, tuple[Any, Any, Any]]:
+    """Codes, scales and the stored number of the tensor scale."""
+    checkpoint, found = Checkpoint.open(folder), {}
+    with Reader(checkpoint.inventory) as reader:
+        for weight in (w for w in checkpoint.weights if w.name in checkpoint.formats):
+            t = checkpoint.read_quantized(reader, weight)
+            found[weight.name] = t.codes, t.scales, t.tensor_scale if t.divisor is None else t.divisor
+    return found
 
 
 def test_a_tensor_scale_that_is_a_power_of_two_keeps_every_value(moe: Path, tmp_path: Path) -> None:
@@ -291,3 +304,12 @@ def test_kimi_k2_is_planned_within_five_seconds_of_one_core(shared: Path, name: 
     experts = [item for item in plan.items if item.weight.role.startswith("experts.")]
     assert len(experts) == 120 and {item.action for item in experts} == {action}
     assert len(checkpoint.inventory.tensors) == 208_215
+
+
+@pytest.mark.parametrize("name", ["gpt_oss_20b.json", "kimi_k2_thinking.patterns.json"])
+def test_the_plan_counts_every_tensor_of_a_quantized_source_once(shared: Path, name: str) -> None:
+    checkpoint = Checkpoint(Inventory.from_json(shared / "inventories" / name))
+    plan = make_plan(checkpoint, "nvfp4")
+    names = [entry["name"] for entry in plan.to_dict()["sources"]]
+    assert len(names) == len(set(names)) == len(checkpoint.inventory.tensors)
+    assert sum(entry["tensors"] for entry in plan.summary()["classes"]) == len(names)

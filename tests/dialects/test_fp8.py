@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -154,27 +153,6 @@ def test_a_weight_without_its_scale_is_an_error(tmp_path: Path) -> None:
         checkpoint(tmp_path, {"model.layers.0.mlp.down_proj.weight": codes((128, 128))}, DENSE_CONFIG)
 
 
-def test_transformers_dequantizes_to_our_values(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
-    source = write_checkpoint(tmp_path / "source", dense_tensors(), {**DENSE_CONFIG, **SIZES})
-    run(source, tmp_path / "out", linear("fp8_block128"), "fp8")
-    found, stored = values(Checkpoint.open(tmp_path / "out")), read_file(tmp_path / "out")
-    for name, ours in found.items():
-        code = torch.from_numpy(stored[name].view(np.uint8)).view(torch.float8_e4m3fn)
-        scale = torch.from_numpy(stored[f"{name}_scale_inv"])
-        if ours.shape[0] % 128 == 0:
-            assert np.array_equal(Fp8Dequantize(None)._dequantize_one(code, scale, torch.float32).numpy(), ours)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    loaded = {name: p.detach().float().numpy() for name, p in model.named_parameters() if name in found}
-    assert loaded.keys() == found.keys()
-    for name, ours in found.items():
-        assert np.array_equal(loaded[name], ours), name
-
-
 SIZES = {
     "intermediate_size": 256,
     "num_attention_heads": 4,
@@ -182,6 +160,43 @@ SIZES = {
     "head_dim": 32,
     "vocab_size": 64,
 }
+MOE = {
+    **DENSE_CONFIG,
+    **SIZES,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 128,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+}
+
+
+def with_experts(tensors: Tensors) -> Tensors:
+    """The MLPs cut into a router and two experts with one tensor each."""
+    found = {name: array for name, array in tensors.items() if ".mlp." not in name}
+    for name, array in tensors.items():
+        base, _, part = name.rpartition(".mlp.")
+        if base:
+            axis = 1 if "down" in part else 0
+            for e, half in enumerate(np.split(array, 2, axis)):
+                found[f"{base}.mlp.experts.{e}.{part}"] = np.ascontiguousarray(half)
+            found[f"{base}.mlp.gate.weight"] = array[:2, :128].copy()
+    return found
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_transformers_loads_our_values(tmp_path: Path, experts: bool) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tensors = with_experts(dense_tensors()) if experts else dense_tensors()
+    source = write_checkpoint(tmp_path / "source", tensors, MOE if experts else {**DENSE_CONFIG, **SIZES})
+    run(source, tmp_path / "out", linear("fp8_block128"), "fp8")
+    found = values(Checkpoint.open(tmp_path / "out"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    loaded = {name: p.detach().float().numpy() for name, p in model.named_parameters() if name in found}
+    assert loaded.keys() == found.keys() and len(found) == (12 if experts else 14)
+    for name, ours in found.items():
+        assert np.array_equal(loaded[name], ours), name
 
 
 def test_the_configuration_survives_a_dialect_change(tmp_path: Path) -> None:
