@@ -131,7 +131,8 @@ def main() -> None:
     exports = {key: export(*arguments) for key, arguments in names.items()}
     versions = {package: version(package) for package in ("nvidia-modelopt", "torch", "transformers", "numpy")}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in exports.items())
-    text = f'{{\n "versions": {json.dumps(versions)},\n "decode": {json.dumps(decode())},\n "exports": {{\n{lines}\n }}\n}}'
+    head = f'"versions": {json.dumps(versions)},\n "decode": {json.dumps(decode())}'
+    text = f'{{\n {head},\n "exports": {{\n{lines}\n }}\n}}'
     path = REPOSITORY / "tests" / "golden" / "modelopt.json"
     path.write_text(text + "\n")
     print(f"{path}: {len(exports)} exports, {path.stat().st_size} bytes")

@@ -109,8 +109,8 @@ Paragraphs that other texts share with these were left out of the training.
 Held-out perplexity per token, in windows of {window} tokens: **{perplexity:.2f}** (token frequencies
 alone: {unigram:.0f}). The multi-token-prediction head names the token after the next one right at
 {second:.1%} of the positions. Of the held-out tokens, the busiest expert of any layer gets {most:.2f} times an
-even share, the idlest {least:.2f} times. Dropout and the number of steps were chosen after two other runs
-measured on the same text: without dropout, more steps overfit.
+even share, the idlest {least:.2f} times. Learning rate, dropout and the number of
+steps were chosen after five other runs measured on the same text; without dropout, more steps overfit.
 
 The model's only use is to try and to test quantization where nothing can be downloaded; it knows nothing.
 `heldout.txt` is text of the Python documentation, copyright Python Software Foundation, under the licence

@@ -167,7 +167,7 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
             else:
                 tensor = carried.tensor
                 if not carried.exact:
-                    errors[k].compare(carried.before.decode(), tensor)
+                    errors[k].carry(carried.before, tensor)
             where = (first, 0) if stacked else (0, first)
             for part in plan.dialect.write(item.outputs, fmt, tensor, *where):
                 start = part.start * part.array.dtype.itemsize

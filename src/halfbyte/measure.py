@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import QuantizedTensor
+from halfbyte.formats import BlockFormat, QuantizedTensor
 from halfbyte.kernels import ErrorStats, compare
 
 
@@ -19,7 +19,7 @@ class TensorError:
 
     ``source``: the format that the source has it in, "" where it is not quantized there. Of such a weight a
     conversion counts the elements that it ``requantized``; what it carried over unchanged adds to no sum.
-    ``max_relative``: the largest change of a carried value, relative to it.
+    ``max_relative``: the largest change, relative to it, of a value that a carried tensor's scales can make.
     """
 
     name: str
@@ -38,7 +38,7 @@ class TensorError:
     @property
     def lossless(self) -> bool:
         """Whether every value of a quantized source stayed the same."""
-        return bool(self.source) and not self.requantized and self.max_error == 0
+        return bool(self.source) and self.max_error == 0
 
     @property
     def relmse(self) -> float:
@@ -62,12 +62,11 @@ class TensorError:
         if len(stats.table_blocks) > 1:
             self._count(stats.table_blocks)
 
-    def compare(self, source: NDArray[np.float32], tensor: QuantizedTensor) -> None:
-        """Count a slice that was carried over, whose values may have changed by a rounding."""
-        self.add(source, tensor)
-        some = source != 0
-        changes = np.abs(tensor.decode()[some] - source[some]) / np.abs(source[some])
-        self.max_relative = max(self.max_relative, float(changes.max(initial=0)))
+    def carry(self, before: QuantizedTensor, after: QuantizedTensor) -> None:
+        """Count a slice with the same codes and scales, whose values may have changed by a rounding."""
+        self.add(before.decode(), after)
+        if self.max_error:
+            self.max_relative = max(self.max_relative, _largest_change(before, after))
 
     def merge(self, other: TensorError) -> None:
         """Add the errors of another part of the same weight."""
@@ -82,3 +81,20 @@ class TensorError:
 
     def _count(self, blocks: list[int]) -> None:
         self.table_blocks = [a + b for a, b in zip(self.table_blocks or [0] * len(blocks), blocks, strict=True)]
+
+
+def _largest_change(before: QuantizedTensor, after: QuantizedTensor) -> float:
+    """The largest relative change of any code's value under the scale bytes that occur."""
+    fmt = before.format
+    assert isinstance(fmt, BlockFormat)
+    scales, chosen = fmt.split_scales(np.arange(256, dtype=np.uint8))
+    tables = np.stack([t.array for t in fmt.tables])[0 if chosen is None else chosen]
+    found = [
+        tables * (scales * t.tensor_scale[..., None] if t.divisor is None else scales / t.divisor[..., None])[..., None]
+        for t in (before, after)
+        if t.tensor_scale is not None
+    ]
+    lead = before.shape[:-2]
+    used = np.array([np.bincount(s.ravel(), minlength=256) > 0 for s in before.scales.reshape(math.prod(lead), -1)])
+    some = used.reshape(*lead, 256)[..., None] & (found[0] != 0)
+    return float((np.abs(found[1] - found[0])[some] / np.abs(found[0][some])).max(initial=0))

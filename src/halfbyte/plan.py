@@ -215,6 +215,8 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
         raise PlanError(f"{weight.name}: {problem}")
     power = decision.tensor_scale == "power_of_two"
     before = checkpoint.formats.get(weight.name)
+    if before:
+        checkpoint.stored(weight)  # a missing part is found now and not in the middle of the conversion
     said = claim(weight, before, fmt, checkpoint.dialect, dialect) if before and checkpoint.dialect else None
     if said:
         outputs = respelled(checkpoint, weight, fmt, dialect)
@@ -250,7 +252,7 @@ def _leave_input_scales(checkpoint: Checkpoint, items: Iterable[Item], dialect: 
     for item in items:
         if item.weight.name in names:
             item.action, item.reason, item.outputs, item.nbytes = "drop", INPUT_SCALE, [], 0
-    return [f"{len(names)} scales of activations are left out: this output quantizes weights only"] if names else []
+    return [f"scales of activations are left out ({len(names)}): this output quantizes weights only"] if names else []
 
 
 def _check_groups(items: Iterable[Item]) -> None:

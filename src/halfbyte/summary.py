@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.shards import Item
@@ -34,7 +34,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
                 "role": role,
                 "action": action,
                 "format": name,
-                "tensors": sum(len(item.weight.pieces) for item in items),
+                "tensors": sum(len(_sources(plan, item)) for item in items),
                 "output_tensors": sum(len(item.outputs) for item in items),
                 "parameters": (parameters := sum(item.parameters for item in items)),
                 "bits_per_weight": 8 * (size := sum(item.nbytes for item in items)) / max(parameters, 1),
@@ -43,9 +43,9 @@ def summarize(plan: Plan) -> dict[str, Any]:
             }
             for (role, action, name, reason), items in classes.items()
         ],
-        "kept": _fates(item for item in plan.items if item.action == "keep"),
-        "split": _fates(item for item in plan.items if item.splits),
-        "dropped": _fates(item for item in plan.items if item.action == "drop"),
+        "kept": _fates(plan, (item for item in plan.items if item.action == "keep")),
+        "split": _fates(plan, (item for item in plan.items if item.splits)),
+        "dropped": _fates(plan, (item for item in plan.items if item.action == "drop")),
         "contains": {space: any(_space(i) == space and i.outputs for i in plan.items) for space in SPACES},
         "notes": plan.notes,
     }
@@ -64,7 +64,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         **summarize(plan),
         "sources": [
             {
-                "name": piece.source,
+                "name": name,
                 "weight": item.weight.name,
                 "role": item.weight.role,
                 "action": "split" if item.splits else item.action,
@@ -72,7 +72,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
                 "reason": item.reason,
             }
             for item in plan.items
-            for piece in item.weight.pieces
+            for name in _sources(plan, item)
         ],
         "outputs": [
             {
@@ -98,7 +98,14 @@ def _format(plan: Plan, item: Item) -> str | None:
     return fmt.name if fmt else item.weight.dtype
 
 
-def _fates(items: Iterable[Item]) -> list[dict[str, Any]]:
+def _sources(plan: Plan, item: Item) -> Sequence[str]:
+    """Names of the source's tensors that hold a weight, those of its scales included."""
+    if item.weight.name in plan.checkpoint.formats:
+        return [output.name for output in plan.checkpoint.stored(item.weight)]
+    return item.weight.sources
+
+
+def _fates(plan: Plan, items: Iterable[Item]) -> list[dict[str, Any]]:
     """Tensors by role and reason, with the first one's name."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for item in items:
@@ -112,7 +119,7 @@ def _fates(items: Iterable[Item]) -> list[dict[str, Any]]:
                 "example": item.weight.sources[0],
             },
         )
-        entry["tensors"] += len(item.weight.pieces)
+        entry["tensors"] += len(_sources(plan, item))
         entry["output_tensors"] += len(item.outputs)
     return list(found.values())
 

@@ -128,7 +128,7 @@ def test_checkpoints_with_the_extra_file_alone_are_read(tmp_path: Path) -> None:
 def test_an_algorithm_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     settings = {**EXPORTS["nvfp4_weights"]["quantization_config"], "quant_algo": "W4A16_AWQ"}
     source = exported(tmp_path / "source", "nvfp4_weights", quantization_config=settings)
-    with pytest.raises(CheckpointError, match="down_proj in .* has the algorithm 'W4A16_AWQ'"):
+    with pytest.raises(CheckpointError, match=r"down_proj in .* has the algorithm 'W4A16_AWQ'"):
         Checkpoint.open(source)
 
 
@@ -228,7 +228,7 @@ def test_the_configuration_says_w4a4_where_input_scales_are_kept(tmp_path: Path)
 def test_input_scales_are_left_out_where_activations_are_not_quantized(tmp_path: Path) -> None:
     source = exported(tmp_path / "source", "nvfp4_experts")
     plan = run(source, tmp_path / "out", linear("mxfp4"), "compressed-tensors")
-    assert any("10 scales of activations are left out" in note for note in plan.notes)
+    assert any("scales of activations are left out (10)" in note for note in plan.notes)
     assert not any("input_scale" in name for name in read_file(tmp_path / "out"))
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
     result = verify(tmp_path / "out", source)

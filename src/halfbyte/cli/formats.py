@@ -65,8 +65,11 @@ def _about(fmt: Format) -> dict[str, Any]:
     from halfbyte.models import Weight
     from halfbyte.models.weight import Piece
 
-    name = "model.layers.0.mlp.down_proj.weight"
-    weight = Weight(name, "mlp.down", 0, _SHAPE, "BF16", (Piece(name),))
+    name, stack = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.experts.down_proj"
+    samples = [
+        Weight(name, "mlp.down", 0, _SHAPE, "BF16", (Piece(name),)),
+        Weight(stack, "experts.down", 0, (2, *_SHAPE), "BF16", (Piece(stack),)),
+    ]
     rows, columns = (("all" if n < 0 else str(n)) for n in fmt.block)
     return {
         "name": fmt.name,
@@ -75,5 +78,5 @@ def _about(fmt: Format) -> dict[str, Any]:
         "tables": [t.name for t in fmt.tables] if isinstance(fmt, BlockFormat) else [],
         "scale": fmt.scale.name if isinstance(fmt, BlockFormat) else "",
         "tensor_scale": isinstance(fmt, BlockFormat) and fmt.has_tensor_scale,
-        "dialects": [d.name for d in list_dialects() if d.problem(weight, fmt) is None],
+        "dialects": [d.name for d in list_dialects() if any(d.problem(weight, fmt) is None for weight in samples)],
     }
