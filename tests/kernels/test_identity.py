@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats.cases import CASES, QUICK, draw, weights
+from formats.cases import CASES, QUICK, TENSOR_SCALED, draw, weights
 from halfbyte import kernels
 from halfbyte.formats import get_format
 from halfbyte.search import encode
@@ -66,6 +66,18 @@ def test_importance_of_every_kind_is_used_as_the_reference_does(importance_kind:
         for isa in NATIVE:
             with kernels.use_backend(isa):
                 assert not differences(encode(x, name, "sweep", importance), expected), (name, isa)
+
+
+@pytest.mark.parametrize(("name", "search"), [case for case in QUICK if case[0] in TENSOR_SCALED])
+def test_weights_beyond_the_given_tensor_scale_are_encoded_as_the_reference(name: str, search: str) -> None:
+    fmt = get_format(name)
+    for size in (1e-44, 1e-30, 1e30):
+        x = draw("heavy", (6, 64), 3) * np.float32(size)
+        for scale in (1e-37, 1e-30, 1e30, 3e38):
+            expected = reference(x, fmt, search, tensor_scale=scale)
+            for isa in NATIVE:
+                with kernels.use_backend(isa):
+                    assert not differences(encode(x, fmt, search, tensor_scale=scale), expected), (size, scale, isa)
 
 
 @settings(max_examples=150, deadline=None)

@@ -104,7 +104,7 @@ E3M3 = ScaleType(
     np.uint8,
     6,
     28.0,
-    lambda v: _small_float_code(v, 3, 3, 1, 62),
+    lambda v: _small_float_code(np.minimum(v, np.float32(28)), 3, 3, 1, 62),
     lambda c: _small_float_value(c, 3, 3),
     1,
     62,
