@@ -64,6 +64,17 @@ def test_published_repository_sizes_are_met_to_a_hundredth(
     assert abs(plan.repository_bytes / 2**30 - gib) < 0.01
 
 
+@pytest.mark.parametrize(
+    ("name", "dialect"),
+    [("makora-mixfp4", "halfbyte"), ("nvidia-nvfp4", "compressed-tensors"), ("nvfp4-fp8", "compressed-tensors")],
+)
+def test_a_published_recipe_is_written_in_its_own_dialect_unless_told_otherwise(
+    qwen36: Checkpoint, name: str, dialect: str
+) -> None:
+    assert make_plan(qwen36, name).dialect.name == dialect
+    assert make_plan(qwen36, name, "halfbyte").dialect.name == "halfbyte"
+
+
 def test_what_is_left_to_the_nvidia_size_are_the_input_scales_of_modelopt(qwen36: Checkpoint) -> None:
     plan = make_plan(qwen36, "nvidia-nvfp4", "compressed-tensors")
     weight_map: dict[str, str] = {}

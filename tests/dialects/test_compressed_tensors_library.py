@@ -19,6 +19,7 @@ from small_models import (
     DENSE_CONFIG,
     MOE_CONFIG,
     dense_tensors,
+    heavy_tailed,
     linear,
     moe_tensors,
     read_file,
@@ -87,6 +88,33 @@ def test_a_mixture_of_formats_is_accepted_as_mixed_precision(tmp_path: Path) -> 
     plan = make_plan(Checkpoint.open(source), "nvfp4-fp8", "compressed-tensors")
     parsed = QuantizationConfig.model_validate(json.loads(plan.config)["quantization_config"])
     assert parsed.format == "mixed-precision" and len(parsed.config_groups) == 2
+
+
+def test_the_model_compressor_of_transformers_takes_our_configuration(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from compressed_tensors.compressors import ModelCompressor
+
+    source = write_checkpoint(tmp_path / "source", moe_tensors(), MOE_CONFIG)
+    plan = make_plan(Checkpoint.open(source), "nvfp4-fp8", "compressed-tensors")
+    config = json.loads(plan.config)["quantization_config"]
+    wrapped = transformers.CompressedTensorsConfig(**{k: v for k, v in config.items() if k != "quant_method"})
+    compressor = ModelCompressor.from_compression_config(wrapped)
+    assert compressor is not None and compressor.quantization_config.ignore == config["ignore"]
+
+
+def test_128_square_blocks_may_be_cut_at_both_edges(tmp_path: Path) -> None:
+    tensors = dense_tensors()
+    name = "model.layers.0.mlp.down_proj"
+    tensors[f"{name}.weight"] = heavy_tailed(np.random.default_rng(0), 200, 136)
+    source = write_checkpoint(tmp_path / "source", tensors, DENSE_CONFIG)
+    run(source, tmp_path / "out", recipe({"match": "mlp.down", "format": "fp8_block128"}), "compressed-tensors")
+    ours, stored = Checkpoint.open(tmp_path / "out"), read_file(tmp_path / "out")
+    scheme = QuantizationConfig.model_validate(config_of(tmp_path / "out")).config_groups["group_0"]
+    parts = {last: stored[f"{name}.{last}"] for last in ("weight", "weight_scale")}
+    theirs = decompress(parts, {"weight": "F8_E4M3", "weight_scale": "F32"}, scheme)
+    with Reader(ours.inventory) as reader:
+        mine = ours.read(reader, next(w for w in ours.weights if w.name == f"{name}.weight"))
+    assert torch.equal(torch.from_numpy(mine), theirs)
 
 
 def test_the_library_does_not_know_the_mixfp4_format_yet(tmp_path: Path) -> None:
