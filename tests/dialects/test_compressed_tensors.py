@@ -190,6 +190,24 @@ def test_routed_experts_come_first_since_transformers_takes_the_first_group_that
 
 
 @pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ([{"match": "experts", "format": "mxfp4"}], []),
+        ([{"match": "experts", "format": "nvfp4"}], ["ignores the tensor scales of experts"]),
+        ([{"match": "experts.down", "format": "mxfp4"}], ["some differ or are kept"]),
+        (
+            [{"match": "experts", "format": "mxfp4"}, {"match": "experts.down", "format": "mxfp8"}],
+            ["some differ or are kept"],
+        ),
+        ([{"match": "attention", "format": "mixfp4"}], ["does not know mixfp4-pack-quantized"]),
+    ],
+)
+def test_a_plan_says_what_engines_do_not_load(moe: Path, rules: list[dict[str, str]], said: list[str]) -> None:
+    notes = make_plan(Checkpoint.open(moe), recipe(*rules), "compressed-tensors").notes
+    assert len(notes) == len(said) and all(text in note for text, note in zip(said, notes, strict=True))
+
+
+@pytest.mark.parametrize(
     ("rule", "message"),
     [
         ({"match": r"re:conv1d", "format": "fp8_channel"}, "stores matrices, and .*conv1d.* has the shape"),

@@ -70,6 +70,26 @@ class CompressedTensorsDialect(Dialect):
         ignored = [m.name for weight in linear for m in modules(weight, one_expert=True)]
         return quantization_config(by_format, ignored, whole, sorted(taken))
 
+    def notes(self, quantized: Sequence[tuple[Weight, Format]]) -> list[str]:
+        """What engines that are out now do not load, or load wrongly."""
+        stacks: dict[str, list[Format]] = {}
+        for weight, fmt in quantized:
+            if len(weight.shape) == 3:
+                stacks.setdefault(weight.name.rpartition(".")[0], []).append(fmt)
+        notes = []
+        if any(len(found) < 2 or len(set(found)) > 1 for found in stacks.values()):
+            notes.append("vLLM wants all projections of a layer's experts in one format; here some differ or are kept")
+        scaled = (fmt for found in stacks.values() for fmt in found if isinstance(fmt, BlockFormat))
+        if any(fmt.has_tensor_scale for fmt in scaled):
+            notes.append(
+                "transformers (to 5.23) ignores the tensor scales of experts in compressed-tensors; vLLM does not"
+            )
+        if any(fmt.name == "mixfp4" for _, fmt in quantized):
+            notes.append(
+                "compressed-tensors (to 0.20) does not know mixfp4-pack-quantized; engines need MixFP4 support"
+            )
+        return notes
+
     def claims(self, inventory: Inventory) -> bool:
         """By ``quant_method``."""
         return quantization_config_of(inventory).get("quant_method") == self.name
