@@ -19,12 +19,13 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("moe") / "moe", moe_tensors(), MOE_CONFIG)
 
 
-@pytest.mark.parametrize("limit", [60_000, 300_000, 10_000_000])
+@pytest.mark.parametrize("limit", [30_000, 60_000, 300_000, 10_000_000])
 @pytest.mark.parametrize("dialect", ["halfbyte", "compressed-tensors"])
 def test_files_stay_below_the_limit_with_their_headers(moe: Path, limit: int, dialect: str) -> None:
     plan = make_plan(Checkpoint.open(moe), linear("nvfp4"), dialect, limit)
     large = [shard for shard in plan.shards if shard.layout.total > limit]
     assert all(len(shard.units) == 1 for shard in large)  # a group or a tensor that cannot be divided
+    assert not [i for shard in large for i in shard.items if i.outputs[0].expert is not None and len(i.indices) > 1]
     assert not large or limit < 300_000
     assert len(plan.shards) > 1 or limit > 1_000_000
 

@@ -44,6 +44,7 @@ def test_the_prefix_is_left_open_since_loaders_rename_it() -> None:
 def test_a_pattern_of_the_main_model_does_not_match_mtp_layers_by_accident() -> None:
     main, mtp = layers(0, 1), layers(0, prefix="mtp.")
     patterns = compact(main, mtp, ["mtp"])
+    assert len(patterns) == 1
     assert all(matches(patterns, name) for name in main) and not matches(patterns, mtp[0])
     inner = compact(mtp, main, ["mtp"])
     assert matches(inner, mtp[0]) and not any(matches(inner, name) for name in main)
