@@ -13,7 +13,7 @@ import pytest
 
 from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.convert import convert
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.measure import TensorError
 from halfbyte.plan import Plan, make_plan
 from halfbyte.verify import Verification, verify
@@ -313,3 +313,33 @@ def test_the_plan_counts_every_tensor_of_a_quantized_source_once(shared: Path, n
     names = [entry["name"] for entry in plan.to_dict()["sources"]]
     assert len(names) == len(set(names)) == len(checkpoint.inventory.tensors)
     assert sum(entry["tensors"] for entry in plan.summary()["classes"]) == len(names)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_configuration_inside_that_of_the_text_model_is_found_and_replaced(tmp_path: Path, key: str) -> None:
+    source = kimi(tmp_path / "kimi")
+    config = json.loads((source / "config.json").read_text())
+    text = {"hidden_size": 64, key: config.pop("quantization_config")}
+    (source / "config.json").write_text(json.dumps({**config, "text_config": text}))
+    _, results = carried(source, tmp_path / "out", recipe(EXPERTS_INT4))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"] == {"hidden_size": 64}
+    proven(tmp_path / "out", source, len(results))
+
+
+def test_settings_of_the_kv_cache_stay_in_the_same_dialect(tmp_path: Path) -> None:
+    source = kimi(tmp_path / "kimi")
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (source / "config.json").write_text(json.dumps(config))
+    run(source, tmp_path / "same", recipe(EXPERTS_INT4), "compressed-tensors")
+    assert settings_of(tmp_path / "same")["kv_cache_scheme"] == scheme
+    plan = run(source, tmp_path / "other", recipe(EXPERTS_INT4), "halfbyte")
+    assert any("KV cache" in note for note in plan.notes)
+
+
+def test_a_source_in_a_dialect_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    config = {**DENSE_CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    source = write_checkpoint(tmp_path / "source", dense_tensors(), config)
+    with pytest.raises(PlanError, match="is quantized by 'gptq', which cannot be read"):
+        make_plan(Checkpoint.open(source), linear("nvfp4"))

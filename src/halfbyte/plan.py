@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from halfbyte.checkpoint.files import collector_paused
-from halfbyte.dialects import Dialect, OutputTensor, get_dialect
+from halfbyte.dialects import Dialect, OutputTensor, get_dialect, quantization_config_of, unquantized_config
 from halfbyte.errors import FormatError, PlanError
 from halfbyte.formats import get_format
 from halfbyte.models import Weight
@@ -129,6 +129,11 @@ def make_plan(
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     dialect = get_dialect(dialect or recipe.dialect or "halfbyte")
     inventory = checkpoint.inventory
+    method = quantization_config_of(inventory).get("quant_method")
+    if checkpoint.dialect is None and method:
+        raise PlanError(
+            f"{inventory.source} is quantized by {method!r}, which cannot be read; start from another source"
+        )
     weights = [_upright(w) for w in checkpoint.weights]
     decisions = resolve(recipe, weights)
     items = [_item(checkpoint, w, d, dialect) for w, d in zip(weights, decisions, strict=True)]
@@ -143,8 +148,13 @@ def make_plan(
     formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.action != "drop"}
     quantized = [(i.weight, fmt) for i in items if (fmt := formats.get(i.weight.name))]
     kept = [i.weight for i in items if i.action == "keep" and not formats[i.weight.name]]
-    config = {k: v for k, v in inventory.config.items() if k != "quantization_config"} | dict(extra_config or {})
+    config = unquantized_config(inventory.config) | dict(extra_config or {})
     config["quantization_config"] = settings = dialect.config(quantized, kept)
+    inherited = checkpoint.dialect.inherited(inventory) if checkpoint.dialect else {}
+    if checkpoint.dialect is dialect:
+        settings |= inherited
+    elif inherited:
+        notes.append("how the source quantizes the KV cache is not said in this dialect's configuration")
     provenance = {
         "halfbyte": PLAN_VERSION,
         "source": {

@@ -49,7 +49,7 @@ def respelled(checkpoint: Checkpoint, weight: Weight, fmt: Format, dialect: Dial
 
     In the dialect of the source they are spelled as there, to the byte.
     """
-    if checkpoint.dialect is dialect and checkpoint.formats[weight.name] == fmt:
+    if checkpoint.dialect is dialect and checkpoint.formats[weight.name] == fmt and not weight.transposed:
         return list(checkpoint.stored(weight))
     outputs = dialect.outputs(weight, fmt)
     if checkpoint.formats[weight.name] != fmt or np.dtype(fmt.parts((128, 256))["scales"][0]).itemsize == 1:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
 from halfbyte.convert import SLICE_BYTES
+from halfbyte.dialects import unquantized_config
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
@@ -285,4 +286,4 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """What a conversion leaves as it is: all but the quantization and our own remote code."""
     code = config.get("auto_map") or {}
     own = all(str(value).startswith("halfbyte_quantizer.") for value in code.values())
-    return {k: v for k, v in config.items() if k != "quantization_config" and not (k == "auto_map" and own)}
+    return {k: v for k, v in unquantized_config(config).items() if not (k == "auto_map" and own)}

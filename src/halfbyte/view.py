@@ -58,8 +58,11 @@ class Checkpoint:
             fmt = found.pop()
             if fmt is not None:
                 self.formats[weight.name] = fmt
-        # codes lie as [..., N, K], however the family stores unquantized experts
-        self.weights = [replace(w, transposed=False) if w.name in self.formats else w for w in self.weights]
+        turned = [w for w in self.weights if w.transposed and w.name in self.formats]
+        # as they lie in the file
+        self._turned = {w.name: w for w in turned if self.dialect and not self.dialect.upright}
+        if len(self._turned) < len(turned):
+            self.weights = [replace(w, transposed=False) if w.name in self.formats else w for w in self.weights]
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> Checkpoint:
@@ -75,6 +78,7 @@ class Checkpoint:
             return self._stored[weight.name]
         assert self.dialect is not None
         tensors = self.inventory.tensors
+        weight = self._turned.get(weight.name, weight)
         outputs = self.dialect.stored(weight, self.formats[weight.name], tensors)
         for i, output in enumerate(outputs):
             info = tensors.get(output.name)
@@ -112,7 +116,9 @@ class Checkpoint:
 
         UnequalScalesError where the projections of a stack have a tensor scale each; ``read`` gives their values.
         """
-        return self._assemble(reader, weight, self.stored(weight), first, stop)
+        turned = self._turned.get(weight.name)
+        tensor = self._assemble(reader, turned or weight, self.stored(weight), first, stop)
+        return _swapped(tensor) if turned else tensor
 
     def _assemble(
         self, reader: Reader, weight: Weight, stored: Sequence[OutputTensor], first: int, stop: int | None
@@ -143,6 +149,13 @@ class Checkpoint:
             rows = slice(i, None, count) if weight.interleaved else slice(begin, until)
             values[:, rows] = self._assemble(reader, part, mine, first, stop).decode()
         return values
+
+
+def _swapped(tensor: QuantizedTensor) -> QuantizedTensor:
+    """[E, N, K] of a stack that was read as [E, K, N]; its blocks are square."""
+    codes, scales = (np.ascontiguousarray(np.swapaxes(a, 1, 2)) for a in (tensor.codes, tensor.scales))
+    experts, columns, rows = tensor.shape
+    return replace(tensor, shape=(experts, rows, columns), codes=codes, scales=scales)
 
 
 def _agree(info: TensorInfo, output: OutputTensor) -> bool:

@@ -108,6 +108,22 @@ def test_stacked_experts_are_read_and_keep_their_spelling(tmp_path: Path) -> Non
     assert after[name].tobytes() == weight.tobytes() and after[f"{name}_scale_inv"].tobytes() == scale.tobytes()
 
 
+def test_stacks_that_lie_as_in_out_are_turned(tmp_path: Path) -> None:
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 128, "num_experts": 2}}
+    weight, scale = codes((2, 128, 512)), scales((2, 1, 4))
+    found = checkpoint(tmp_path / "source", {name: weight, f"{name}_scale_inv": scale}, config)
+    for e, mine in enumerate(values(found)[name]):
+        assert np.array_equal(mine, decoded(weight[e], scale[e]).T)
+    rule = recipe({"match": "experts", "format": "fp8_block128"})
+    for dialect in ("fp8", "modelopt", "halfbyte"):
+        run(tmp_path / "source", tmp_path / dialect, rule, dialect)
+        result = verify(tmp_path / dialect, tmp_path / "source")
+        assert result.problems == [] and result.lossless == 1
+    up = read_file(tmp_path / "fp8")[f"{name.rpartition('.')[0]}.1.up_proj.weight"]
+    assert np.array_equal(up.view(np.uint8), weight[1].view(np.uint8)[:, 256:].T)
+
+
 def test_the_older_spelling_with_one_scale_per_tensor_is_read(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     weight, scale = codes((64, 128)), np.float32(0.0123).reshape(())

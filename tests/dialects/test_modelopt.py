@@ -233,3 +233,13 @@ def test_input_scales_are_left_out_where_activations_are_not_quantized(tmp_path:
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
     result = verify(tmp_path / "out", source)
     assert result.problems == [] and len(result.dropped) == 10
+
+
+def test_the_kv_cache_of_a_source_stays_in_both_files(tmp_path: Path) -> None:
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    settings = {**EXPORTS["nvfp4_weights"]["quantization_config"], "kv_cache_scheme": scheme}
+    source = exported(tmp_path / "source", "nvfp4_weights", quantization_config=settings)
+    plan = run(source, tmp_path / "out", linear("nvfp4"), "modelopt")
+    assert json.loads(plan.config)["quantization_config"]["kv_cache_scheme"] == scheme
+    extra = json.loads(plan.extra_files["hf_quant_config.json"])["quantization"]
+    assert extra["kv_cache_quant_algo"] == "FP8"

@@ -8,7 +8,9 @@ from halfbyte.dialects.base import (
     Written,
     get_dialect,
     list_dialects,
+    quantization_config_of,
     register_dialect,
+    unquantized_config,
 )
 
 __all__ = [
@@ -23,5 +25,7 @@ __all__ = [
     "halfbyte",
     "list_dialects",
     "modelopt",
+    "quantization_config_of",
     "register_dialect",
+    "unquantized_config",
 ]

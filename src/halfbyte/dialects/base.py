@@ -17,6 +17,10 @@ from halfbyte.models import Weight
 Array = NDArray[Any]
 
 
+# the second is the older name
+_SETTINGS = ("quantization_config", "compression_config")
+
+
 class UnequalScalesError(CheckpointError):
     """Projections that one weight holds have different scales, where the weight has room for one."""
 
@@ -54,7 +58,8 @@ class Dialect(ABC):
 
     ``divisor``: tensor scales are stored as reciprocals, and the stored number is the exact one. ``files``: the
     files beside the weights that only this dialect's readers look at. ``input_scales``: endings of the names of
-    tensors that hold calibrated scales of activations, not of weights.
+    tensors that hold calibrated scales of activations, not of weights. ``upright``: stacks of experts lie as
+    [E, N, K] also where the family's unquantized ones lie as [E, K, N].
     """
 
     name: str
@@ -62,6 +67,7 @@ class Dialect(ABC):
     divisor: bool = False
     files: tuple[str, ...] = ()
     input_scales: tuple[str, ...] = ()
+    upright: bool = True
 
     @abstractmethod
     def problem(self, weight: Weight, fmt: Format) -> str | None:
@@ -90,6 +96,11 @@ class Dialect(ABC):
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, bytes]:
         """Further files for a ``quantization_config`` that ``config`` made, name -> content."""
         return {}
+
+    def inherited(self, inventory: Inventory) -> dict[str, Any]:
+        """Settings of a source in this dialect that are not about weights; its outputs in this dialect keep them."""
+        scheme = quantization_config_of(inventory).get("kv_cache_scheme")
+        return {"kv_cache_scheme": scheme} if scheme else {}
 
     def notes(self, quantized: Sequence[tuple[Weight, Format]]) -> list[str]:
         """What a user should know about this output before writing it."""
@@ -199,9 +210,23 @@ def _region(rows: tuple[int, int, int], part: str, fmt: Format) -> slice:
 
 
 def quantization_config_of(inventory: Inventory) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint's config.json, {} where there is none."""
-    found = inventory.config.get("quantization_config")
-    return found if isinstance(found, dict) else {}
+    """The ``quantization_config`` of a checkpoint's config.json or of its text model, {} where there is none."""
+    text = inventory.config.get("text_config")
+    for part in (inventory.config, text if isinstance(text, dict) else {}):
+        for key in _SETTINGS:
+            found = part.get(key)
+            if isinstance(found, dict) and found:
+                return found
+    return {}
+
+
+def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without its ``quantization_config``, wherever it stands."""
+    plain = {key: value for key, value in config.items() if key not in _SETTINGS}
+    text = plain.get("text_config")
+    if isinstance(text, dict):
+        plain["text_config"] = {key: value for key, value in text.items() if key not in _SETTINGS}
+    return plain
 
 
 _DIALECTS: dict[str, Dialect] = {}

@@ -96,7 +96,7 @@ class CompressedTensorsDialect(Dialect):
 
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Replace each module's tensors by its weight."""
-        schemes = Schemes(inventory.config["quantization_config"], inventory.source)
+        schemes = Schemes(quantization_config_of(inventory), inventory.source)
         formats: dict[str, Format] = {}
         companions: set[str] = set()
         for name, info in inventory.tensors.items():

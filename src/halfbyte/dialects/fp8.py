@@ -25,6 +25,7 @@ class Fp8Dialect(Dialect):
     name = "fp8"
     about = "DeepSeek and Qwen block FP8 in vLLM, SGLang, transformers"
     input_scales = (".input_scale", ".activation_scale")
+    upright = False
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
         """Only the block format, only weights of modules."""

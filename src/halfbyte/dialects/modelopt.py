@@ -68,6 +68,14 @@ class ModelOptDialect(Dialect):
         """hf_quant_config.json."""
         return {FILE: config_file(config)}
 
+    def inherited(self, inventory: Inventory) -> dict[str, Any]:
+        """The scheme of the KV cache."""
+        settings = settings_of(inventory)
+        if str(settings.get("kv_cache_quant_algo")).upper() == "FP8":
+            return {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+        scheme = settings.get("kv_cache_scheme") or settings.get("kv_cache_quant_algo")
+        return {"kv_cache_scheme": scheme} if scheme else {}
+
     def claims(self, inventory: Inventory) -> bool:
         """By ``quant_method``, or by hf_quant_config.json alone."""
         return bool(settings_of(inventory))

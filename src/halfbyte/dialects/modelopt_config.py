@@ -55,7 +55,9 @@ def quantization_config(layers: Mapping[tuple[str, bool], Sequence[str]], exclud
 def config_file(config: Mapping[str, Any]) -> bytes:
     """hf_quant_config.json for a ``quantization_config``."""
     quantization = {key: config[key] for key in ("quant_algo", "group_size", "quantized_layers") if key in config}
-    quantization |= {"kv_cache_quant_algo": None, "exclude_modules": config["ignore"]}
+    cache = config.get("kv_cache_scheme")
+    quantization["kv_cache_quant_algo"] = "FP8" if isinstance(cache, dict) else cache
+    quantization["exclude_modules"] = config["ignore"]
     return (json.dumps({"producer": config["producer"], "quantization": quantization}, indent=2) + "\n").encode()
 
 

@@ -34,6 +34,7 @@ class InventoryLike(Protocol):
 class Family:
     """One architecture family: classifies tensor names and gathers weights.
 
+    `transposed` says that its unquantized stacks of experts lie as `[E, K, N]`.
     `is_generic` is True for the fallback; `note` then says in a sentence what that means, else it is "".
     """
 
@@ -42,6 +43,7 @@ class Family:
         self.model_types = data.model_types
         self.architectures = data.architectures
         self.is_generic = data.name == "generic"
+        self.transposed = data.transposed
         self.note = note
         self._data = data
         self._classifier = Classifier(data)

@@ -164,7 +164,9 @@ def _sources(checkpoint: Checkpoint, reader: Reader) -> Iterator[tuple[str, Call
 
     def decoded(number: int, piece: Piece) -> NDArray[Any]:
         if piece.expert is None:
-            return checkpoint.read(reader, checkpoint.weights[number])
+            values = checkpoint.read(reader, checkpoint.weights[number])
+            # MXFP4 of gpt-oss lies as [E, N, K], its unquantized experts do not
+            return np.swapaxes(values, 1, 2) if values.ndim == 3 and checkpoint.family.transposed else values
         return expert(number, piece.expert)[slice(*(piece.rows or (None,)))]
 
     for number, weight in enumerate(checkpoint.weights):
