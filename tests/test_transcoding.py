@@ -343,3 +343,29 @@ def test_a_source_in_a_dialect_that_cannot_be_read_is_refused(tmp_path: Path) ->
     source = write_checkpoint(tmp_path / "source", dense_tensors(), config)
     with pytest.raises(PlanError, match="is quantized by 'gptq', which cannot be read"):
         make_plan(Checkpoint.open(source), linear("nvfp4"))
+
+
+def test_calibrated_scales_of_activations_go_from_one_dialect_to_the_other(dense: Path, tmp_path: Path) -> None:
+    run(dense, tmp_path / "a", linear("nvfp4"), "compressed-tensors")
+    stored = read_file(tmp_path / "a")
+    modules = [name.removesuffix(".weight_packed") for name in stored if name.endswith("weight_packed")]
+    for k, module in enumerate(modules):
+        stored[f"{module}.input_global_scale"] = np.array([100.0 + k], np.float32)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    source = write_checkpoint(tmp_path / "b", stored, config)
+    plan = run(source, tmp_path / "c", linear("nvfp4"), "modelopt")
+    assert settings_of(tmp_path / "c")["quant_algo"] == "NVFP4" and not plan.notes
+    found, infos = read_file(tmp_path / "c"), Inventory.open(tmp_path / "c").tensors
+    for module in modules:
+        name = f"{module}.input_scale"
+        assert infos[name].dtype == "F32" and infos[name].shape == ()
+        assert found[name] == np.float32(1) / stored[f"{module}.input_global_scale"][0]
+    result = verify(tmp_path / "c", source)
+    assert result.problems == [] and not result.dropped
+    run(tmp_path / "c", tmp_path / "d", linear("nvfp4"), "compressed-tensors")
+    inputs = {group["input_activations"]["dynamic"] for group in settings_of(tmp_path / "d")["config_groups"].values()}
+    assert inputs == {"local"}
+    assert read_file(tmp_path / "d").keys() == stored.keys()
+    found[f"{modules[0]}.input_scale"] = np.float32(7).reshape(())
+    write_checkpoint(tmp_path / "c", found, json.loads((tmp_path / "c" / "config.json").read_text()))
+    assert any("input_scale is not what" in problem for problem in verify(tmp_path / "c", source).problems)

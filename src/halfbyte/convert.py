@@ -111,12 +111,20 @@ def _write_shard(
 
 
 def _unit(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress) -> list[TensorError]:
-    copied = [item for item in unit if item.action == "keep"]
-    for item in copied:
-        _copy(item, reader, writer)
+    for item in (item for item in unit if item.format is None):
+        (_copy if item.action == "keep" else _respell)(item, reader, writer)
         report(_source_bytes(item))
     chosen = [item for item in unit if item.format is not None]
     return _quantize(plan, chosen, reader, writer, report) if chosen else []
+
+
+def _respell(item: Item, reader: Reader, writer: ShardWriter) -> None:
+    """A scale of activations."""
+    scale = reader.read(item.weight.sources[0]).astype(np.float32)
+    value = np.float32(1) / scale if item.outputs[0].part == "reciprocal" else scale
+    if not (np.isfinite(value) & (value > 0)).all():
+        raise _not_finite(item.weight.sources[0])
+    writer.write_at(item.offsets[0], np.ascontiguousarray(value))
 
 
 def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:

@@ -14,7 +14,7 @@ from halfbyte.dialects import Dialect, OutputTensor, get_dialect, quantization_c
 from halfbyte.errors import FormatError, PlanError
 from halfbyte.formats import get_format
 from halfbyte.models import Weight
-from halfbyte.quantized import INPUT_SCALE, REQUANTIZED, claim, left_out, respelled, shares_scale
+from halfbyte.quantized import REQUANTIZED, claim, respelled, settle_input_scales, shares_scale
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.search import get_search
 from halfbyte.shards import Item, Shard, make_index, make_shards
@@ -141,13 +141,13 @@ def make_plan(
         raise PlanError(f"recipe {recipe.name} quantizes nothing in {inventory.source}; check its rules")
     _check_groups(items)
     notes = [checkpoint.family.note] if checkpoint.family.note else []
-    notes += _leave_input_scales(checkpoint, items, dialect)
+    notes += settle_input_scales(checkpoint, items, dialect)
     _check_tied(inventory.config, items)
     shards = make_shards(items, max_shard_bytes)
     # what is kept may be quantized already, and the configuration has to say so
     formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.action != "drop"}
     quantized = [(i.weight, fmt) for i in items if (fmt := formats.get(i.weight.name))]
-    kept = [i.weight for i in items if i.action == "keep" and not formats[i.weight.name]]
+    kept = [i.weight for i in items if i.action != "drop" and not formats[i.weight.name]]
     config = unquantized_config(inventory.config) | dict(extra_config or {})
     config["quantization_config"] = settings = dialect.config(quantized, kept)
     inherited = checkpoint.dialect.inherited(inventory) if checkpoint.dialect else {}
@@ -253,16 +253,6 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
         return Item(weight, "transcode", said, before, "absmax", False, respelled(checkpoint, weight, before, dialect))
     outputs = [OutputTensor(t.name, t.dtype, t.shape, "copy", expert) for t, expert in copied]
     return Item(weight, "keep", reason, outputs=outputs)
-
-
-def _leave_input_scales(checkpoint: Checkpoint, items: Iterable[Item], dialect: Dialect) -> list[str]:
-    """Drop the activation scales of modules that change; the note that says so."""
-    formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.outputs}
-    names = left_out(checkpoint, dialect, formats)
-    for item in items:
-        if item.weight.name in names:
-            item.action, item.reason, item.outputs, item.nbytes = "drop", INPUT_SCALE, [], 0
-    return [f"scales of activations are left out ({len(names)}): this output quantizes weights only"] if names else []
 
 
 def _check_groups(items: Iterable[Item]) -> None:

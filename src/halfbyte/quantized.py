@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from halfbyte.dialects import Dialect, OutputTensor
 from halfbyte.formats import BlockFormat, Format
 from halfbyte.formats.transcode import may_transcode
 from halfbyte.models import Weight
+from halfbyte.shards import Item
 from halfbyte.view import Checkpoint
 
 LOSSLESS = "lossless: the same codes and scales"
@@ -17,6 +19,7 @@ WHERE_SHARED = "lossless where projections that engines fuse share a scale, else
 WHERE_FITTING = "lossless where the exponents fit, else requantized"
 RECIPROCAL = "the same codes and block scales; the tensor scale becomes its reciprocal, rounded to FP32"
 REQUANTIZED = "requantized, since it shares a tensor scale with weights that are not quantized"
+RESPELLED_INPUT = "the calibrated scale of activations in another spelling"
 INPUT_SCALE = "a calibrated scale of activations, which this output does not quantize"
 
 # what holds every value of a type of scales, the type itself first
@@ -58,23 +61,51 @@ def respelled(checkpoint: Checkpoint, weight: Weight, fmt: Format, dialect: Dial
     return [o._replace(dtype=_holding(found, o.dtype)) if o.part == "scales" else o for o in outputs]
 
 
-def left_out(source: Checkpoint, target: Dialect, formats: Mapping[str, Format | None]) -> set[str]:
-    """Scales of activations that an output does not need: those of modules that are not as they were.
+def input_scales(
+    source: Checkpoint, target: Dialect, formats: Mapping[str, Format | None]
+) -> dict[str, OutputTensor | None]:
+    """What becomes of calibrated scales of activations, by name: another spelling, or None where they are left out.
 
+    They stay where their module keeps its format, and those that also keep their spelling are not named here.
     ``formats``: the format that each weight (by name) has in the output.
     """
-    if source.dialect is None or not source.dialect.input_scales:
-        return set()
-    scales = [w.name for w in source.weights if w.name.endswith(source.dialect.input_scales)]
-    if not scales or source.dialect is not target:
-        return set(scales)
+    dialect = source.dialect
+    if dialect is None or not dialect.input_scales:
+        return {}
+    scales = [w for w in source.weights if w.name.endswith(dialect.input_scales)]
     same = {
-        piece.source
-        for weight in source.weights
+        piece.source: source.formats[weight.name]
+        for weight in (source.weights if scales else ())
         if weight.name in source.formats and formats.get(weight.name) == source.formats[weight.name]
         for piece in weight.pieces
     }
-    return {name for name in scales if f"{name.rpartition('.')[0]}.weight" not in same}
+    found: dict[str, OutputTensor | None] = {}
+    for weight in scales:
+        module, _, ending = weight.name.rpartition(".")
+        fmt = same.get(f"{module}.weight")
+        if fmt is None or dialect is not target:
+            old, new = (d.input_scale(fmt) if fmt else None for d in (dialect, target))
+            if old is None or new is None or old.ending != f".{ending}":
+                found[weight.name] = None
+            else:
+                part = "reciprocal" if old.divisor != new.divisor else "same"
+                found[weight.name] = OutputTensor(module + new.ending, "F32", new.shape, part)
+    return found
+
+
+def settle_input_scales(checkpoint: Checkpoint, items: Iterable[Item], dialect: Dialect) -> list[str]:
+    """Respell or drop the calibrated scales of activations; the notes that say so."""
+    items = list(items)
+    formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.outputs}
+    found = input_scales(checkpoint, dialect, formats)
+    for item in items:
+        if item.weight.name in found:
+            output = found[item.weight.name]
+            item.outputs, item.nbytes = ([output], 4) if output else ([], 0)
+            item.action, item.reason = ("transcode", RESPELLED_INPUT) if output else ("drop", INPUT_SCALE)
+            item.weight = replace(item.weight, name=output.name) if output else item.weight
+    dropped = sum(output is None for output in found.values())
+    return [f"scales of activations are left out ({dropped}): this output quantizes weights only"] if dropped else []
 
 
 def _holding(found: Collection[str], ours: str) -> str:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
 from halfbyte.convert import SLICE_BYTES
-from halfbyte.dialects import unquantized_config
+from halfbyte.dialects import OutputTensor, unquantized_config
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
 from halfbyte.measure import TensorError
 from halfbyte.models import Weight
 from halfbyte.plan import INDEX, PROVENANCE
-from halfbyte.quantized import INPUT_SCALE, LOSSLESS, claim, left_out
+from halfbyte.quantized import INPUT_SCALE, LOSSLESS, claim, input_scales
 from halfbyte.recipes import Decision, parse_recipe, resolve
 from halfbyte.search.blocks import to_blocks
 from halfbyte.view import FLOATS, Checkpoint
@@ -81,18 +81,21 @@ def verify(
         return result
     decisions = _decisions(folder, source)
     found = {weight.name: weight for weight in ours.weights}
-    scales = left_out(source, ours.dialect, ours.formats)
+    scales = input_scales(source, ours.dialect, ours.formats)
     report = progress or (lambda _: None)
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
         pair = _Pair(result, ours, source, left, right, max_relmse)
         for weight in source.weights:
-            twin, decision = found.pop(weight.name, None), decisions.get(weight.name)
+            respelled, decision = scales.get(weight.name), decisions.get(weight.name)
+            twin = found.pop(respelled.name if respelled else weight.name, None)
             if decision and decision.action == "drop":
                 result.dropped[weight.name] = decision.reason
                 if twin is not None:
                     result.problems.append(f"{weight.name} is there, but the recipe drops it")
             elif twin is None and weight.name in scales:
                 result.dropped[weight.name] = INPUT_SCALE
+            elif twin is not None and respelled:
+                pair.respelled(weight, respelled)
             elif twin is None:
                 result.problems.append(f"{weight.name} of the source is missing, and no rule of the recipe drops it")
             else:
@@ -134,6 +137,14 @@ class _Pair:
             self._kept([o.name for o in self.source.stored(weight)] if before else weight.sources)
         elif fmt is not None:
             self._quantized(weight, twin, fmt)
+
+    def respelled(self, weight: Weight, output: OutputTensor) -> None:
+        """A scale of activations, which may have become its reciprocal."""
+        self.result.kept += 1
+        before, after = self.right.read(weight.name).astype(np.float32), self.left.read(output.name)
+        wanted = np.float32(1) / before if output.part == "reciprocal" else before
+        if after.size != 1 or after.reshape(-1) != wanted.reshape(-1):
+            self.result.problems.append(f"{output.name} is not what {weight.name} of the source says")
 
     def _kept(self, names: Iterable[str]) -> None:
         self.result.kept += 1

@@ -3,6 +3,7 @@
 from halfbyte.dialects import compressed_tensors, fp8, gpt_oss, halfbyte, modelopt
 from halfbyte.dialects.base import (
     Dialect,
+    InputScale,
     OutputTensor,
     UnequalScalesError,
     Written,
@@ -15,6 +16,7 @@ from halfbyte.dialects.base import (
 
 __all__ = [
     "Dialect",
+    "InputScale",
     "OutputTensor",
     "UnequalScalesError",
     "Written",

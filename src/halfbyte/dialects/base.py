@@ -53,6 +53,14 @@ class Written(NamedTuple):
     array: Array
 
 
+class InputScale(NamedTuple):
+    """How a calibrated scale of activations is stored: after the module's name, reciprocal or not, in which shape."""
+
+    ending: str
+    divisor: bool
+    shape: tuple[int, ...]
+
+
 class Dialect(ABC):
     """Names, packing and configuration of one engine family.
 
@@ -96,6 +104,10 @@ class Dialect(ABC):
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, bytes]:
         """Further files for a ``quantization_config`` that ``config`` made, name -> content."""
         return {}
+
+    def input_scale(self, fmt: Format) -> InputScale | None:
+        """The scale of a module's activations beside weights in a format, where engines use one."""
+        return None
 
     def inherited(self, inventory: Inventory) -> dict[str, Any]:
         """Settings of a source in this dialect that are not about weights; its outputs in this dialect keep them."""

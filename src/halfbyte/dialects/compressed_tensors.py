@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, quantization_config_of, register_dialect
+from halfbyte.dialects.base import Array, Dialect, InputScale, OutputTensor, quantization_config_of, register_dialect
 from halfbyte.dialects.compressed_tensors_config import SPELLINGS, Schemes, quantization_config
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
@@ -89,6 +89,14 @@ class CompressedTensorsDialect(Dialect):
                 "compressed-tensors (to 0.20) does not know mixfp4-pack-quantized; engines need MixFP4 support"
             )
         return notes
+
+    def input_scale(self, fmt: Format) -> InputScale | None:
+        """NVFP4 stores a divisor, FP8 a multiplier."""
+        known = {
+            "nvfp4": InputScale(".input_global_scale", True, (1,)),
+            "fp8_tensor": InputScale(".input_scale", False, (1,)),
+        }
+        return known.get(fmt.name)
 
     def claims(self, inventory: Inventory) -> bool:
         """By ``quant_method``."""

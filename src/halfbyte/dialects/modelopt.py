@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
+from halfbyte.dialects.base import Array, Dialect, InputScale, OutputTensor, register_dialect
 from halfbyte.dialects.modelopt_config import FILE, Algorithms, config_file, quantization_config, settings_of
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
@@ -67,6 +67,10 @@ class ModelOptDialect(Dialect):
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, bytes]:
         """hf_quant_config.json."""
         return {FILE: config_file(config)}
+
+    def input_scale(self, fmt: Format) -> InputScale | None:
+        """A multiplier."""
+        return InputScale(".input_scale", False, ()) if fmt.name in ("nvfp4", "fp8_tensor") else None
 
     def inherited(self, inventory: Inventory) -> dict[str, Any]:
         """The scheme of the KV cache."""
