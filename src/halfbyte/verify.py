@@ -140,7 +140,6 @@ class _Pair:
 
     def respelled(self, weight: Weight, output: OutputTensor) -> None:
         """A scale of activations, which may have become its reciprocal."""
-        self.result.kept += 1
         before, after = self.right.read(weight.name).astype(np.float32), self.left.read(output.name)
         wanted = np.float32(1) / before if output.part == "reciprocal" else before
         if after.size != 1 or after.reshape(-1) != wanted.reshape(-1):

@@ -88,7 +88,7 @@ def document(result: Verification) -> dict[str, Any]:
 
 def verdict(result: Verification) -> None:
     """The outcome in words."""
-    dropped = f", {len(result.dropped)} dropped by the recipe" if result.dropped else ""
+    dropped = f", {len(result.dropped)} left out" if result.dropped else ""
     counts = f"{result.quantized} weights quantized, {result.kept} kept byte for byte{dropped}"
     already = sum(bool(error.source) for error in result.errors)
     if already:
