@@ -1,4 +1,4 @@
-"""Small checkpoints that are quantized already, as published models are."""
+"""Small checkpoints that are quantized already, as published models are; and their conversion, proven."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from halfbyte.plan import Plan
-from small_models import Tensors, heavy_tailed, linear, read_file, recipe, run, write_checkpoint
+from halfbyte.checkpoint import Inventory, Reader
+from halfbyte.convert import convert
+from halfbyte.measure import TensorError
+from halfbyte.plan import Plan, make_plan
+from halfbyte.verify import Verification, verify
+from halfbyte.view import Checkpoint
+from small_models import Tensors, heavy_tailed, read_file, recipe, run, write_checkpoint
 
 GPT_OSS: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"],
@@ -131,6 +136,26 @@ def settings_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
 
 
-def respell(source: Path, out: Path, fmt: str, dialect: str, **more: Any) -> Plan:
-    """All Linear weights in one format and dialect."""
-    return run(source, out, linear(fmt, **more), dialect)
+def carried(source: Path, out: Path, what: Any, dialect: str = "halfbyte") -> tuple[Plan, list[TensorError]]:
+    """The plan, and the results of the weights that the source holds quantized."""
+    plan = make_plan(Checkpoint.open(source), what, dialect)
+    return plan, [error for error in convert(plan, out, workers=1).errors if error.source]
+
+
+def proven(out: Path, source: Path, count: int) -> Verification:
+    """That ``count`` weights have exactly the values of the source."""
+    result = verify(out, source)
+    assert result.problems == []
+    assert result.lossless == count == sum(error.squared_error == 0 for error in result.errors if error.source)
+    return result
+
+
+def tensors_of(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    infos = Inventory.open(folder).tensors
+    return {name: (infos[name].dtype, infos[name].shape, a.tobytes()) for name, a in read_file(folder).items()}
+
+
+def values(folder: Path) -> Tensors:
+    checkpoint = Checkpoint.open(folder)
+    with Reader(checkpoint.inventory) as reader:
+        return {w.name: checkpoint.read(reader, w) for w in checkpoint.weights if w.name in checkpoint.formats}

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halfbyte.checkpoint import Inventory, Reader
+from halfbyte.checkpoint import Inventory
 from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.plan import make_plan
 from halfbyte.verify import verify
 from halfbyte.view import Checkpoint
-from quantized_sources import GPT_OSS, gpt_oss, gpt_oss_tensors, settings_of
+from quantized_sources import GPT_OSS, gpt_oss, gpt_oss_tensors, settings_of, values
 from small_models import (
     MOE_CONFIG,
-    Tensors,
     linear,
     moe_tensors,
     read_file,
@@ -25,12 +24,6 @@ from small_models import (
 
 EXPERTS = "model.layers.1.mlp.experts"
 BOTH_WIDTHS = pytest.mark.parametrize("inter", [64, 96], ids=["square as in gpt-oss-20b", "not square"])
-
-
-def values(folder: Path) -> Tensors:
-    checkpoint = Checkpoint.open(folder)
-    with Reader(checkpoint.inventory) as reader:
-        return {w.name: checkpoint.read(reader, w) for w in checkpoint.weights if w.name in checkpoint.formats}
 
 
 @BOTH_WIDTHS

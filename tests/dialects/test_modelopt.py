@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from formats.streams import digests, random_bytes
-from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
+from halfbyte.checkpoint import Inventory, numpy_dtype
 from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.formats import QuantizedTensor, get_format
 from halfbyte.plan import make_plan
 from halfbyte.verify import verify
 from halfbyte.view import Checkpoint
+from quantized_sources import values
 from small_models import (
     MOE_CONFIG,
-    Tensors,
     linear,
     moe_tensors,
     read_file,
@@ -63,12 +63,6 @@ def exported(folder: Path, key: str, **changes: Any) -> Path:
     write_checkpoint(folder, found, config)
     (folder / "hf_quant_config.json").write_text(json.dumps(export["hf_quant_config"]))
     return folder
-
-
-def values(folder: Path) -> Tensors:
-    checkpoint = Checkpoint.open(folder)
-    with Reader(checkpoint.inventory) as reader:
-        return {w.name: checkpoint.read(reader, w) for w in checkpoint.weights if w.name in checkpoint.formats}
 
 
 @pytest.mark.parametrize("name", GOLDEN["decode"])
