@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
-from halfbyte.convert import SLICE_BYTES
 from halfbyte.dialects import OutputTensor, unquantized_config
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
@@ -24,6 +23,7 @@ from halfbyte.plan import INDEX, PROVENANCE
 from halfbyte.quantized import INPUT_SCALE, LOSSLESS, claim, input_scales
 from halfbyte.recipes import Decision, parse_recipe, resolve
 from halfbyte.search.blocks import to_blocks
+from halfbyte.units import SLICE_BYTES
 from halfbyte.view import FLOATS, Checkpoint
 
 MAX_RELMSE = 0.1

@@ -1,0 +1,158 @@
+"""One unit of a plan becomes bytes of its file: read a slice, find its amax, encode, pack, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.carry import Carrier
+from halfbyte.checkpoint import Reader, ShardWriter, nbytes, numpy_dtype
+from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.formats import BlockFormat, Format, QuantizedTensor
+from halfbyte.kernels import ErrorStats
+from halfbyte.kernels import amax as largest
+from halfbyte.measure import TensorError
+from halfbyte.plan import Plan
+from halfbyte.search import encode, get_search, tensor_scale
+from halfbyte.shards import Item
+from halfbyte.view import FLOATS
+
+SLICE_BYTES = 8 << 20
+Progress = Callable[[int], None]
+"""Called with the number of source bytes that have just been dealt with."""
+
+
+def write_unit(
+    plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress
+) -> list[TensorError]:
+    """Write all items of a unit and measure what it quantized."""
+    for item in (item for item in unit if item.format is None):
+        (_copy if item.action == "keep" else _respell)(item, reader, writer)
+        report(item_bytes(item))
+    chosen = [item for item in unit if item.format is not None]
+    return _quantize(plan, chosen, reader, writer, report) if chosen else []
+
+
+def _respell(item: Item, reader: Reader, writer: ShardWriter) -> None:
+    """A scale of activations."""
+    scale = reader.read(item.weight.sources[0]).astype(np.float32)
+    value = np.float32(1) / scale if item.outputs[0].part == "reciprocal" else scale
+    if not (np.isfinite(value) & (value > 0)).all():
+        raise _not_finite(item.weight.sources[0])
+    writer.write_at(item.offsets[0], np.ascontiguousarray(value))
+
+
+def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:
+    for output, offset in zip(item.outputs, item.offsets, strict=True):
+        for chunk in reader.chunks(output.name, SLICE_BYTES):
+            if output.dtype in FLOATS and not largest(np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))[1]:
+                raise _not_finite(item.weight.name)
+            writer.write_at(offset, chunk)
+            offset += len(chunk)
+
+
+def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress) -> list[TensorError]:
+    """Weights that share a tensor scale: read a slice of each, find their amax, encode, write."""
+    fmt = unit[0].format
+    assert fmt is not None
+    formats = plan.checkpoint.formats
+    errors = [
+        TensorError(w.name, w.role, fmt.name, i.parameters, source=formats[w.name].name if w.name in formats else "")
+        for i in unit
+        for w in (i.weight,)
+    ]
+    stacked = len(unit[0].weight.shape) > 2
+    cuts = [_cuts(item, fmt, len(unit)) for item in unit]
+    # matrices share one amax; each expert of a stack has its own, so a slice of experts is complete in itself
+    amax = None
+    held: dict[int, NDArray[Any]] = {}
+    carrier = Carrier(plan, unit, cuts, reader)
+    if not stacked and _needs_amax(fmt) and not carrier.ready:
+        amax = np.float32(0)
+        for k, item in enumerate(unit):
+            for first, stop in cuts[k]:
+                array, found = _read(plan, reader, item, first, stop)
+                amax = np.maximum(amax, found)
+                if len(cuts[k]) == 1:
+                    held[k] = array
+    for k, item in enumerate(unit):
+        places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
+        for first, stop, carried in (piece for cut in cuts[k] for piece in carrier.slices(item, *cut)):
+            if carried is None:
+                if k in held:
+                    array, found = held.pop(k), np.float32(0)
+                else:
+                    array, found = _read(plan, reader, item, first, stop)
+                stats = ErrorStats()
+                tensor = encode_slice(plan, item, array, found if amax is None else amax, stats)
+                errors[k].count(stats)
+                errors[k].requantized += array.size if errors[k].source else 0
+            else:
+                tensor = carried.tensor
+                if not carried.exact:
+                    errors[k].carry(carried.before, tensor)
+            where = (first, 0) if stacked else (0, first)
+            for part in plan.dialect.write(item.outputs, fmt, tensor, *where):
+                start = part.start * part.array.dtype.itemsize
+                writer.write_at(places[part.output.name] + start, part.array)
+            report(item_bytes(item) * (stop - first) // len(item.indices))
+    return errors
+
+
+def encode_slice(
+    plan: Plan, item: Item, array: NDArray[Any], amax: NDArray[np.float32], stats: ErrorStats
+) -> QuantizedTensor:
+    """Codes and scales of a slice; ``amax`` of the tensors that share its scale, or of each expert."""
+    fmt = item.format
+    assert fmt is not None
+    try:
+        if not (isinstance(fmt, BlockFormat) and fmt.has_tensor_scale):
+            return encode(array, fmt, item.search, amax=amax, stats=stats)
+        scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two)
+        if plan.dialect.divisor:
+            return encode(array, fmt, item.search, divisor=np.float32(1) / scale, stats=stats)
+        return encode(array, fmt, item.search, tensor_scale=scale, stats=stats)
+    except FormatError as error:
+        raise CheckpointError(f"{item.weight.name}: {error}") from error
+
+
+def _needs_amax(fmt: Format) -> bool:
+    return isinstance(fmt, BlockFormat) and (fmt.has_tensor_scale or fmt.block == (-1, -1))
+
+
+def _read(plan: Plan, reader: Reader, item: Item, first: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Part of a weight and the largest magnitude of each of its matrices."""
+    array = plan.checkpoint.read(reader, item.weight, first, stop)
+    if array.dtype.itemsize > 4:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    found, finite = largest(array)
+    if not finite:
+        raise _not_finite(item.weight.name)
+    return array, found
+
+
+def _cuts(item: Item, fmt: Format, members: int) -> list[tuple[int, int]]:
+    """Ranges of leading indices (or of rows, for a matrix) that are worked on at a time."""
+    weight, todo = item.weight, item.indices
+    one = nbytes("BF16", weight.shape[1:])
+    step = max(1, SLICE_BYTES // max(one * members, 1))
+    if len(weight.shape) == 2:
+        # rows of a tile and packed zero points stay together
+        whole = max(fmt.block[0], 8)
+        step = max(whole, step // whole * whole)
+    return [(i, min(i + step, todo.stop)) for i in range(todo.start, todo.stop, step)]
+
+
+def item_bytes(item: Item) -> int:
+    """Bytes of a weight in the source, or of those of its experts that the outputs hold."""
+    return nbytes(item.weight.dtype, (item.parameters,))
+
+
+def _not_finite(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} holds a NaN, an infinity or a value beyond FP32; repair the source, or drop the tensor by a rule"
+    )
