@@ -275,11 +275,11 @@ def test_the_top_level_namespace_offers_load(saved: Saved) -> None:
 
 
 def test_a_weight_s_pieces_are_read_only_when_they_are_asked_for(saved: Saved) -> None:
-    from halfbyte.runtime.loading import _sources
+    from halfbyte.runtime.loading import sources_of
 
     checkpoint = Checkpoint.open(saved("qwen3_5_moe"))
     with Reader(checkpoint.inventory) as reader:
-        sources = dict(_sources(checkpoint, reader))
+        sources = dict(sources_of(checkpoint, reader))
     assert set(sources) == set(checkpoint.inventory.tensors)
     with pytest.raises(CheckpointError, match="closed"):
         next(iter(sources.values()))()

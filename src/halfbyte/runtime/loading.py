@@ -46,7 +46,7 @@ def load(
     has no place in it; multi-token-prediction and vision tensors that the class does without are named in the log.
     """
     checkpoint = Checkpoint.open(path, revision)
-    config, model_class = _class_of(checkpoint)
+    config, model_class = class_of(checkpoint)
     kind = _torch_dtype(dtype)
     if checkpoint.dialect is not None and checkpoint.dialect.name == "halfbyte":
         model = _strictly(checkpoint, model_class, checkpoint.inventory.root, config=config, dtype=kind or "auto")[0]
@@ -79,7 +79,7 @@ def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
+def class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The config object and the model class; never code of the checkpoint's own."""
     inventory = checkpoint.inventory
     settings = inventory.config.get("quantization_config")
@@ -104,7 +104,7 @@ def _strictly(checkpoint: Checkpoint, model_class: Any, *args: Any, **kwargs: An
     """``from_pretrained`` whose report of missing, misshapen or unplaced tensors is an error."""
     source = checkpoint.inventory.source
     try:
-        with _quiet():
+        with quiet():
             model, report = model_class.from_pretrained(*args, output_loading_info=True, **kwargs)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source} cannot be loaded: {error}") from error
@@ -120,7 +120,7 @@ def _dense(checkpoint: Checkpoint, config: Any, model_class: Any, dtype: torch.d
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     with Reader(checkpoint.inventory) as reader:
-        tensors = {name: _Late(read) for name, read in _sources(checkpoint, reader)}
+        tensors = {name: Late(read) for name, read in sources_of(checkpoint, reader)}
         kind = dtype or getattr(config, "dtype", None) or _dtype(checkpoint)
         model, report = _strictly(checkpoint, model_class, None, config=config, state_dict=tensors, dtype=kind)
     unread = {name for name, tensor in tensors.items() if not tensor.was_read}
@@ -142,7 +142,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return floats.get(largest.dtype, torch.float32)
 
 
-class _Late:
+class Late:
     """Stands for a tensor that is read when transformers asks for it."""
 
     def __init__(self, read: Callable[[], NDArray[Any]]) -> None:
@@ -154,7 +154,7 @@ class _Late:
         return to_torch(self.read())[index]
 
 
-def _sources(checkpoint: Checkpoint, reader: Reader) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
+def sources_of(checkpoint: Checkpoint, reader: Reader) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
     """Tensors as an unquantized checkpoint would have them, and how to read each."""
 
     # gate and up of an expert are decoded together and asked for one after the other
@@ -176,7 +176,7 @@ def _sources(checkpoint: Checkpoint, reader: Reader) -> Iterator[tuple[str, Call
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar for what takes a moment."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
