@@ -39,6 +39,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny Qwen3.5-MoE with vision and MTP in both spellings of experts; tests must not change it."""
+    from .qwen35 import save_both
+
+    return save_both(tmp_path_factory.mktemp("qwen35"))
+
+
+@pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A conversion of a checkpoint, written once."""
     folders: dict[tuple[str, str, str], Path] = {}

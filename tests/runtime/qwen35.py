@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import transformers
 
+from halfbyte.checkpoint import Reader
+from halfbyte.view import Checkpoint
 from small_models import Tensors, heavy_tailed, read_file, spell_per_expert, write_file
 
 from .architectures import QWEN35_TEXT, QWEN35_VISION
@@ -34,9 +36,10 @@ VISION: dict[str, Any] = {**QWEN35_VISION, "out_hidden_size": HIDDEN, "intermedi
 TOKENS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
 FUSED, PER_EXPERT = "fused", "per expert"
 SPELLINGS = (FUSED, PER_EXPERT)
+Models = dict[str, Path]
 
 
-def save_both(folder: Path) -> dict[str, Path]:
+def save_both(folder: Path) -> Models:
     """The same model in both spellings, each written by ``save_pretrained`` and completed with its MTP tensors."""
     config = transformers.Qwen3_5MoeConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=False, **TOKENS)
     model = transformers.Qwen3_5MoeForConditionalGeneration(config).to(torch.bfloat16)
@@ -82,6 +85,13 @@ def mtp_tensors() -> Tensors:
         f"{layer}mlp.shared_expert_gate.weight": (1, h),
     }
     return {name: _values(name, shape) for name, shape in shapes.items()}
+
+
+def decoded(path: Path) -> Tensors:
+    """Every weight of a checkpoint by NumPy, experts fused."""
+    checkpoint = Checkpoint.open(path)
+    with Reader(checkpoint.inventory) as reader:
+        return {w.name: np.asarray(checkpoint.read(reader, w)) for w in checkpoint.weights}
 
 
 def write_dense(folder: Path, tensors: Tensors, source: Path) -> Path:

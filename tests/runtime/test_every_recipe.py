@@ -6,45 +6,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import halfbyte.transformers  # noqa: F401
-from halfbyte.checkpoint import Inventory, Reader
+from halfbyte.checkpoint import Inventory
 from halfbyte.recipes import list_recipes
 from halfbyte.runtime.remote.halfbyte_modules import QuantizedWeights
 from halfbyte.verify import verify
 from halfbyte.view import Checkpoint
-from small_models import Tensors, read_file
+from small_models import read_file
 
 from . import qwen35
-from .qwen35 import FUSED, PER_EXPERT, SPELLINGS, inputs
+from .qwen35 import FUSED, PER_EXPERT, SPELLINGS, Models, decoded, inputs
 
 Quantized = Callable[..., Path]
-Models = dict[str, Path]
 RECIPES = list_recipes()
 # text alone by design: there is no vision tower to load
 TEXT_ONLY = ["makora-mixfp4"]
 MULTIMODAL = [name for name in RECIPES if name not in TEXT_ONLY]
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return qwen35.save_both(tmp_path_factory.mktemp("qwen35"))
-
-
 @torch.inference_mode()
 def logits(model: Any, image: bool = False) -> torch.Tensor:
     return model(**inputs(image)).logits
-
-
-def decoded(path: Path) -> Tensors:
-    """Every weight by NumPy, experts fused."""
-    checkpoint = Checkpoint.open(path)
-    with Reader(checkpoint.inventory) as reader:
-        return {w.name: np.asarray(checkpoint.read(reader, w)) for w in checkpoint.weights}
 
 
 def eager(model: Any) -> Any:
