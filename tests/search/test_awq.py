@@ -113,7 +113,7 @@ def test_folding_reduces_the_error_of_the_output_on_inputs_it_has_not_seen() -> 
 def test_the_chosen_exponent_has_the_least_loss_and_none_is_a_candidate(fmt: str, weighted: bool) -> None:
     weight, _, importance = layer(3)
     choice = choose_scale(
-        [consumer(weight, importance, fmt)], np.ones(K, BF16), alphas=(0.25, 0.5), weighted_search=weighted
+        [consumer(weight, importance, fmt, weighted=weighted)], np.ones(K, BF16), alphas=(0.25, 0.5)
     )
     assert set(choice.losses) == {0.0, 0.25, 0.5} and choice.loss == min(choice.losses.values())
 
@@ -166,6 +166,15 @@ def test_the_rows_of_up_have_a_scale_for_every_expert() -> None:
     choice = choose_scale([consumer(stack, seen, search="absmax")], per_expert=True)
     assert choice.scale is not None and choice.scale.shape == (2, K)
     np.testing.assert_allclose(choice.scale[0], choice.scale[1][::-1])
+
+
+def test_some_of_the_experts_choose_for_all() -> None:
+    weight, _, importance = layer()
+    seen = np.stack([importance, importance[::-1], importance])
+    some = consumer(weight[None], seen[1:2], search="absmax", experts=np.asarray([1]))
+    choice = choose_scale([some], per_expert=True, importance=seen)
+    assert choice.scale is not None and choice.scale.shape == (3, K) and choice.loss < choice.unfolded
+    np.testing.assert_array_equal(choice.scale[1], choice.scale[0][::-1])
 
 
 def test_up_times_down_stays_what_it_was() -> None:

@@ -22,7 +22,8 @@ class Rule(BaseModel):
     """One rule: which weights (`match`) get which fate (`format`, `keep` or `drop`, exactly one of them).
 
     `match` entries are role prefixes (`experts` covers `experts.gate_up`), the aliases `linear` and `all`, or
-    `re:` and a Python regex that is searched in the names of the weight and of its source tensors.
+    `re:` and a Python regex that is searched in the names of the weight and of its source tensors. `weight` says
+    what weighs a search's errors; None: importance, where a file is given and holds it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -34,6 +35,8 @@ class Rule(BaseModel):
     search: str = "sweep"
     tensor_scale: Literal["amax", "power_of_two"] = "amax"
     indivisible: Literal["error", "keep"] = "error"
+    weight: Literal["importance", "none"] | None = None
+    transform: Literal["awq"] | None = None
     optional: bool = False
     reason: str | None = None
 
@@ -67,7 +70,7 @@ class Rule(BaseModel):
         if self.drop and not (self.reason or "").strip():
             raise ValueError("a rule that drops weights must give a `reason`")
         if not self.format:
-            useless = {"search", "tensor_scale", "indivisible"} & self.model_fields_set
+            useless = {"search", "tensor_scale", "indivisible", "weight", "transform"} & self.model_fields_set
             if useless:
                 raise ValueError(f"`{sorted(useless)[0]}` has no meaning without `format`")
         return self
@@ -76,7 +79,8 @@ class Rule(BaseModel):
 class Recipe(BaseModel):
     """Rules in order, the last match wins; weights that no rule matches are kept as they are.
 
-    `dialect` is what the recipe is written in when the user names none.
+    `dialect` is what the recipe is written in when the user names none. `calibration`: whether what rules ask of
+    activations (`weight: importance`, `transform: awq`) may be left out where no file about them is given.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -86,6 +90,7 @@ class Recipe(BaseModel):
     source: str = ""
     aliases: tuple[str, ...] = ()
     dialect: str | None = None
+    calibration: Literal["required", "optional"] = "required"
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     @field_validator("rules", "aliases", mode="before")

@@ -19,7 +19,7 @@ class Decision:
     """What happens to one weight, and why.
 
     `format`, `search` and `tensor_scale` are None unless the action is `quantize`. `rule` counts from 1, as the
-    messages do; None means that no rule matched.
+    messages do; None means that no rule matched. `weight` and `transform` are the rule's.
     """
 
     action: Literal["quantize", "keep", "drop"]
@@ -29,6 +29,8 @@ class Decision:
     indivisible: Literal["error", "keep"]
     reason: str
     rule: int | None
+    weight: Literal["importance", "none"] | None = None
+    transform: Literal["awq"] | None = None
 
 
 UNMATCHED = Decision("keep", None, None, None, "error", "no rule of the recipe selects it", None)
@@ -61,7 +63,17 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
     reason = rule.reason or f"rule {number} of {recipe}"
     if rule.action != "quantize":
         return Decision(rule.action, None, None, None, "error", reason, number)
-    return Decision("quantize", rule.format, rule.search, rule.tensor_scale, rule.indivisible, reason, number)
+    return Decision(
+        "quantize",
+        rule.format,
+        rule.search,
+        rule.tensor_scale,
+        rule.indivisible,
+        reason,
+        number,
+        rule.weight,
+        rule.transform,
+    )
 
 
 def _matches(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]], where: str) -> Sequence[int]:

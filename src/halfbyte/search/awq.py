@@ -7,7 +7,7 @@ here the scale comes from an importance file and is chosen with the real quantiz
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +31,9 @@ class Consumer:
     """A matrix or stack [..., N, K] that reads the scaled channels; ``weight`` may hold some of its rows only.
 
     ``importance``: mean squared activation FP32 [K] or [E, K], or None for one that was never measured;
-    ``counts`` [E]: tokens per expert. ``format`` None means that the matrix is kept in its own dtype. Matrices
-    with the same ``share`` have one tensor scale.
+    ``counts`` [E]: tokens per expert. ``experts`` [E]: which of the model's experts these are, None for all.
+    ``format`` None means that the matrix is kept in its own dtype. ``weighted``: its quantizer weighs errors by
+    importance too. Matrices with the same ``share`` have one tensor scale.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Consumer:
     search: str = "sweep"
     counts: NDArray[np.int64] | None = None
     share: str | None = None
+    weighted: bool = False
+    experts: NDArray[np.int64] | None = None
 
 
 @dataclass
@@ -50,7 +53,8 @@ class FoldChoice:
 
     ``losses`` by exponent: the consumers' mean weighted error, each relative to its own output's energy.
     ``norm`` is the new norm in its own dtype; the scale is the one that this rounded norm needs, so quantized
-    consumers see no rounding of it. ``rounding`` is the relative weighted error of kept consumers by rounding.
+    consumers see no rounding of it, and ``asked`` the one before that. ``rounding`` is the relative weighted error
+    of kept consumers by rounding.
     """
 
     alpha: float
@@ -58,6 +62,7 @@ class FoldChoice:
     losses: dict[float, float]
     norm: Array | None = None
     rounding: dict[str, float] = field(default_factory=dict)
+    asked: Floats | None = None
 
     @property
     def loss(self) -> float:
@@ -77,28 +82,31 @@ def choose_scale(
     zero_centred: bool = False,
     per_expert: bool = False,
     alphas: Sequence[float] = ALPHAS,
-    weighted_search: bool = False,
+    importance: Floats | None = None,
 ) -> FoldChoice:
     """The exponent, and with it the scale, of the least importance-weighted error over all consumers.
 
     ``norm`` [K] is the norm's weight, None where rows of a projection are divided instead; ``per_expert`` gives
-    every expert a scale of its own. ``weighted_search``: the quantizer weighs errors by importance too. Without
-    importance or quantized consumers the choice is no folding. FormatError for shapes that do not fit.
+    every expert a scale of its own. ``importance`` [K] or [E, K] is what the scale is made from (``shared``),
+    where consumers hold only some of their experts. Without importance or quantized consumers the choice is no
+    folding. FormatError for shapes that do not fit.
     """
     for consumer in consumers:
         _check(consumer)
-    importance = _shared_importance(consumers, per_expert)
+    if importance is None:
+        importance = shared([(c.importance, c.counts) for c in consumers], per_expert)
     if importance is None or not any(c.format for c in consumers):
-        return FoldChoice(0.0, None, {0.0: _loss(consumers, None, importance, weighted_search)})
+        return FoldChoice(0.0, None, {0.0: _loss(consumers, None, importance)})
     losses: dict[float, float] = {}
     best = FoldChoice(0.0, None, losses)
     for alpha in sorted({0.0, *alphas}):
-        scale, rounded = scale_from(importance, alpha), None
+        asked, rounded = scale_from(importance, alpha), None
+        scale = asked
         if norm is not None:
-            rounded, scale = fold_norm(norm, scale, zero_centred)
-        losses[alpha] = _loss(consumers, scale if alpha else None, importance, weighted_search)
+            rounded, scale = fold_norm(norm, asked, zero_centred)
+        losses[alpha] = _loss(consumers, scale if alpha else None, importance)
         if alpha and losses[alpha] < best.loss:
-            best = FoldChoice(alpha, scale, losses, rounded)
+            best = FoldChoice(alpha, scale, losses, rounded, asked=asked)
     if best.scale is not None:
         best.rounding = {c.name: _rounding(c, best.scale, importance) for c in consumers if c.format is None}
     return best
@@ -163,18 +171,22 @@ def weighted_error(weight: Floats, decoded: Floats, importance: Floats, counts: 
     return float((per_matrix if counts is None else per_matrix * _share(counts)).sum())
 
 
-def _loss(consumers: Sequence[Consumer], scale: Floats | None, importance: Floats | None, weighted: bool) -> float:
+def _loss(consumers: Sequence[Consumer], scale: Floats | None, importance: Floats | None) -> float:
     """Mean over the consumers of weighted error / weighted energy, after scaling and quantizing."""
-    scaled = [c.weight.astype(np.float32) if scale is None else fold_columns(c.weight, scale) for c in consumers]
+    scales = [_mine(c, scale) for c in consumers]
+    scaled = [
+        c.weight.astype(np.float32) if s is None else fold_columns(c.weight, s)
+        for c, s in zip(consumers, scales, strict=True)
+    ]
     amax: dict[str, float] = {}
     for consumer, weight in zip(consumers, scaled, strict=True):
         if consumer.share:
             amax[consumer.share] = max(amax.get(consumer.share, 0.0), float(np.abs(weight).max(initial=0)))
     total = 0.0
-    for consumer, weight in zip(consumers, scaled, strict=True):
+    for consumer, weight, mine in zip(consumers, scaled, scales, strict=True):
         seen = _seen(consumer, importance)
-        now = seen if scale is None else np.asarray(folded_importance(seen, scale))
-        decoded = _stored(consumer, weight, now if weighted else None, amax.get(consumer.share or ""))
+        now = seen if mine is None else np.asarray(folded_importance(seen, mine))
+        decoded = _stored(consumer, weight, now if consumer.weighted else None, amax.get(consumer.share or ""))
         energy = weighted_error(weight, np.zeros_like(weight), now, consumer.counts)
         total += weighted_error(weight, decoded, now, consumer.counts) / energy if energy else 0.0
     return total / max(len(consumers), 1)
@@ -187,7 +199,8 @@ def _stored(consumer: Consumer, weight: Floats, importance: Floats | None, amax:
     return encode(weight, consumer.format, consumer.search, importance, amax=amax).decode()
 
 
-def _rounding(consumer: Consumer, scale: Floats, importance: Floats) -> float:
+def _rounding(consumer: Consumer, whole: Floats, importance: Floats) -> float:
+    scale = np.asarray(_mine(consumer, whole))
     weight = fold_columns(consumer.weight, scale)
     now = np.asarray(folded_importance(_seen(consumer, importance), scale))
     energy = weighted_error(weight, np.zeros_like(weight), now, consumer.counts)
@@ -195,20 +208,28 @@ def _rounding(consumer: Consumer, scale: Floats, importance: Floats) -> float:
     return weighted_error(weight, rounded, now, consumer.counts) / energy if energy else 0.0
 
 
+def _mine(consumer: Consumer, scale: Floats | None) -> Floats | None:
+    """The rows of a scale [E, K] that belong to the consumer's experts."""
+    if scale is None or scale.ndim == 1 or consumer.experts is None:
+        return scale
+    return scale[consumer.experts]
+
+
 def _seen(consumer: Consumer, importance: Floats | None) -> Floats:
     """The consumer's own importance, else the group's, else one for every column."""
     if consumer.importance is not None:
         return consumer.importance
-    return np.ones(consumer.weight.shape[-1], np.float32) if importance is None else importance
+    found = _mine(consumer, importance)
+    return np.ones(consumer.weight.shape[-1], np.float32) if found is None else found
 
 
-def _shared_importance(consumers: Sequence[Consumer], per_expert: bool) -> Floats | None:
-    """One importance for the group's scale.
+def shared(entries: Iterable[tuple[Floats | None, Array | None]], per_expert: bool) -> Floats | None:
+    """One importance for a group's scale, from its consumers' importance and counts; None where nothing is known.
 
     Matrices of one group read the same activations, so their importance is the same but for rounding. A stack
     sees only routed tokens, so it speaks for the group only where no matrix does, by its token-weighted mean.
     """
-    given = [(c.importance, c.counts) for c in consumers if c.importance is not None]
+    given = [(values, counts) for values, counts in entries if values is not None]
     if per_expert:
         return given[0][0] if given else None
     whole = [values for values, _ in given if values.ndim == 1]
