@@ -1,0 +1,106 @@
+"""halfbyte in vLLM: checkpoints that vLLM has no kernels for are decoded while it loads them.
+
+``register`` is the entry point ``halfbyte`` of the group ``vllm.general_plugins``; vLLM calls it in each of its
+processes. It adds the quantization method ``halfbyte``, under which every layer is an ordinary unquantized one, and
+loaders whose stream of tensors is the checkpoint decoded (``vllm_loader``). Checkpoints of all other methods go
+through the very same code as without the plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METHOD = "halfbyte"
+# quantization methods by vLLM's names whose checkpoints halfbyte reads
+READABLE = ("compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mixed", "fp8", "mxfp4", "gpt_oss_mxfp4")
+# what vLLM's own CPU kernels take, as long as the layer is no expert
+_CPU_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "int-quantized")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def register() -> None:
+    """Tell vLLM of the method and of the loaders; harmless when called again."""
+    import torch
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    from vllm.platforms import current_platform
+
+    from halfbyte.engines.vllm_loader import install
+
+    class HalfbyteConfig(QuantizationConfig):
+        """All layers are unquantized: their weights are decoded before they arrive."""
+
+        def get_name(self) -> str:
+            return METHOD
+
+        def get_supported_act_dtypes(self) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16, torch.float32]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 0
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> HalfbyteConfig:
+            return cls()
+
+        @classmethod
+        def override_quantization_method(
+            cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
+        ) -> str | None:
+            return METHOD if takes_over(hf_quant_cfg, user_quant, hf_config, current_platform.is_cpu()) else None
+
+        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+            # None is "unquantized" to every other kind of layer
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    register_quantization_config(METHOD)(HalfbyteConfig)
+    install()
+
+
+def takes_over(settings: Mapping[str, Any], user: str | None, config: Any, on_cpu: bool) -> bool:
+    """Whether halfbyte decodes a checkpoint with this ``quantization_config``.
+
+    ``user``: the ``quantization`` that the user asked for, whose word always counts. Without one, halfbyte takes its
+    own dialect and MixFP4 everywhere, and on CPUs the formats and the experts that vLLM's CPU kernels do not run.
+    """
+    method = settings.get("quant_method")
+    if user is not None:
+        return user == METHOD
+    if method == METHOD or _is_mixfp4(settings):
+        return True
+    if not on_cpu or method not in READABLE:
+        return False
+    return method != "compressed-tensors" or _has_experts(config) or not _has_cpu_kernels(settings)
+
+
+def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = settings.get("config_groups") or {}
+    return [group for group in groups.values() if isinstance(group, Mapping)]
+
+
+def _is_mixfp4(settings: Mapping[str, Any]) -> bool:
+    """vLLM takes it for NVFP4, as which it is nonsense."""
+    spelled = [settings.get("format"), *(group.get("format") for group in _groups(settings))]
+    return settings.get("quant_method") == "compressed-tensors" and any("mixfp4" in str(name) for name in spelled)
+
+
+def _has_cpu_kernels(settings: Mapping[str, Any]) -> bool:
+    for group in _groups(settings):
+        weights = group.get("weights") or {}
+        spelled = group.get("format") or settings.get("format")
+        # FP8 in blocks has a kernel on CPUs with AMX only
+        if spelled not in _CPU_FORMATS or weights.get("strategy") == "block":
+            return False
+    return True
+
+
+def _has_experts(config: Any) -> bool:
+    text = getattr(config, "text_config", None)
+    return any(getattr(part, key, None) for part in (config, text) if part is not None for key in _EXPERT_COUNTS)
