@@ -25,7 +25,7 @@ from small_models import read_file
 from .qwen35 import FUSED, PER_EXPERT, SPELLINGS, Models, decoded, inputs
 
 pytest.importorskip("compressed_tensors")
-from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
+from compressed_tensors.quantization import QuantizationConfig
 
 Quantized = Callable[..., Path]
 CT = "compressed-tensors"
@@ -71,7 +71,7 @@ def test_a_recipe_is_refused_before_any_work_or_verified(name: str, models: Mode
             result = verify(quantized(models[spelling], name, CT), models[spelling])
             assert result.ok and result.problems == []
     else:
-        with pytest.raises(PlanError, match="compressed-tensors has no spelling for .*; use the dialect halfbyte"):
+        with pytest.raises(PlanError, match=r"compressed-tensors has no spelling for .*; use the dialect halfbyte"):
             make_plan(Checkpoint.open(models[FUSED]), name, CT)
 
 
