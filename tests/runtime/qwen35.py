@@ -21,8 +21,8 @@ from small_models import Tensors, heavy_tailed, read_file, spell_per_expert, wri
 
 from .architectures import QWEN35_TEXT, QWEN35_VISION
 
-# large enough for groups of 128, in every matrix that recipes quantize
-HIDDEN, INTER, EXPERTS, VOCAB, IMAGE = 128, 128, 4, 96, 90
+# large enough for groups of 128 in every matrix that recipes quantize, and for two square blocks in some
+HIDDEN, INTER, EXPERTS, VOCAB, IMAGE = 128, 256, 4, 96, 90
 TEXT: dict[str, Any] = {
     **QWEN35_TEXT,
     "hidden_size": HIDDEN,

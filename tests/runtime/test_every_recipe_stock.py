@@ -127,8 +127,10 @@ def test_stock_transformers_reads_all_weights_right_but_nvfp4_experts(
     spelled: str, models: Models, quantized: Quantized
 ) -> None:
     path, found = quantized(models[PER_EXPERT], spelled, CT), formats(spelled, models)
-    if "mixfp4" in found:
-        with pytest.raises(ValueError, match="validation errors for QuantizationConfig"):
+    refusal = {"mixfp4": "validation errors for QuantizationConfig", "fp8_block128": "automatic conversion"}
+    for fmt in found & set(refusal):
+        # not known to the library; experts with more than one square block each
+        with pytest.raises((ValueError, RuntimeError), match=refusal[fmt]):
             stock(path, image=True)
         return
     model, ours = stock(path, image=True), load(path, "bfloat16")
