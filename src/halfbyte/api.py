@@ -13,7 +13,7 @@ from halfbyte.dialects import get_dialect
 from halfbyte.dialects.halfbyte import HALFBYTE
 from halfbyte.errors import PlanError
 from halfbyte.overview import Overview, overview
-from halfbyte.plan import MAX_SHARD_BYTES, Plan, make_plan
+from halfbyte.plan import Plan, make_plan
 from halfbyte.recipes import Recipe, load_recipe
 from halfbyte.search import encode
 from halfbyte.verify import MAX_RELMSE, Verification
@@ -36,7 +36,7 @@ def plan(
     *,
     dialect: str | None = None,
     revision: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     remote_code: bool = False,
 ) -> Plan:
     """Decide every tensor's fate and every output byte's place without reading a weight.
@@ -66,7 +66,7 @@ def quantize(
     *,
     dialect: str | None = None,
     revision: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     remote_code: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,

@@ -119,4 +119,5 @@ def _written(plan: Plan) -> Iterator[tuple[str, bytes]]:
     if plan.index is not None:
         yield INDEX, plan.index
     yield PROVENANCE, plan.provenance
-    yield CONFIG, plan.config
+    if plan.config is not None:
+        yield CONFIG, plan.config

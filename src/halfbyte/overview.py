@@ -59,7 +59,7 @@ def overview(checkpoint: Checkpoint) -> Overview:
     for weight in checkpoint.weights:
         found = roles.setdefault(weight.role, RoleSummary(weight.role))
         fmt = checkpoint.formats.get(weight.name)
-        names = [o.name for o in checkpoint.stored(weight)] if fmt else list(weight.sources)
+        names = checkpoint.tensors_of(weight)
         found.tensors += len(names)
         found.weights += 1
         found.parameters += math.prod(weight.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,7 +38,7 @@ class Plan:
     items: list[Item]
     shards: list[Shard]
     index: bytes | None
-    config: bytes
+    config: bytes | None
     provenance: bytes
     extra_files: dict[str, bytes]
     notes: list[str]
@@ -55,12 +56,14 @@ class Plan:
     @property
     def repository_bytes(self) -> int:
         """Bytes of the whole output folder: weight files, index, configuration, side files."""
-        written = [self.index or b"", self.config, self.provenance, *self.extra_files.values()]
+        written = [self.index or b"", self.config or b"", self.provenance, *self.extra_files.values()]
         return self.shard_bytes + sum(map(len, written)) + self.side_file_bytes
 
     @property
     def side_file_bytes(self) -> int:
         """Bytes of the files that are copied unchanged."""
+        if self.dialect.standalone:
+            return 0
         inventory = self.checkpoint.inventory
         replaced = set(inventory.side_files) - set(self.side_files)
         return inventory.side_file_bytes - sum(inventory.side_files[name] for name in replaced)
@@ -68,6 +71,8 @@ class Plan:
     @property
     def side_files(self) -> list[str]:
         """Files that are copied unchanged."""
+        if self.dialect.standalone:
+            return []
         source = self.checkpoint.dialect
         replaced = {PROVENANCE, *self.extra_files, *(source.files if source else ())}
         return [name for name in self.checkpoint.inventory.side_files if name not in replaced]
@@ -101,7 +106,7 @@ class Plan:
             digest.update(shard.name.encode() + shard.layout.header)
         for name, content in sorted(self.extra_files.items()):
             digest.update(name.encode() + content)
-        digest.update(self.config)
+        digest.update(self.config or b"")
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -118,12 +123,13 @@ def make_plan(
     checkpoint: Checkpoint,
     recipe: str | Recipe,
     dialect: str | Dialect | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     extra_files: dict[str, bytes] | None = None,
     extra_config: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Decide every tensor's fate and place. All refusals happen here: RecipeError, FormatError, PlanError.
 
+    ``max_shard_bytes`` is by default 5 GB, and without limit where weight files are complete in themselves.
     ``extra_files`` are written beside the weights, ``extra_config`` are further keys of config.json.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -134,6 +140,14 @@ def make_plan(
         raise PlanError(
             f"{inventory.source} is quantized by {method!r}, which cannot be read; start from another source"
         )
+    if checkpoint.dialect and checkpoint.dialect.standalone:
+        raise PlanError(
+            f"{inventory.source} is in the dialect {checkpoint.dialect.name}, which inspect and verify read, but its "
+            "configuration and tokenizer cannot be written in another form; start from the original checkpoint"
+        )
+    dialect = dialect.for_model(inventory)
+    if max_shard_bytes is None:
+        max_shard_bytes = sys.maxsize if dialect.standalone else MAX_SHARD_BYTES
     weights = [_upright(w) for w in checkpoint.weights]
     decisions = resolve(recipe, weights)
     items = [_item(checkpoint, w, d, dialect) for w, d in zip(weights, decisions, strict=True)]
@@ -143,7 +157,8 @@ def make_plan(
     notes = [checkpoint.family.note] if checkpoint.family.note else []
     notes += settle_input_scales(checkpoint, items, dialect)
     _check_tied(inventory.config, items)
-    shards = make_shards(items, max_shard_bytes)
+    spelled = [(i.weight, i.format, i.outputs) for i in items if i.outputs]
+    shards = make_shards(items, max_shard_bytes, dialect.container(inventory, recipe.name, spelled))
     # what is kept may be quantized already, and the configuration has to say so
     formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.action != "drop"}
     quantized = [(i.weight, fmt) for i in items if (fmt := formats.get(i.weight.name))]
@@ -176,8 +191,8 @@ def make_plan(
         dialect,
         items,
         shards,
-        make_index(shards),
-        _json(config),
+        None if dialect.standalone else make_index(shards),
+        None if dialect.standalone else _json(config),
         _json(provenance),
         dialect.extra_files(settings) | (extra_files or {}),
         notes + dialect.notes(quantized),
@@ -215,7 +230,7 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
             f"({weight.dtype} {list(weight.shape)}), which is no floating-point matrix; "
             "narrow the rule or keep this tensor"
         )
-    problem = fmt.problem(weight.shape)
+    problem = fmt.problem(weight.shape) or dialect.unfit(weight, fmt)
     if problem and decision.indivisible == "keep":
         return _kept(checkpoint, weight, problem, dialect)
     if problem:
@@ -239,6 +254,9 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
     tensors = checkpoint.inventory.tensors
     before, source = checkpoint.formats.get(weight.name), checkpoint.dialect
     if before is None or source is None:
+        left_out = dialect.left_out(weight)
+        if left_out:
+            return Item(weight, "drop", left_out)
         copied = [(tensors[piece.source], piece.expert) for piece in weight.pieces]
     elif source is dialect:
         copied = [(tensors[o.name], o.expert) for o in checkpoint.stored(weight)]
@@ -252,6 +270,8 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
         said = claim(weight, before, before, source, dialect) or ""
         return Item(weight, "transcode", said, before, "absmax", False, respelled(checkpoint, weight, before, dialect))
     outputs = [OutputTensor(t.name, t.dtype, t.shape, "copy", expert) for t, expert in copied]
+    if before is None:
+        outputs = dialect.kept(weight, outputs)
     return Item(weight, "keep", reason, outputs=outputs)
 
 

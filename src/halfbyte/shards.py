@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from halfbyte.checkpoint import Layout, build_header, nbytes
-from halfbyte.dialects import OutputTensor
+from halfbyte.checkpoint import Layout, nbytes
+from halfbyte.dialects import Container, OutputTensor
 from halfbyte.formats import Format
 from halfbyte.models import Weight
 
@@ -24,7 +24,8 @@ class Item:
     """One weight's fate: ``quantize``, ``transcode``, ``keep`` or ``drop``, and the output tensors that hold it.
 
     ``experts``: the leading indices that these outputs hold, where a stack is spread over several files; None
-    for all. ``offsets``: where each output starts in its file, absolute.
+    for all. ``offsets``: where each output starts in its file, absolute. ``weighted``: importance weighs the
+    errors of the search. ``declined``: the format that the recipe wants and that cannot hold the weight.
     """
 
     weight: Weight
@@ -36,6 +37,8 @@ class Item:
     outputs: list[OutputTensor] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     experts: tuple[int, int] | None = None
+    weighted: bool = False
+    declined: str = ""
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,8 +79,8 @@ class Shard:
         return (item for unit in self.units for item in unit)
 
 
-def make_shards(items: Iterable[Item], limit: int) -> list[Shard]:
-    """Files of at most ``limit`` bytes, headers included, in the order of the items.
+def make_shards(items: Iterable[Item], limit: int, container: Container | None = None) -> list[Shard]:
+    """Files of at most ``limit`` bytes, headers included, in the order of the items; ``container``: safetensors.
 
     A fusion group is not divided and a tensor cannot be, so either may make a larger file.
     """
@@ -86,8 +89,9 @@ def make_shards(items: Iterable[Item], limit: int) -> list[Shard]:
         for part in _parts(item, limit):
             first = part.experts[0] if part.experts else ""
             units.setdefault(item.weight.group or f"={item.weight.name}={first}", []).append(part)
+    container = container or Container()
     files: list[list[list[Item]]] = [[]]
-    size = 0
+    size = container.overhead
     for unit in units.values():
         unit_size = sum(map(_size, unit))
         if files[-1] and size + unit_size > limit:
@@ -95,7 +99,8 @@ def make_shards(items: Iterable[Item], limit: int) -> list[Shard]:
             size = 0
         files[-1].append(unit)
         size += unit_size
-    return [_shard(i, len(files), members) for i, members in enumerate(files)]
+    total = sum(len(item.outputs) for unit in units.values() for item in unit)
+    return [_shard(i, len(files), members, container, total) for i, members in enumerate(files)]
 
 
 def make_index(shards: list[Shard]) -> bytes | None:
@@ -128,12 +133,11 @@ def _size(item: Item) -> int:
     return item.nbytes + sum([len(o.name) + _ENTRY_BYTES for o in item.outputs])
 
 
-def _shard(number: int, count: int, units: list[list[Item]]) -> Shard:
-    name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-    layout = build_header([(o.name, o.dtype, o.shape) for unit in units for item in unit for o in item.outputs])
+def _shard(number: int, count: int, units: list[list[Item]], container: Container, total: int) -> Shard:
+    layout = container.layout(number, count, [o for unit in units for item in unit for o in item.outputs], total)
     start = 0
     for unit in units:
         for item in unit:
             item.offsets = layout.offsets[start : start + len(item.outputs)]
             start += len(item.outputs)
-    return Shard(name, units, layout)
+    return Shard(container.name(number, count), units, layout)

@@ -95,7 +95,9 @@ def _format(plan: Plan, item: Item) -> str | None:
     fmt = item.format or plan.checkpoint.formats.get(item.weight.name)
     if item.action == "drop":
         return None
-    return fmt.name if fmt else item.weight.dtype
+    if fmt:
+        return fmt.name
+    return item.outputs[0].dtype if item.action == "keep" and item.outputs else item.weight.dtype
 
 
 def _sources(plan: Plan, item: Item) -> Sequence[str]:

@@ -30,7 +30,12 @@ def write_unit(
 ) -> list[TensorError]:
     """Write all items of a unit and measure what it quantized."""
     for item in (item for item in unit if item.format is None):
-        (_copy if item.action == "keep" else _respell)(item, reader, writer)
+        if item.action != "keep":
+            _respell(item, reader, writer)
+        elif item.outputs[0].part == "copy":
+            _copy(item, reader, writer)
+        else:
+            _spell(plan, item, reader, writer)
         report(item_bytes(item))
     chosen = [item for item in unit if item.format is not None]
     return _quantize(plan, chosen, reader, writer, report) if chosen else []
@@ -54,6 +59,15 @@ def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:
             offset += len(chunk)
 
 
+def _spell(plan: Plan, item: Item, reader: Reader, writer: ShardWriter) -> None:
+    """A kept weight that the dialect stores in another type, order or tensor."""
+    places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
+    for first, stop in _cuts(item, 1, 1):
+        values = _read(plan, reader, item, first, stop)[0]
+        for part in plan.dialect.spell(item.outputs, values, first):
+            writer.write_at(places[part.output.name] + part.start * part.array.dtype.itemsize, part.array)
+
+
 def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress) -> list[TensorError]:
     """Weights that share a tensor scale: read a slice of each, find their amax, encode, write."""
     fmt = unit[0].format
@@ -65,7 +79,7 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
         for w in (i.weight,)
     ]
     stacked = len(unit[0].weight.shape) > 2
-    cuts = [_cuts(item, fmt, len(unit)) for item in unit]
+    cuts = [_cuts(item, max(fmt.block[0], 8), len(unit)) for item in unit]
     # matrices share one amax; each expert of a stack has its own, so a slice of experts is complete in itself
     amax = None
     held: dict[int, NDArray[Any]] = {}
@@ -135,14 +149,13 @@ def _read(plan: Plan, reader: Reader, item: Item, first: int, stop: int) -> tupl
     return array, found
 
 
-def _cuts(item: Item, fmt: Format, members: int) -> list[tuple[int, int]]:
-    """Ranges of leading indices (or of rows, for a matrix) that are worked on at a time."""
+def _cuts(item: Item, whole: int, members: int) -> list[tuple[int, int]]:
+    """Ranges of leading indices that are worked on at a time, or of ``whole`` rows and more for a matrix."""
     weight, todo = item.weight, item.indices
     one = nbytes("BF16", weight.shape[1:])
     step = max(1, SLICE_BYTES // max(one * members, 1))
     if len(weight.shape) == 2:
         # rows of a tile and packed zero points stay together
-        whole = max(fmt.block[0], 8)
         step = max(whole, step // whole * whole)
     return [(i, min(i + step, todo.stop)) for i in range(todo.start, todo.stop, step)]
 

@@ -39,7 +39,8 @@ class Checkpoint:
     @collector_paused()
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
-        self.dialect: Dialect | None = next((d for d in list_dialects() if d.claims(inventory)), None)
+        spelling = next((d for d in list_dialects() if d.claims(inventory)), None)
+        self.dialect: Dialect | None = spelling.for_model(inventory) if spelling else None
         tensors: Mapping[str, TensorInfo] = inventory.tensors
         by_tensor: dict[str, Format] = {}
         if self.dialect is not None:
@@ -97,13 +98,21 @@ class Checkpoint:
         self._stored[weight.name] = outputs
         return outputs
 
+    def tensors_of(self, weight: Weight) -> list[str]:
+        """Names of the files' tensors that hold a weight, those of its scales included."""
+        if weight.name in self.formats:
+            return [output.name for output in self.stored(weight)]
+        return self.dialect.kept_names(weight) if self.dialect else list(weight.sources)
+
     def read(self, reader: Reader, weight: Weight, first: int = 0, stop: int | None = None) -> Array:
         """Leading indices first..stop of a weight, dense: stored dtype, or FP32 where it is quantized.
 
         For a weight of two or fewer dimensions first..stop are rows; of a quantized one, whole blocks of rows.
         """
         if weight.name not in self.formats:
-            return read_dense(reader, weight, first, stop)
+            end = (weight.shape[0] if weight.shape else 0) if stop is None else stop
+            own = self.dialect.read_kept(reader, weight, first, end) if self.dialect else None
+            return read_dense(reader, weight, first, stop) if own is None else own
         try:
             return self.read_quantized(reader, weight, first, stop).decode()
         except UnequalScalesError:

@@ -18,12 +18,13 @@ class Layout:
     """A planned file. All positions are absolute bytes in it.
 
     header: the file's first bytes (length prefix, JSON, padding); offsets: where each entry starts, in the
-    order given; total: the size of the file.
+    order given; total: the size of the file; gaps: ranges of zeros between the entries, which nothing fills.
     """
 
     header: bytes
     offsets: list[int]
     total: int
+    gaps: tuple[tuple[int, int], ...] = ()
 
 
 @collector_paused()

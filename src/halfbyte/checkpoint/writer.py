@@ -95,7 +95,7 @@ class ShardWriter:
         self.layout = layout
         self.path = Path(path)
         self._file = _AtomicFile(self.path, layout.total)
-        self._written: list[tuple[int, int]] = []
+        self._written: list[tuple[int, int]] = list(layout.gaps)
         self._lock = threading.Lock()
         try:
             self._file.write(0, memoryview(layout.header))

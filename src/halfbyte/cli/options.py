@@ -40,8 +40,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size",
         metavar="SIZE",
         type=parse_size,
-        default=parse_size("5GB"),
-        help="largest weight file, such as 5GB (default) or 500MB",
+        help="largest weight file, such as 500MB (default: 5GB; GGUF: one file)",
     )
     parser.add_argument(
         "--remote-code",

@@ -2,6 +2,7 @@
 
 from halfbyte.dialects import compressed_tensors, fp8, gpt_oss, halfbyte, modelopt
 from halfbyte.dialects.base import (
+    Container,
     Dialect,
     InputScale,
     OutputTensor,
@@ -15,6 +16,7 @@ from halfbyte.dialects.base import (
 )
 
 __all__ = [
+    "Container",
     "Dialect",
     "InputScale",
     "OutputTensor",

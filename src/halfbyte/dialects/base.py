@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.checkpoint import Inventory, TensorInfo, numpy_dtype
+from halfbyte.checkpoint import Inventory, Layout, Reader, TensorInfo, build_header, numpy_dtype
 from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.models import Weight
@@ -61,13 +61,31 @@ class InputScale(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Container:
+    """How an output's tensors lie in its files: safetensors, unless a dialect brings its own.
+
+    ``overhead``: bytes of the first file that no tensor accounts for.
+    """
+
+    overhead = 0
+
+    def name(self, number: int, count: int) -> str:
+        """The name of file ``number`` (from 0) of ``count``."""
+        return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+    def layout(self, number: int, count: int, outputs: Sequence[OutputTensor], total: int) -> Layout:
+        """A file with these tensors in this order; ``total`` tensors lie in all files together."""
+        return build_header([(o.name, o.dtype, o.shape) for o in outputs])
+
+
 class Dialect(ABC):
     """Names, packing and configuration of one engine family.
 
     ``divisor``: tensor scales are stored as reciprocals, and the stored number is the exact one. ``files``: the
     files beside the weights that only this dialect's readers look at. ``input_scales``: endings of the names of
     tensors that hold calibrated scales of activations, not of weights. ``upright``: stacks of experts lie as
-    [E, N, K] also where the family's unquantized ones lie as [E, K, N].
+    [E, N, K] also where the family's unquantized ones lie as [E, K, N]. ``standalone``: the weight files hold
+    configuration and tokenizer, so that nothing but halfbyte.json lies beside them; by default they are one file.
     """
 
     name: str
@@ -76,6 +94,11 @@ class Dialect(ABC):
     files: tuple[str, ...] = ()
     input_scales: tuple[str, ...] = ()
     upright: bool = True
+    standalone: bool = False
+
+    def for_model(self, inventory: Inventory) -> Dialect:
+        """This dialect for one model, where names and layout depend on the model; PlanError if it cannot hold it."""
+        return self
 
     @abstractmethod
     def problem(self, weight: Weight, fmt: Format) -> str | None:
@@ -100,6 +123,39 @@ class Dialect(ABC):
     @abstractmethod
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """The ``quantization_config`` of the output's config.json."""
+
+    def unfit(self, weight: Weight, fmt: Format) -> str | None:
+        """Why a weight's shape does not fit this dialect's packing of a format, or None; like ``Format.problem``."""
+        return None
+
+    def left_out(self, weight: Weight) -> str | None:
+        """Why this dialect's readers have no use for an unquantized weight, which is then not written; or None."""
+        return None
+
+    def kept(self, weight: Weight, outputs: list[OutputTensor]) -> list[OutputTensor]:
+        """The tensors of an unquantized weight. ``outputs`` are those of the source, with ``copy`` as their part.
+
+        Others are filled by ``spell`` from the weight's values. PlanError if there is no place for it.
+        """
+        return outputs
+
+    def spell(self, outputs: Sequence[OutputTensor], values: Array, first: int) -> Iterator[Written]:
+        """Cut leading indices from ``first`` on of an unquantized weight into stored arrays."""
+        raise NotImplementedError
+
+    def read_kept(self, reader: Reader, weight: Weight, first: int, stop: int) -> Array | None:
+        """Leading indices first..stop of an unquantized weight that ``spell`` wrote; None: it lies as in a source."""
+        return None
+
+    def kept_names(self, weight: Weight) -> list[str]:
+        """The tensors of this dialect's files that hold an unquantized weight."""
+        return list(weight.sources)
+
+    def container(
+        self, inventory: Inventory, recipe: str, tensors: Sequence[tuple[Weight, Format | None, list[OutputTensor]]]
+    ) -> Container:
+        """How the tensors of a conversion of ``inventory`` lie in files; PlanError if something is lacking for it."""
+        return Container()
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, bytes]:
         """Further files for a ``quantization_config`` that ``config`` made, name -> content."""
