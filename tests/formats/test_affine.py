@@ -9,13 +9,20 @@ from halfbyte.formats import AffineFormat, QuantizedTensor, get_format, list_for
 AFFINE = [n for n in list_formats() if isinstance(get_format(n), AffineFormat)]
 
 
+def bit_stream(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes one after the other from the lowest bit on, through Python's whole numbers."""
+    rows = [sum(int(code) << (bits * i) for i, code in enumerate(row)) for row in codes]
+    width = codes.shape[1] * bits // 8
+    return np.array([list(row.to_bytes(width, "little")) for row in rows], dtype=np.uint8)
+
+
 def tensor(name: str) -> tuple[QuantizedTensor, np.ndarray]:
     """A random tensor and its unpacked codes."""
     fmt = get_format(name)
     assert isinstance(fmt, AffineFormat)
     r, shape = np.random.RandomState(0), (3, fmt.group * 2)
     codes = r.randint(0, fmt.levels + 1, shape).astype(np.uint8)
-    packed = codes[:, 0::2] | codes[:, 1::2] << 4 if fmt.bits == 4 else codes
+    packed = bit_stream(codes, fmt.bits)
     scales = r.uniform(0.1, 1, (3, 2)).astype(ml_dtypes.bfloat16)
     biases = r.standard_normal((3, 2)).astype(ml_dtypes.bfloat16)
     zeros = r.randint(0, 16, (3, 2)).astype(np.uint8)

@@ -93,8 +93,7 @@ class HalfbyteDialect(Dialect):
             weight, _, part = name.rpartition("_codes")
             if weight and not part:
                 formats[weight] = fmt = _format_of(weight, patterns)
-                width = 2 if fmt.parts((2, 256))["codes"][1][-1] == 128 else 1
-                shape = (*info.shape[:-1], info.shape[-1] * width)
+                shape = (*info.shape[:-1], info.shape[-1] * 256 // fmt.parts((2, 256))["codes"][1][-1])
                 tensors[weight] = TensorInfo(weight, "BF16", shape, info.file, info.offset, info.nbytes)
         companions = {f"{w}_{part}" for w, fmt in formats.items() for part in fmt.parts((128, 256))}
         for name, info in inventory.tensors.items():

@@ -1,6 +1,6 @@
 """What a number is: tables, scale types, block formats and packing. Arrays only, no files, no models."""
 
-from halfbyte.formats import affine, fp8, hif4, if4, int4, mixfp4, mx, nvfp4, razer, signed
+from halfbyte.formats import affine, fp8, ggml, hif4, if4, int4, mixfp4, mx, nvfp4, razer, signed
 from halfbyte.formats.affine import AffineFormat
 from halfbyte.formats.base import Format, get_format, list_formats, register
 from halfbyte.formats.block import BlockFormat
@@ -20,6 +20,7 @@ __all__ = [
     "affine",
     "fp8",
     "get_format",
+    "ggml",
     "hif4",
     "if4",
     "int4",

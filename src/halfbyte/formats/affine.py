@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.formats.base import Format, register
-from halfbyte.formats.packing import unpack_nibbles
+from halfbyte.formats.packing import unpack_codes
 from halfbyte.formats.tensor import QuantizedTensor
 
 
@@ -38,7 +38,7 @@ class AffineFormat(Format):
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Dtype and shape of codes, scales and offsets."""
         groups = (*shape[:-1], shape[-1] // self.group)
-        width = shape[-1] // 2 if self.bits == 4 else shape[-1]
+        width = shape[-1] * self.bits // 8
         offset_type = ml_dtypes.bfloat16 if self.offset == "bias" else np.uint8
         return {
             "codes": (np.uint8, (*shape[:-1], width)),
@@ -49,15 +49,14 @@ class AffineFormat(Format):
     def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
         """FP32: the product is rounded, then the sum."""
         assert tensor.offsets is not None
-        codes = unpack_nibbles(tensor.codes) if self.bits == 4 else tensor.codes
-        grouped = codes.reshape(*tensor.scales.shape, self.group).astype(np.float32)
+        grouped = unpack_codes(tensor.codes, self.bits).reshape(*tensor.scales.shape, self.group).astype(np.float32)
         scales = tensor.scales.astype(np.float32)[..., None]
         offsets = tensor.offsets.astype(np.float32)[..., None]
         values = grouped * scales + offsets if self.offset == "bias" else (grouped - offsets) * scales
         return np.asarray(values.reshape(tensor.shape), dtype=np.float32)
 
 
-for _bits in (4, 8):
+for _bits in (2, 3, 4, 5, 6, 8):
     for _group in (32, 64, 128):
         register(
             AffineFormat(f"affine{_bits}_g{_group}", _bits, _group, "bias"),

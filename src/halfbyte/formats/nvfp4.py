@@ -5,5 +5,8 @@ from halfbyte.formats.base import register
 from halfbyte.formats.block import BlockFormat
 
 NVFP4 = register(BlockFormat("nvfp4", (tables.E2M1,), scales.E4M3, (1, 16), has_tensor_scale=True))
+NVFP4_UNSCALED = register(BlockFormat("nvfp4_unscaled", (tables.E2M1,), scales.E4M3, (1, 16)))
+"""NVFP4 without the tensor scale, as MLX's layers have it: blocks below 6 x 2**-9 have no room for their scale."""
+
 NVINT4 = register(BlockFormat("nvint4", (tables.INT7_SIGN_MAGNITUDE,), scales.E4M3, (1, 16), has_tensor_scale=True))
 """NVFP4's layout with integers -7..7 (the INT half of MixFP4 alone)."""

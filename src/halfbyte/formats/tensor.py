@@ -25,9 +25,9 @@ def add_decoder(decoder: Callable[[QuantizedTensor, NDArray[Any]], bool]) -> Non
 class QuantizedTensor:
     """Arrays of one quantized weight (or of a stack of experts: leading dimensions).
 
-    For a weight of shape [..., N, K]: ``codes`` uint8 [..., N, K/2] (4 bit, even element in the low nibble) or
-    [..., N, K] (8 bit); ``scales`` [..., N, K/B] in the format's own type (bytes for E4M3, E8M0 and the like, any
-    selector bits included); ``tensor_scale`` FP32 [...] multiplies every scale, or None; ``offsets``: biases or
+    For a weight of shape [..., N, K]: ``codes`` uint8 [..., N, K*bits/8], first element in the lowest bits;
+    ``scales`` [..., N, K/B] in the format's own type (bytes for E4M3, E8M0 and the like, any selector bits included);
+    ``tensor_scale`` FP32 [...] multiplies every scale, or None; ``offsets``: biases or
     zero points of affine formats, shaped like ``scales``. ``divisor`` FP32 [...]: where a checkpoint stores the
     reciprocal of the tensor scale, that stored number is the exact one and decoding divides by it.
     """

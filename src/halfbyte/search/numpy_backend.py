@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.formats import AffineFormat, BlockFormat, HiF4Format, QuantizedTensor
-from halfbyte.formats.packing import pack_nibbles
+from halfbyte.formats.packing import pack_codes
 from halfbyte.search.affine import encode_affine
 from halfbyte.search.blocks import from_blocks, to_blocks
 from halfbyte.search.hif4 import encode_hif4
@@ -45,8 +45,7 @@ def encode_reference(x: Floats, out: QuantizedTensor, search: Search, weights: F
             per_block = None if scale is None else scale[part]
             codes[part], scales[part] = encode_blocks(blocks[part], fmt, search, per_block, weight)
     unpacked = from_blocks(codes, (lead, x.shape[1], x.shape[2]), fmt.block)
-    packed = pack_nibbles(unpacked) if out.codes.shape[-1] != x.shape[2] else unpacked
-    out.codes[...] = packed.reshape(out.codes.shape)
+    out.codes[...] = pack_codes(unpacked, 8 * out.codes.shape[-1] // x.shape[2]).reshape(out.codes.shape)
 
 
 def _whole(x: Floats, fmt: BlockFormat, out: QuantizedTensor) -> None:

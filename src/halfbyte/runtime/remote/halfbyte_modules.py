@@ -63,10 +63,12 @@ class Decoder:
         tensor_scale: torch.Tensor | None = None,
         offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Values [..., N, K] of codes [..., N, K/2] (or K), scales, tensor_scale [...] and offsets."""
+        """Values [..., N, K] of codes [..., N, K*bits/8], scales, tensor_scale [...] and offsets."""
         if self._values.device != codes.device:
             self._values, self._scales = self._values.to(codes.device), self._scales.to(codes.device)
-        shape = (*codes.shape[:-1], codes.shape[-1] * (8 // self.bits))
+        shape = (*codes.shape[:-1], codes.shape[-1] * 8 // self.bits)
+        if self.bits not in (4, 8):
+            codes = _bytes_of(codes, self.bits)
         index = codes.int()
         if self.shift is not None:
             chosen = (scales >> self.shift).int() * 256
@@ -100,6 +102,14 @@ def _per_byte(table: list[float]) -> list[tuple[float, ...]]:
     if len(table) == 16:
         return [(table[byte & 15], table[byte >> 4]) for byte in range(256)]
     return [(value,) for value in table]
+
+
+def _bytes_of(stream: torch.Tensor, bits: int) -> torch.Tensor:
+    """A byte per code of an unbroken stream of codes, 8 of which fill ``bits`` bytes."""
+    groups = stream.unflatten(-1, (-1, bits)).long()
+    words = (groups << torch.arange(0, 8 * bits, 8, device=stream.device)).sum(-1, keepdim=True)
+    codes = (words >> torch.arange(0, 8 * bits, bits, device=stream.device)) & ((1 << bits) - 1)
+    return codes.flatten(-2).to(torch.uint8)
 
 
 def _constant(values: list[Any]) -> torch.Tensor:
@@ -198,7 +208,7 @@ def _quantized_class(base: type, names: tuple[str, ...], stacks: tuple[str, ...]
 def quantize_module(module: nn.Module, name: str, about: dict[str, Any], parts: dict[str, torch.Tensor]) -> None:
     """Replace the parameter ``name`` by buffers ``<name>_codes``, ``<name>_scales`` ..., decoded when it is read."""
     parameter, decoder = module._parameters[name], Decoder(about)
-    shape = (*parts["codes"].shape[:-1], parts["codes"].shape[-1] * (8 // decoder.bits))
+    shape = (*parts["codes"].shape[:-1], parts["codes"].shape[-1] * 8 // decoder.bits)
     transposed = len(shape) == 3 and getattr(module, "is_transposed", False)
     wanted = tuple(parameter.transpose(-1, -2).shape) if transposed else tuple(parameter.shape)
     if shape != wanted:
