@@ -1,0 +1,177 @@
+"""A transformers model of which only the parts in use are in memory: filled from the checkpoint, emptied again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from numpy.typing import NDArray
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from halfbyte.checkpoint import Reader
+from halfbyte.errors import CheckpointError
+from halfbyte.runtime.loading import Late, class_of, quiet, sources_of
+from halfbyte.view import Checkpoint
+
+
+class Blocks:
+    """The decoder of a checkpoint, of which single layers can be filled and emptied.
+
+    ``decoder`` is the module whose ``layers`` are run one after the other; ``uses`` says which weights of the
+    checkpoint a parameter of the model holds, and for which expert where experts are modules of their own.
+    Everything computes in ``dtype`` on ``device``.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, reader: Reader, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.dtype, self.device = dtype, device
+        config, model_class = class_of(checkpoint)
+        # batched kernels of experts do not show which expert sees which token
+        config._experts_implementation = "eager"
+        for part in (config, config.get_text_config()):
+            part._experts_implementation = "eager"
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        with init_empty_weights(include_buffers=False), quiet():
+            self.model = model_class(config).to(dtype).eval()
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(device)
+        self.decoder = self.model.get_decoder()
+        if not isinstance(getattr(self.decoder, "layers", None), nn.ModuleList):
+            raise CheckpointError(
+                f"{model_class.__name__} has no list of decoder layers that can be run one by one; use an importance "
+                "file that another tool made"
+            )
+        self.layers = list(self.decoder.layers)
+        self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._read: dict[str, Callable[[], NDArray[Any]]] = dict(sources_of(checkpoint, reader))
+        self.uses: dict[str, list[tuple[str, int | None]]] = {}
+        self._weights = {w.name: w for w in checkpoint.weights}
+        self._sources: dict[str, list[str]] = {}
+        self._follow()
+
+    def _follow(self) -> None:
+        """Which parameter of the model each tensor of the source goes to."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        expected = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        for weight in self.checkpoint.weights:
+            for piece in weight.pieces:
+                target = rename_source_key(piece.source, renamings, converters, prefix, expected)[0]
+                if target not in expected:
+                    continue
+                expert = piece.expert if expected[target].dim() == 2 else None
+                uses = self.uses.setdefault(target, [])
+                if (weight.name, expert) not in uses[-1:]:
+                    uses.append((weight.name, expert))
+                self._sources.setdefault(target, []).append(piece.source)
+
+    def columns(self, target: str) -> int:
+        """How wide the inputs of a matrix of the model are."""
+        weight = self._weights[self.uses[target][0][0]]
+        return weight.shape[-2 if weight.transposed else -1]
+
+    def experts_of(self, weight: str) -> int:
+        """How many experts a stack of the checkpoint has."""
+        return self._weights[weight].shape[0]
+
+    def parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a part by their names in the whole model."""
+        name = self._names[id(module)]
+        return {f"{name}.{own}" if name else own: p for own, p in module.named_parameters()}
+
+    @contextlib.contextmanager
+    def filled(self, module: nn.Module) -> Iterator[None]:
+        """A part with its weights, for as long as the context lasts."""
+        wanted = self.parameters_of(module)
+        names = {source for target in wanted for source in self._sources.get(target, ())}
+        config = LoadStateDictConfig(
+            dtype=self.dtype, device_map={"": self.device}, weight_mapping=get_model_conversion_mapping(self.model)
+        )
+        with quiet():
+            report, _ = convert_and_load_state_dict_in_model(
+                self.model, {name: Late(self._read[name]) for name in sorted(names)}, config
+            )
+        problems = [*report.mismatched_keys, *report.conversion_errors, *report.error_msgs]
+        missing = [name for name, p in self.parameters_of(module).items() if p.is_meta]
+        if problems or missing:
+            shown = ", ".join(map(str, [*problems, *missing][:3]))
+            raise CheckpointError(f"{self.checkpoint.inventory.source} cannot fill {self._names[id(module)]}: {shown}")
+        try:
+            yield
+        finally:
+            for part in module.modules():
+                for name, parameter in list(part._parameters.items()):
+                    if parameter is not None:
+                        part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+class _Spy(nn.Module):
+    """Stands in for a layer: notes what it is called with and passes the hidden states through."""
+
+    def __init__(self, layer: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__["layer"], self.__dict__["call"] = layer, call
+
+    def __getattr__(self, name: str) -> Any:
+        # models ask their layers which kind of attention they have
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.call(hidden_states, args, kwargs)
+        return hidden_states
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass that has told what was asked for."""
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def enter(blocks: Blocks, ids: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
+    """What the first layer gets for token ids [batch, length], and what else every layer is called with."""
+    first: list[torch.Tensor] = []
+    calls: list[Arguments] = []
+
+    def note(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not first:
+            first.append(hidden)
+        calls.append((args, kwargs))
+        if len(calls) == len(blocks.layers):
+            raise _EnoughError
+
+    own = blocks.decoder.layers
+    blocks.decoder.layers = nn.ModuleList(_Spy(layer, note) for layer in blocks.layers)
+    try:
+        with contextlib.suppress(_EnoughError):
+            blocks.decoder(input_ids=ids, use_cache=False)
+    finally:
+        blocks.decoder.layers = own
+    return first[0], calls
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, call: Arguments) -> torch.Tensor:
+    """One layer over hidden states [batch, length, width]."""
+    args, kwargs = call
+    out = layer(hidden, *args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def as_numpy(values: torch.Tensor) -> NDArray[np.float32]:
+    """FP32 on the CPU."""
+    return values.detach().to("cpu", torch.float32).numpy()

@@ -1,0 +1,225 @@
+"""Calibration: text goes through the model layer by layer, and what its matrices see is summed up.
+
+One decoder layer is in memory at a time; hidden states between layers lie in files. Each finished layer is
+noted, so that an interrupted run continues there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from halfbyte.calibrate.blocks import Arguments, Blocks, as_numpy, enter, run_layer
+from halfbyte.calibrate.experts import show_all_tokens
+from halfbyte.calibrate.observe import Observer, Sums
+from halfbyte.calibrate.samples import Samples, make_samples
+from halfbyte.calibrate.statistics import (
+    Part,
+    Statistics,
+    new_about,
+    read_about,
+    write_about,
+    write_part,
+)
+from halfbyte.checkpoint import Reader
+from halfbyte.errors import OutputError
+from halfbyte.runtime.loading import load_tokenizer
+from halfbyte.view import Checkpoint
+
+BATCH_TOKENS = 4096
+HESSIAN_BYTES = 2 << 30
+_WORK = "work"
+
+
+def collect_statistics(
+    source: str | Path,
+    out: str | Path,
+    texts: Sequence[str | Path],
+    samples: int = 128,
+    length: int = 512,
+    hessians: bool = True,
+    all_experts: bool = False,
+    hessian_bytes: int = HESSIAN_BYTES,
+    dtype: torch.dtype | str = "float32",
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """Statistics of a checkpoint's activations over a text, in the folder ``out``; an interrupted run continues.
+
+    ``samples`` pieces of ``length`` tokens are taken evenly from ``texts``. With ``hessians``, sums of xᵀx are
+    collected beside those of x²; a stack of experts whose own would need more than ``hessian_bytes`` gets one for
+    all. ``all_experts`` shows every token to every expert, whoever the router chooses: slower, but no expert is
+    left without data. ``progress`` is called with the number of layers done and their total.
+
+    OutputError where ``out`` holds something else; HalfbyteError for a text that is too short.
+    """
+    out = Path(out)
+    checkpoint = Checkpoint.open(source)
+    drawn = make_samples(texts, load_tokenizer(source), samples, length)
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with Reader(checkpoint.inventory) as reader, torch.inference_mode():
+        blocks = Blocks(checkpoint, reader, kind, torch.device(device))
+        parts = [*(f"layer-{i:05d}" for i in range(len(blocks.layers))), "head"]
+        about = new_about(
+            source={"name": checkpoint.inventory.source.rstrip("/").rsplit("/", 1)[-1],
+                    "fingerprint": checkpoint.inventory.fingerprint},
+            texts=list(drawn.texts), tokens_sha256=drawn.fingerprint, samples=len(drawn.tokens), tokens=drawn.total,
+            length=length, dtype=str(kind).removeprefix("torch."), hessians=hessian_bytes if hessians else 0,
+            all_experts=all_experts, parts=parts, done=0,
+        )  # fmt: skip
+        about["done"] = _resume(out, about)
+        if not about.get("complete"):
+            _Run(blocks, drawn, out, about, progress or (lambda done, total: None)).go()
+    return Statistics(out)
+
+
+def _resume(out: Path, about: dict[str, Any]) -> int:
+    """How many parts ``out`` holds already of just this calibration."""
+    if not out.exists() or not any(out.iterdir()):
+        out.mkdir(parents=True, exist_ok=True)
+        write_about(out, about)
+        return 0
+    before = read_about(out) if (out / "statistics.json").is_file() else {}
+    if {**before, "done": 0, "complete": False} != about:
+        raise OutputError(f"{out} is not empty and holds something other than this calibration; choose another folder")
+    about["complete"] = before["complete"]
+    return int(before["done"])
+
+
+class _Run:
+    def __init__(
+        self, blocks: Blocks, samples: Samples, out: Path, about: dict[str, Any], progress: Callable[[int, int], None]
+    ) -> None:
+        self.blocks, self.samples, self.out, self.about, self.progress = blocks, samples, out, about, progress
+        self.device = blocks.device
+        width = blocks.decoder.config.hidden_size
+        self.work = out / _WORK
+        self.work.mkdir(exist_ok=True)
+        # one file is read while the other is written, so that a killed run finds the states it needs
+        self.states: list[NDArray[np.float32]] = []
+        for number in (0, 1):
+            path = self.work / f"states-{number}.f32"
+            mode: Any = "r+" if path.is_file() else "w+"
+            self.states.append(np.memmap(path, np.float32, mode, shape=(samples.total, width)))
+
+    def go(self) -> None:
+        total = len(self.about["parts"])
+        calls = self._enter()
+        for number, layer in enumerate(self.blocks.layers):
+            if number < self.about["done"]:
+                continue
+            self.progress(number, total)
+            with self.blocks.filled(layer):
+                part = self._layer(layer, calls, number)
+            self._finish(number, part)
+        self.progress(total - 1, total)
+        self._finish(total - 1, self._head())
+        self.about["complete"] = True
+        write_about(self.out, self.about)
+        shutil.rmtree(self.work)
+        self.progress(total, total)
+
+    def _finish(self, number: int, part: Part) -> None:
+        write_part(self.out, self.about["parts"][number], part)
+        self.about["done"] = number + 1
+        write_about(self.out, self.about)
+
+    def _batches(self) -> Iterator[tuple[slice, tuple[int, int]]]:
+        """Rows of the state files and the shape [batch, length] of the samples that lie there."""
+        length = len(self.samples.tokens[0])
+        size = max(1, BATCH_TOKENS // length)
+        for i in range(0, len(self.samples.tokens), size):
+            count = min(size, len(self.samples.tokens) - i)
+            yield slice(i * length, (i + count) * length), (count, length)
+
+    def _enter(self) -> dict[tuple[int, int], list[list[Arguments]]]:
+        """Embed all samples (unless an earlier run has); masks and positions are the same for batches of one shape."""
+        embed = self.blocks.decoder.get_input_embeddings()
+        ids = torch.tensor(self.samples.tokens, device=self.device)
+        found: dict[tuple[int, int], Any] = {}
+        with self.blocks.filled(embed):
+            for rows, (count, length) in self._batches():
+                if self.about["done"] and (count, length) in found:
+                    continue
+                first = rows.start // length
+                hidden, found[count, length] = enter(self.blocks, ids[first : first + count])
+                if not self.about["done"]:
+                    self.states[0][rows] = as_numpy(hidden).reshape(-1, hidden.shape[-1])
+        return found
+
+    def _layer(self, layer: nn.Module, calls: dict[tuple[int, int], Any], number: int) -> Part:
+        before, after = self.states[number % 2], self.states[(number + 1) % 2]
+        observer = Observer(self.blocks.parameters_of(layer), self._mode)
+        with observer, show_all_tokens(layer, observer) if self.about["all_experts"] else contextlib.nullcontext():
+            for rows, shape in self._batches():
+                hidden = self._load(before, rows, shape)
+                hidden = run_layer(layer, hidden, calls[shape][number])
+                after[rows] = as_numpy(hidden).reshape(-1, hidden.shape[-1])
+                observer.forget_inputs()
+        return self._by_weight(observer)
+
+    def _head(self) -> Part:
+        """What the output matrix sees: the last states after the final norm."""
+        states = self.states[len(self.blocks.layers) % 2]
+        head = self.blocks.model.get_output_embeddings()
+        norm = getattr(self.blocks.decoder, "norm", None)
+        if head is None or norm is None:
+            return Part()
+        name = next(n for n, module in self.blocks.model.named_modules() if module is head) + ".weight"
+        sums = Sums.zeros((), states.shape[1], self._mode(name, head.weight), self.device)
+        with self.blocks.filled(norm):
+            for rows, shape in self._batches():
+                sums.add(norm(self._load(states, rows, shape)).reshape(-1, states.shape[1]), None)
+        observed = Observer({}, self._mode)
+        observed.sums[name] = sums
+        return self._by_weight(observed)
+
+    def _load(self, states: NDArray[np.float32], rows: slice, shape: tuple[int, int]) -> torch.Tensor:
+        hidden = torch.from_numpy(np.array(states[rows])).to(self.device, self.blocks.dtype)
+        return hidden.view(*shape, -1)
+
+    def _mode(self, name: str, parameter: nn.Parameter) -> str:
+        """Whether products are collected: for each expert (``own``), for all together (``pooled``), or not."""
+        limit = self.about["hessians"]
+        columns = self.blocks.columns(name)
+        if not limit:
+            return ""
+        experts = parameter.shape[0] if parameter.dim() == 3 else 1
+        return "own" if experts * columns * columns * 4 <= limit else "pooled" if experts > 1 else ""
+
+    def _by_weight(self, observer: Observer) -> Part:
+        """From the model's parameters to the checkpoint's weights."""
+        part = Part()
+        keepers: dict[str, str] = {}
+        for target, sums in observer.sums.items():
+            for weight, expert in self.blocks.uses.get(target, ()):
+                if expert is None:
+                    if target in keepers:
+                        part.same[weight] = keepers[target]
+                    else:
+                        keepers[target] = weight
+                        part.arrays[weight] = sums.arrays()
+                        if target in observer.routed:
+                            part.arrays[weight]["routed"] = observer.routed[target].cpu().numpy()
+                else:
+                    _put(part, weight, expert, sums, self.blocks.experts_of(weight))
+        for target, other in observer.same.items():
+            for weight, _ in self.blocks.uses.get(target, ()):
+                if other in keepers:
+                    part.same[weight] = keepers[other]
+        return part
+
+
+def _put(part: Part, weight: str, expert: int, sums: Sums, experts: int) -> None:
+    """One expert that is a module of its own goes into the arrays of its stack."""
+    for kind, array in sums.arrays().items():
+        stack = part.arrays.setdefault(weight, {}).setdefault(kind, np.zeros((experts, *array.shape), array.dtype))
+        stack[expert] = array

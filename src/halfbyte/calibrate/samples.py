@@ -1,0 +1,61 @@
+"""Calibration text as samples of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.text import tokens_of
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Lists of token ids and what they were made from."""
+
+    tokens: list[list[int]]
+    texts: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """Tokens altogether."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the token ids."""
+        return hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()
+
+
+def make_samples(texts: Sequence[str | Path], tokenizer: Any, count: int, length: int) -> Samples:
+    """``count`` samples of ``length`` tokens, spread evenly over all files together, and the same ones every time.
+
+    A file is UTF-8 text, or a ``.json`` of conversations, which go through the tokenizer's chat template.
+    HalfbyteError if there is not one whole sample.
+    """
+    stream: list[int] = []
+    for text in map(Path, texts):
+        if not text.is_file():
+            raise HalfbyteError(f"the calibration text {text} is no file")
+        stream += _conversations(text, tokenizer) if text.suffix == ".json" else tokens_of(text, tokenizer, None)
+    windows = len(stream) // length
+    if not windows:
+        raise HalfbyteError(
+            f"the calibration text has {len(stream)} tokens, fewer than one sample of {length}; give more text or a "
+            "smaller length"
+        )
+    chosen = [i * windows // min(count, windows) for i in range(min(count, windows))]
+    return Samples([stream[i * length : (i + 1) * length] for i in chosen], tuple(Path(t).name for t in texts))
+
+
+def _conversations(path: Path, tokenizer: Any) -> list[int]:
+    from halfbyte.evaluate.conversations import read_conversations
+
+    found: list[int] = []
+    for messages in read_conversations(path):
+        found += tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    return found

@@ -1,0 +1,115 @@
+"""``halfbyte calibrate``: what the matrices of a model see while text goes through it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.cli.output import print_json, say, steps
+from halfbyte.cli.quiet import prepare_logs
+from halfbyte.cli.units import parse_size, positive, size
+from halfbyte.errors import HalfbyteError
+
+if TYPE_CHECKING:
+    from halfbyte.calibrate.statistics import Statistics
+
+SUMMARY = "run text through a model, layer by layer, and save what its matrices see"
+EXAMPLES = """\
+  halfbyte calibrate ./Qwen3.5-35B-A3B ./statistics --text calibration.txt
+  halfbyte calibrate ./model ./statistics --text chat.json --samples 256 --length 2048 --all-experts
+  halfbyte calibrate ./a ./b ./c --merge ./statistics      statistics of one model over different texts
+
+one decoder layer is in memory at a time; an interrupted run continues where it was
+needs torch and transformers: pip install 'halfbyte[transformers]'
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare options."""
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="MODEL OUT; with --merge, folders of statistics")
+    parser.add_argument("--merge", metavar="OUT", help="add up statistics of one model over different texts")
+    parser.add_argument(
+        "--text", metavar="FILE", nargs="+", help="UTF-8 text, or a .json of conversations in ShareGPT's form"
+    )
+    parser.add_argument("--samples", metavar="N", type=positive, default=128, help="pieces of text (default 128)")
+    parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens in each (default 512)")
+    parser.add_argument("--no-hessians", action="store_true", help="collect importance only, no products xᵀx")
+    parser.add_argument(
+        "--hessian-memory",
+        metavar="SIZE",
+        type=parse_size,
+        default=2 << 30,
+        help="a stack of experts that needs more gets one Hessian for all (default 2GiB)",
+    )
+    parser.add_argument("--all-experts", action="store_true", help="show every token to every expert: slower")
+    parser.add_argument("--device", metavar="D", default="cpu", help="where torch computes, such as cuda (default cpu)")
+    parser.add_argument("--dtype", metavar="T", default="float32", help="torch dtype to compute in (default float32)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Collect or merge, and say what there is."""
+    if args.merge:
+        from halfbyte.calibrate.statistics import Statistics, merge
+
+        merge(args.paths, args.merge)
+        found = Statistics(args.merge)
+    else:
+        found = _collect(args)
+    facts = describe(found)
+    if args.json:
+        print_json(facts)
+        return 0
+    say(
+        f"{facts['weights']} weights, {facts['tokens']:,} tokens in {facts['samples']} samples, "
+        f"{size(facts['bytes'])} in {facts['folder']}"
+    )
+    for name, starved in facts["no_data"].items():
+        say(f"no token reached {len(starved)} experts of {name}: {', '.join(map(str, starved[:16]))}")
+    return 0
+
+
+def _collect(args: argparse.Namespace) -> Statistics:
+    if len(args.paths) != 2 or not args.text:
+        raise HalfbyteError("calibration needs a model, an output folder and a text: MODEL OUT --text FILE")
+    prepare_logs()
+    from halfbyte.runtime import need_torch
+
+    need_torch()
+    from halfbyte.calibrate.collect import collect_statistics
+
+    with steps("calibrating", args.json) as report:
+        return collect_statistics(
+            args.paths[0],
+            args.paths[1],
+            args.text,
+            samples=args.samples,
+            length=args.length,
+            hessians=not args.no_hessians,
+            all_experts=args.all_experts,
+            hessian_bytes=args.hessian_memory,
+            dtype=args.dtype,
+            device=args.device,
+            progress=report,
+        )
+
+
+def describe(found: Statistics) -> dict[str, Any]:
+    """What statistics hold, for JSON: tokens, and how many reached each expert."""
+    experts: dict[str, list[int]] = {}
+    for name in found.names:
+        counts = found.array(name, "routed")
+        counts = found.array(name, "count") if counts is None else counts
+        if counts is not None and counts.ndim:
+            experts[name] = counts.tolist()
+    return {
+        "folder": str(found.folder),
+        "weights": len(found.names),
+        "bytes": sum(path.stat().st_size for path in found.folder.iterdir() if path.is_file()),
+        **{key: found.about[key] for key in ("source", "texts", "samples", "length", "tokens", "all_experts")},
+        "tokens_per_expert": experts,
+        "no_data": {
+            name: [e for e, n in enumerate(counts) if not n]
+            for name, counts in experts.items()
+            if not all(counts) and not found.about["all_experts"]
+        },
+    }
