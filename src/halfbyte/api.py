@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from halfbyte.calibrate import Importance, calibration_of
 from halfbyte.checkpoint import Inventory
 from halfbyte.checkpoint.files import collector_paused
 from halfbyte.convert import Conversion, Progress, convert
@@ -38,25 +39,29 @@ def plan(
     revision: str | None = None,
     max_shard_bytes: int | None = None,
     remote_code: bool = False,
+    importance: str | Path | Importance | None = None,
 ) -> Plan:
     """Decide every tensor's fate and every output byte's place without reading a weight.
 
     ``recipe`` is a built-in name (``halfbyte.list_recipes()``), a YAML file's path or a Recipe; ``dialect`` is
     ``halfbyte``, ``compressed-tensors``, ... (None: the recipe's own). ``remote_code`` puts the code beside the weights
     that lets transformers load the dialect ``halfbyte`` with ``trust_remote_code=True``, without halfbyte installed.
-    Raises RecipeError, FormatError or PlanError for what cannot be done, before any work.
+    ``importance`` is a file of halfbyte or llama.cpp (``halfbyte.calibrate.read_importance``): it weighs the errors of
+    every search unless the recipe says otherwise, and AWQ folding needs it. Raises RecipeError, FormatError or
+    PlanError for what cannot be done, before any work.
     """
     checkpoint = _open(source, revision)
+    known = None if importance is None else calibration_of(importance, checkpoint.weights)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     spelling = get_dialect(dialect or loaded.dialect or HALFBYTE)
     if not remote_code:
-        return make_plan(checkpoint, loaded, spelling, max_shard_bytes)
+        return make_plan(checkpoint, loaded, spelling, max_shard_bytes, calibration=known)
     if spelling is not HALFBYTE:
         raise PlanError(f"remote code is for the dialect halfbyte; engines read {spelling.name} by themselves")
     from halfbyte.runtime.remote_code import remote_code_config, remote_code_files
 
     files = remote_code_files(checkpoint.inventory.config)
-    return make_plan(checkpoint, loaded, spelling, max_shard_bytes, files, remote_code_config())
+    return make_plan(checkpoint, loaded, spelling, max_shard_bytes, files, remote_code_config(), known)
 
 
 def quantize(
@@ -68,6 +73,7 @@ def quantize(
     revision: str | None = None,
     max_shard_bytes: int | None = None,
     remote_code: bool = False,
+    importance: str | Path | Importance | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -86,9 +92,10 @@ def quantize(
             revision=revision,
             max_shard_bytes=max_shard_bytes,
             remote_code=remote_code,
+            importance=importance,
         )
-    elif recipe is not None or dialect is not None or remote_code:
-        raise TypeError("quantize(plan, out): recipe, dialect and remote code are part of the plan")
+    elif recipe is not None or dialect is not None or remote_code or importance is not None:
+        raise TypeError("quantize(plan, out): recipe, dialect, remote code and importance are part of the plan")
     return convert(source, out, workers, progress)
 
 

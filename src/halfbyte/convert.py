@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from halfbyte.checkpoint import (
@@ -19,22 +19,24 @@ from halfbyte.checkpoint import (
     write_file_atomic,
 )
 from halfbyte.errors import OutputError, PlanError
+from halfbyte.fold_search import FoldReport, sample_bytes, settle_folds
 from halfbyte.measure import TensorError
 from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Plan
 from halfbyte.shards import Shard
-from halfbyte.units import Progress, item_bytes, write_unit
+from halfbyte.units import Folds, Progress, item_bytes, write_unit
 
 __all__ = ["Conversion", "Progress", "convert", "source_bytes"]
 
 
 @dataclass
 class Conversion:
-    """What a conversion did."""
+    """What a conversion did; ``folds``: what AWQ chose for every group that could be folded."""
 
     out: Path
     errors: list[TensorError]
     seconds: float
     resumed_shards: int
+    folds: list[FoldReport] = field(default_factory=list)
 
     @property
     def relmse(self) -> float:
@@ -45,7 +47,7 @@ class Conversion:
 
 def source_bytes(plan: Plan) -> int:
     """Bytes of the source tensors that a conversion reads: the total for a progress bar."""
-    return sum(item_bytes(item) for shard in plan.shards for item in shard.items)
+    return sum(item_bytes(item) for shard in plan.shards for item in shard.items) + sample_bytes(plan)
 
 
 def convert(plan: Plan, out: str | Path, workers: int | None = None, progress: Progress | None = None) -> Conversion:
@@ -67,8 +69,9 @@ def convert(plan: Plan, out: str | Path, workers: int | None = None, progress: P
         if shard.name in journal.done:
             report(sum(map(item_bytes, shard.items)))
     with Reader(inventory) as reader, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        folds, chosen = settle_folds(plan, out, journal, reader, pool, report)
         for shard in todo:
-            _write_shard(plan, shard, out, reader, journal, pool, report)
+            _write_shard(plan, shard, out, reader, journal, pool, report, folds)
     _finish(plan, out, inventory.root)
     errors: dict[str, TensorError] = {}
     for shard in plan.shards:
@@ -76,14 +79,21 @@ def convert(plan: Plan, out: str | Path, workers: int | None = None, progress: P
             if errors.setdefault(error.name, error) is not error:
                 errors[error.name].merge(error)
     journal.finish()
-    return Conversion(out, list(errors.values()), time.monotonic() - began, len(plan.shards) - len(todo))
+    return Conversion(out, list(errors.values()), time.monotonic() - began, len(plan.shards) - len(todo), chosen)
 
 
 def _write_shard(
-    plan: Plan, shard: Shard, out: Path, reader: Reader, journal: Journal, pool: ThreadPoolExecutor, report: Progress
+    plan: Plan,
+    shard: Shard,
+    out: Path,
+    reader: Reader,
+    journal: Journal,
+    pool: ThreadPoolExecutor,
+    report: Progress,
+    folds: Folds,
 ) -> None:
     with ShardWriter(out / shard.name, shard.layout) as writer:
-        jobs = [pool.submit(write_unit, plan, unit, reader, writer, report) for unit in shard.units]
+        jobs = [pool.submit(write_unit, plan, unit, reader, writer, report, folds) for unit in shard.units]
         try:
             errors = [error for job in jobs for error in job.result()]
         except BaseException:

@@ -10,22 +10,26 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from halfbyte.calibrate import Calibration
 from halfbyte.checkpoint.files import collector_paused
 from halfbyte.dialects import Dialect, OutputTensor, get_dialect, quantization_config_of, unquantized_config
 from halfbyte.errors import FormatError, PlanError
+from halfbyte.folding import FOLDS, layout
 from halfbyte.formats import get_format
 from halfbyte.models import Weight
+from halfbyte.models.folds import FoldGroup
 from halfbyte.quantized import REQUANTIZED, claim, respelled, settle_input_scales, shares_scale
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.search import get_search
 from halfbyte.shards import Item, Shard, make_index, make_shards
 from halfbyte.summary import summarize, to_dict
 from halfbyte.view import FLOATS, Checkpoint
+from halfbyte.weighting import Weighting, is_tied, optional_note, settle
 
 MAX_SHARD_BYTES = 5_000_000_000
 CONFIG, INDEX, PROVENANCE = "config.json", "model.safetensors.index.json", "halfbyte.json"
 # part of the fingerprint: raise it when the same plan would give other bytes
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Plan:
     provenance: bytes
     extra_files: dict[str, bytes]
     notes: list[str]
+    weighting: Weighting | None = None
 
     @property
     def data_bytes(self) -> int:
@@ -57,7 +62,17 @@ class Plan:
     def repository_bytes(self) -> int:
         """Bytes of the whole output folder: weight files, index, configuration, side files."""
         written = [self.index or b"", self.config or b"", self.provenance, *self.extra_files.values()]
-        return self.shard_bytes + sum(map(len, written)) + self.side_file_bytes
+        return self.shard_bytes + self.fold_bytes + sum(map(len, written)) + self.side_file_bytes
+
+    @property
+    def folds(self) -> list[FoldGroup]:
+        """Groups of weights whose scales for folding the conversion chooses."""
+        return self.weighting.folds if self.weighting else []
+
+    @property
+    def fold_bytes(self) -> int:
+        """Bytes of the file that holds these scales."""
+        return layout(self.folds).total if self.folds else 0
 
     @property
     def side_file_bytes(self) -> int:
@@ -74,7 +89,7 @@ class Plan:
         if self.dialect.standalone:
             return []
         source = self.checkpoint.dialect
-        replaced = {PROVENANCE, *self.extra_files, *(source.files if source else ())}
+        replaced = {PROVENANCE, FOLDS, *self.extra_files, *(source.files if source else ())}
         return [name for name in self.checkpoint.inventory.side_files if name not in replaced]
 
     @property
@@ -107,6 +122,9 @@ class Plan:
         for name, content in sorted(self.extra_files.items()):
             digest.update(name.encode() + content)
         digest.update(self.config or b"")
+        if self.weighting:
+            names = [i.weight.name for i in self.items if i.weighted], [group.name for group in self.folds]
+            digest.update(json.dumps([self.weighting.calibration.digest, names]).encode())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -126,11 +144,13 @@ def make_plan(
     max_shard_bytes: int | None = None,
     extra_files: dict[str, bytes] | None = None,
     extra_config: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Decide every tensor's fate and place. All refusals happen here: RecipeError, FormatError, PlanError.
 
     ``max_shard_bytes`` is by default 5 GB, and without limit where weight files are complete in themselves.
-    ``extra_files`` are written beside the weights, ``extra_config`` are further keys of config.json.
+    ``extra_files`` are written beside the weights, ``extra_config`` are further keys of config.json;
+    ``calibration`` is an importance file that was matched to this checkpoint.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     dialect = get_dialect(dialect or recipe.dialect or "halfbyte")
@@ -157,6 +177,8 @@ def make_plan(
     notes = [checkpoint.family.note] if checkpoint.family.note else []
     notes += settle_input_scales(checkpoint, items, dialect)
     _check_tied(inventory.config, items)
+    weighting = settle(checkpoint, recipe, items, decisions, calibration)
+    notes += weighting.notes() if weighting else optional_note(recipe, decisions)
     spelled = [(i.weight, i.format, i.outputs) for i in items if i.outputs]
     shards = make_shards(items, max_shard_bytes, dialect.container(inventory, recipe.name, spelled))
     # what is kept may be quantized already, and the configuration has to say so
@@ -180,6 +202,9 @@ def make_plan(
         "dialect": dialect.name,
         "recipe": _recipe(recipe),
     }
+    if weighting:
+        provenance["importance"] = {"name": weighting.calibration.name, "digest": weighting.calibration.digest}
+        provenance["folds"] = FOLDS if weighting.folds else None
     if inventory.ignored_files:
         notes.append(f"not part of the checkpoint, not copied: {', '.join(inventory.ignored_files[:5])}")
     large = [shard.name for shard in shards if shard.layout.total > max_shard_bytes]
@@ -196,6 +221,7 @@ def make_plan(
         _json(provenance),
         dialect.extra_files(settings) | (extra_files or {}),
         notes + dialect.notes(quantized),
+        weighting,
     )
 
 
@@ -232,7 +258,9 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
         )
     problem = fmt.problem(weight.shape) or dialect.unfit(weight, fmt)
     if problem and decision.indivisible == "keep":
-        return _kept(checkpoint, weight, problem, dialect)
+        kept = _kept(checkpoint, weight, problem, dialect)
+        kept.declined = fmt.name
+        return kept
     if problem:
         raise FormatError(f"{weight.name}: {problem}; say `indivisible: keep` in the rule or choose another format")
     problem = dialect.problem(weight, fmt)
@@ -293,7 +321,7 @@ def _check_groups(items: Iterable[Item]) -> None:
 
 def _check_tied(config: Mapping[str, Any], items: Iterable[Item]) -> None:
     """Tied embeddings are one tensor for an engine, also where a checkpoint stores them twice."""
-    if not any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {})):
+    if not is_tied(config):
         return
     ends = [item for item in items if item.weight.role in ("embedding", "lm_head") and item.action != "drop"]
     if len({item.format for item in ends}) > 1:

@@ -47,6 +47,8 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "split": _fates(plan, (item for item in plan.items if item.splits)),
         "dropped": _fates(plan, (item for item in plan.items if item.action == "drop")),
         "contains": {space: any(_space(i) == space and i.outputs for i in plan.items) for space in SPACES},
+        "fold_bytes": plan.fold_bytes,
+        "importance": plan.weighting.to_dict() if plan.weighting else None,
         "notes": plan.notes,
     }
 
@@ -116,6 +118,7 @@ def _fates(plan: Plan, items: Iterable[Item]) -> list[dict[str, Any]]:
             {
                 "role": item.weight.role,
                 "reason": item.reason,
+                "declined": item.declined or None,
                 "tensors": 0,
                 "output_tensors": 0,
                 "example": item.weight.sources[0],

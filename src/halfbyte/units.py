@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.calibrate import Activations
 from halfbyte.carry import Carrier
 from halfbyte.checkpoint import Reader, ShardWriter, nbytes, numpy_dtype
 from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.folding import Fold, refolded
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor
 from halfbyte.kernels import ErrorStats
 from halfbyte.kernels import amax as largest
@@ -21,24 +23,27 @@ from halfbyte.shards import Item
 from halfbyte.view import FLOATS
 
 SLICE_BYTES = 8 << 20
+Folds = Mapping[str, Fold]
 Progress = Callable[[int], None]
 """Called with the number of source bytes that have just been dealt with."""
 
 
 def write_unit(
-    plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress
+    plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress, folds: Folds
 ) -> list[TensorError]:
-    """Write all items of a unit and measure what it quantized."""
+    """Write all items of a unit and measure what it quantized; ``folds`` by weight name."""
     for item in (item for item in unit if item.format is None):
         if item.action != "keep":
             _respell(item, reader, writer)
-        elif item.outputs[0].part == "copy":
-            _copy(item, reader, writer)
+        elif item.outputs[0].part != "copy":
+            _spell(plan, item, reader, writer, folds)
+        elif item.weight.name in folds:
+            _refold(plan, item, reader, writer, folds[item.weight.name])
         else:
-            _spell(plan, item, reader, writer)
+            _copy(item, reader, writer)
         report(item_bytes(item))
     chosen = [item for item in unit if item.format is not None]
-    return _quantize(plan, chosen, reader, writer, report) if chosen else []
+    return _quantize(plan, chosen, reader, writer, report, folds) if chosen else []
 
 
 def _respell(item: Item, reader: Reader, writer: ShardWriter) -> None:
@@ -59,16 +64,27 @@ def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:
             offset += len(chunk)
 
 
-def _spell(plan: Plan, item: Item, reader: Reader, writer: ShardWriter) -> None:
+def _refold(plan: Plan, item: Item, reader: Reader, writer: ShardWriter, fold: Fold) -> None:
+    """A kept weight that something is folded into."""
+    places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
+    for name, first, part in refolded(plan.checkpoint, reader, item.weight, fold, SLICE_BYTES, set(places)):
+        if not largest(part)[1]:
+            raise _not_finite(item.weight.name)
+        writer.write_at(places[name] + first * (part.nbytes // len(part)), part)
+
+
+def _spell(plan: Plan, item: Item, reader: Reader, writer: ShardWriter, folds: Folds) -> None:
     """A kept weight that the dialect stores in another type, order or tensor."""
     places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
     for first, stop in _cuts(item, 1, 1):
-        values = _read(plan, reader, item, first, stop)[0]
+        values = _read(plan, reader, item, first, stop, folds)[0]
         for part in plan.dialect.spell(item.outputs, values, first):
             writer.write_at(places[part.output.name] + part.start * part.array.dtype.itemsize, part.array)
 
 
-def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress) -> list[TensorError]:
+def _quantize(
+    plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress, folds: Folds
+) -> list[TensorError]:
     """Weights that share a tensor scale: read a slice of each, find their amax, encode, write."""
     fmt = unit[0].format
     assert fmt is not None
@@ -88,7 +104,7 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
         amax = np.float32(0)
         for k, item in enumerate(unit):
             for first, stop in cuts[k]:
-                array, found = _read(plan, reader, item, first, stop)
+                array, found = _read(plan, reader, item, first, stop, folds)
                 amax = np.maximum(amax, found)
                 if len(cuts[k]) == 1:
                     held[k] = array
@@ -99,9 +115,10 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
                 if k in held:
                     array, found = held.pop(k), np.float32(0)
                 else:
-                    array, found = _read(plan, reader, item, first, stop)
+                    array, found = _read(plan, reader, item, first, stop, folds)
                 stats = ErrorStats()
-                tensor = encode_slice(plan, item, array, found if amax is None else amax, stats)
+                known = _activations(plan, item, first, stop, folds)
+                tensor = encode_slice(plan, item, array, found if amax is None else amax, stats, known)
                 errors[k].count(stats)
                 errors[k].requantized += array.size if errors[k].source else 0
             else:
@@ -117,18 +134,27 @@ def _quantize(plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter,
 
 
 def encode_slice(
-    plan: Plan, item: Item, array: NDArray[Any], amax: NDArray[np.float32], stats: ErrorStats
+    plan: Plan,
+    item: Item,
+    array: NDArray[Any],
+    amax: NDArray[np.float32],
+    stats: ErrorStats,
+    known: Activations | None = None,
 ) -> QuantizedTensor:
-    """Codes and scales of a slice; ``amax`` of the tensors that share its scale, or of each expert."""
+    """Codes and scales of a slice; ``amax`` of the tensors that share its scale, or of each expert.
+
+    ``known``: what is known of the inputs that meet the slice.
+    """
     fmt = item.format
     assert fmt is not None
+    weights = known.importance if known else None
     try:
         if not (isinstance(fmt, BlockFormat) and fmt.has_tensor_scale):
-            return encode(array, fmt, item.search, amax=amax, stats=stats)
+            return encode(array, fmt, item.search, weights, amax=amax, stats=stats)
         scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two)
         if plan.dialect.divisor:
-            return encode(array, fmt, item.search, divisor=np.float32(1) / scale, stats=stats)
-        return encode(array, fmt, item.search, tensor_scale=scale, stats=stats)
+            return encode(array, fmt, item.search, weights, divisor=np.float32(1) / scale, stats=stats)
+        return encode(array, fmt, item.search, weights, tensor_scale=scale, stats=stats)
     except FormatError as error:
         raise CheckpointError(f"{item.weight.name}: {error}") from error
 
@@ -137,9 +163,22 @@ def _needs_amax(fmt: Format) -> bool:
     return isinstance(fmt, BlockFormat) and (fmt.has_tensor_scale or fmt.block == (-1, -1))
 
 
-def _read(plan: Plan, reader: Reader, item: Item, first: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Part of a weight and the largest magnitude of each of its matrices."""
+def _activations(plan: Plan, item: Item, first: int, stop: int, folds: Folds) -> Activations | None:
+    """What is known of the inputs of part of a weight, divided as its columns are multiplied."""
+    if plan.weighting is None or not item.weighted:
+        return None
+    fold = folds.get(item.weight.name)
+    return plan.weighting.calibration.slice(item.weight.name, first, stop, fold.columns if fold else None)
+
+
+def _read(
+    plan: Plan, reader: Reader, item: Item, first: int, stop: int, folds: Folds
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Part of a weight, folded, and the largest magnitude of each of its matrices."""
     array = plan.checkpoint.read(reader, item.weight, first, stop)
+    fold = folds.get(item.weight.name)
+    if fold is not None:
+        array = fold.apply(array, first)
     if array.dtype.itemsize > 4:
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)

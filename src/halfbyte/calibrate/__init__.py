@@ -1,5 +1,15 @@
 """What activations say about weights: importance of input columns, from halfbyte's and llama.cpp's files."""
 
+from halfbyte.calibrate.activations import Activations, Calibration, calibration_of
 from halfbyte.calibrate.importance import Importance, Matched, match_importance, read_importance, write_importance
 
-__all__ = ["Importance", "Matched", "match_importance", "read_importance", "write_importance"]
+__all__ = [
+    "Activations",
+    "Calibration",
+    "Importance",
+    "Matched",
+    "calibration_of",
+    "match_importance",
+    "read_importance",
+    "write_importance",
+]

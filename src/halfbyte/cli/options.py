@@ -27,7 +27,7 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """What decides the output: --recipe, --dialect, --max-shard-size, --remote-code."""
+    """What decides the output: --recipe, --dialect, --max-shard-size, --remote-code, --importance."""
     parser.add_argument(
         "--recipe", metavar="NAME_OR_FILE", required=True, help="a name that `halfbyte recipes` lists, or a YAML file"
     )
@@ -46,6 +46,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--remote-code",
         action="store_true",
         help="add the code with which transformers loads the dialect halfbyte (trust_remote_code=True)",
+    )
+    parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="how large activations are: halfbyte's .safetensors, or imatrix.gguf or imatrix.dat of llama.cpp",
     )
 
 
@@ -73,4 +78,5 @@ def plan_of(args: argparse.Namespace) -> Plan:
         dialect=args.dialect,
         max_shard_bytes=args.max_shard_size,
         remote_code=args.remote_code,
+        importance=args.importance,
     )

@@ -48,6 +48,20 @@ class Search:
             return f"search {self.name!r} needs E2M1 elements and E4M3 scales, which {fmt.name} does not have"
         return None
 
+    def chooses(self, fmt: Format) -> bool:
+        """Whether more than one candidate is tried, so that errors decide."""
+        if isinstance(fmt, AffineFormat):
+            return len(self.shrink) > 1
+        if not isinstance(fmt, BlockFormat):
+            return len(self.offsets) > 1
+        if fmt.block == (-1, -1):
+            return False
+        if len(fmt.tables) > 1 or self.only == "four_over_six":
+            return True
+        if fmt.scale.ordered:
+            return len(self.power_offsets if fmt.scale.name == "e8m0" else self.offsets) > 1
+        return len(self.int_ratios if fmt.bits == 4 else self.float_ratios) > 1
+
 
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 # 7.5/7 and 7.5/8 meet the largest element exactly, so that decoded values are encoded again without loss

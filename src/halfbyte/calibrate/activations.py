@@ -1,0 +1,79 @@
+"""What is known of the activations that meet a checkpoint's weights, and the part of it that a slice needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from halfbyte.calibrate.importance import Floats, Importance, Matched, match_importance, read_importance
+from halfbyte.errors import PlanError
+from halfbyte.models import Weight
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the encoder may know of the inputs of a slice of a weight.
+
+    ``importance``: FP32 [K], or [E, K] for a slice of E experts; the largest of each row is 1.
+    """
+
+    importance: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """An importance file, matched to a checkpoint.
+
+    ``name`` and ``digest`` (sha256 of its content, hex) say which file it was, ``entries`` how many it holds.
+    """
+
+    name: str
+    digest: str
+    entries: int
+    matched: Matched
+
+    def slice(self, weight: str, first: int, stop: int, scale: Floats | None = None) -> Activations:
+        """What is known for leading indices first..stop of a stack, or for any rows of a matrix.
+
+        ``scale`` FP32 [K] or [E, K] is what the weight's columns have been multiplied by (its inputs are
+        divided by it).
+        """
+        values = self.matched.values[weight]
+        if values.ndim > 1:
+            values = values[first:stop]
+        if scale is not None:
+            values = np.asarray(values / np.square(scale if scale.ndim == 1 else scale[first:stop]), np.float32)
+        # row by row, so that a stack gives the same bytes however it is cut
+        largest = values.max(axis=-1, keepdims=True)
+        return Activations(np.asarray(values / np.where(largest > 0, largest, np.float32(1)), np.float32))
+
+
+def calibration_of(given: str | Path | Importance, weights: Sequence[Weight]) -> Calibration:
+    """Match an importance file (its path, or its content) to the weights of a checkpoint.
+
+    CheckpointError for a file that cannot be read or whose sizes do not fit, PlanError if nothing in it does.
+    """
+    importance = given if isinstance(given, Importance) else read_importance(given)
+    name = "" if isinstance(given, Importance) else Path(given).name
+    matched = match_importance(importance, weights)
+    if not matched.values:
+        first = next(iter(importance.values), "none")
+        raise PlanError(
+            f"the importance file {name or '(in memory)'} fits no weight of this checkpoint (its first entry is "
+            f"{first}); it was made for another model"
+        )
+    return Calibration(name, digest(importance), len(importance.values), matched)
+
+
+def digest(importance: Importance) -> str:
+    """sha256 (hex) of names, means and counts, in any order."""
+    found = hashlib.sha256(importance.spelling.encode())
+    for name in sorted(importance.values):
+        values, counts = importance.values[name], np.asarray(importance.counts[name])
+        found.update(f"{len(name)} {name} {values.shape} {counts.shape}".encode())
+        found.update(np.ascontiguousarray(values, "<f4").tobytes() + np.ascontiguousarray(counts, "<i8").tobytes())
+    return found.hexdigest()

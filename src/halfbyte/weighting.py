@@ -1,0 +1,158 @@
+"""What a recipe makes of an importance file: whose errors it weighs, what is folded, and what is said of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfbyte.calibrate import Calibration
+from halfbyte.errors import PlanError, RecipeError
+from halfbyte.models.folds import FoldGroup, find_groups
+from halfbyte.models.patterns import normalise
+from halfbyte.recipes import Decision, Recipe
+from halfbyte.search import get_search
+from halfbyte.shards import Item
+from halfbyte.view import Checkpoint
+
+UNFED = "nothing before it can be divided"
+UNKNOWN = "the importance file says nothing of it"
+DROPPED = "what comes before it is dropped"
+
+
+@dataclass
+class Weighting:
+    """How a plan uses what is known of activations.
+
+    ``weighted`` and ``unweighted``: names of the quantized weights whose search does, or for want of data does not,
+    weigh errors by importance. ``folds``: groups whose scales the conversion chooses. ``refused``: reason -> names
+    of the weights that were to be folded and are not.
+    """
+
+    calibration: Calibration
+    weighted: list[str] = field(default_factory=list)
+    unweighted: list[str] = field(default_factory=list)
+    folds: list[FoldGroup] = field(default_factory=list)
+    refused: dict[str, list[str]] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What a user should know, one sentence each."""
+        matched, total = self.calibration.matched, len(self.weighted) + len(self.unweighted)
+        notes = [f"importance weighs the errors of {len(self.weighted)} of {total} quantized weights"]
+        if self.unweighted:
+            notes.append(f"no importance for {_some(self.unweighted)}: plain squared error")
+        if matched.unmatched:
+            notes.append(f"entries of the importance file that fit no weight here: {_some(matched.unmatched)}")
+        empty = {name: found for name, found in matched.no_data.items() if name in matched.values}
+        if empty:
+            count = sum(map(len, empty.values()))
+            notes.append(f"no token reached {count} experts of {_some(list(empty))}: plain squared error for these")
+        if self.folds:
+            notes.append(
+                f"AWQ: {len(self.folds)} groups of weights may be folded into what comes before them; "
+                "the scales are chosen while quantizing"
+            )
+        return notes + [f"AWQ: {_some(names)} not folded: {why}" for why, names in self.refused.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        matched = self.calibration.matched
+        return {
+            "importance": self.calibration.name,
+            "digest": self.calibration.digest,
+            "entries": self.calibration.entries,
+            "unmatched": matched.unmatched,
+            "no_data": matched.no_data,
+            "weighted": len(self.weighted),
+            "unweighted": self.unweighted,
+            "folds": [group.name for group in self.folds],
+            "not_folded": [{"reason": why, "weights": names} for why, names in self.refused.items()],
+        }
+
+
+def settle(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    items: Sequence[Item],
+    decisions: Sequence[Decision],
+    calibration: Calibration | None,
+) -> Weighting | None:
+    """Mark the items whose errors are weighted and find the groups to fold.
+
+    Where the recipe says nothing, importance weighs every search that has a choice. RecipeError if the recipe needs
+    an importance file and there is none, PlanError if the one that is given changes nothing.
+    """
+    chosen = [(i, d) for i, d in zip(items, decisions, strict=True) if i.action == "quantize"]
+    if calibration is None:
+        asked = next((d for _, d in chosen if d.weight == "importance" or d.transform), None)
+        if asked and recipe.calibration == "required":
+            wish = "weight: importance" if asked.weight == "importance" else f"transform: {asked.transform}"
+            raise RecipeError(
+                f"rule {asked.rule} of recipe {recipe.name} says `{wish}`, but there is no importance file; "
+                "give one (--importance FILE), or say `calibration: optional` in the recipe"
+            )
+        return None
+    result = Weighting(calibration)
+    known = calibration.matched.values
+    for item, decision in chosen:
+        assert item.format is not None
+        if decision.weight == "none" or not get_search(item.search).chooses(item.format):
+            continue
+        item.weighted = item.weight.name in known
+        (result.weighted if item.weighted else result.unweighted).append(item.weight.name)
+    wanted = {i.weight.name for i, d in chosen if d.transform == "awq"}
+    _folds(checkpoint, items, wanted, result)
+    if not result.weighted and not result.folds:
+        raise PlanError(
+            f"the importance file {calibration.name} changes nothing with recipe {recipe.name}: no weight that has "
+            "importance is quantized by a search with a choice; leave the file out, or use a recipe with "
+            "`search: sweep`"
+        )
+    return result
+
+
+def optional_note(recipe: Recipe, decisions: Iterable[Decision]) -> list[str]:
+    """What a recipe leaves out because no importance file is given."""
+    left = {"AWQ folding": any(d.transform for d in decisions)}
+    left["weighting of errors"] = any(d.weight == "importance" for d in decisions)
+    names = [name for name, asked in left.items() if asked]
+    return [f"without an importance file {' and '.join(names)} of {recipe.name} are left out"] if names else []
+
+
+def groups_of(checkpoint: Checkpoint) -> list[FoldGroup]:
+    """All groups of a checkpoint that could be folded, with refusals."""
+    tied = is_tied(checkpoint.inventory.config)
+    return find_groups(checkpoint.weights, checkpoint.family, checkpoint.formats, tied=tied)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a model's output weights are its embeddings."""
+    return any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {}))
+
+
+def _folds(checkpoint: Checkpoint, items: Sequence[Item], wanted: set[str], result: Weighting) -> None:
+    if not wanted:
+        return
+    known = result.calibration.matched.values
+    refused: dict[str, tuple[str, list[str]]] = {}
+    dropped = {i.weight.name for i in items if i.action == "drop"}
+    fed: set[str] = set()
+    for group in groups_of(checkpoint):
+        mine = [w.name for w in group.consumers if w.name in wanted]
+        fed.update(mine)
+        problem = group.refusal
+        if problem is None and any(p.weight.name in dropped for p in group.producers):
+            problem = DROPPED
+        if problem is None and not any(w.name in known for w in group.consumers):
+            problem = UNKNOWN
+        if mine and problem:
+            refused.setdefault(normalise(problem), (problem, []))[1].extend(mine)
+        elif mine:
+            result.folds.append(group)
+    unfed = [i.weight.name for i in items if i.weight.name in wanted - fed]
+    result.refused = dict(refused.values()) | ({UNFED: unfed} if unfed else {})
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many, and which one comes first."""
+    return names[0] if len(names) == 1 else f"{len(names)} (such as {names[0]})"
