@@ -33,6 +33,8 @@ def write_unit(
 ) -> list[TensorError]:
     """Write all items of a unit and measure what it quantized; ``folds`` by weight name."""
     for item in (item for item in unit if item.format is None):
+        if item.weight.sources[0].endswith(plan.checkpoint.dialect.input_scales if plan.checkpoint.dialect else ()):
+            _check_input_scale(item.weight.sources[0], reader)
         if item.action != "keep":
             _respell(item, reader, writer)
         elif item.outputs[0].part != "copy":
@@ -50,9 +52,18 @@ def _respell(item: Item, reader: Reader, writer: ShardWriter) -> None:
     """A scale of activations."""
     scale = reader.read(item.weight.sources[0]).astype(np.float32)
     value = np.float32(1) / scale if item.outputs[0].part == "reciprocal" else scale
-    if not (np.isfinite(value) & (value > 0)).all():
-        raise _not_finite(item.weight.sources[0])
     writer.write_at(item.offsets[0], np.ascontiguousarray(value))
+
+
+def _check_input_scale(name: str, reader: Reader) -> None:
+    """Engines divide by it. It is zero where calibration sent no token to an expert."""
+    scale = reader.read(name).astype(np.float32)
+    with np.errstate(divide="ignore", over="ignore"):
+        if not (np.isfinite(scale) & (scale > 0) & np.isfinite(1 / scale)).all():
+            raise CheckpointError(
+                f"{name}, a scale of activations, is {scale.ravel()[0]:g} instead of a positive number; "
+                "calibrate the source again, or drop these scales by a rule"
+            )
 
 
 def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:
