@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.windows import PRESETS, Protocol, Window, windows
 
 HELDOUT = "heldout.txt"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Token ids, the windows that are fed to the model, and the protocol that says how they came about."""
+
+    tokens: list[int]
+    windows: list[Window]
+    protocol: Protocol
+
+
+def passage_of(
+    text: str | Path | None,
+    folder: Path | None,
+    tokenizer: Any,
+    dtype: str,
+    preset: str | None = None,
+    length: int | None = None,
+    stride: int | None = None,
+    most: int | None = None,
+) -> Passage:
+    """A text cut into windows of ``length`` tokens (default 512), ``stride`` apart (default: the length).
+
+    ``preset``: one of PRESETS, which settles length and stride. ``most``: use only the first tokens.
+    """
+    if preset is not None:
+        if preset not in PRESETS:
+            raise HalfbyteError(f"unknown protocol {preset!r}; there are {', '.join(PRESETS)}")
+        if length is not None or stride is not None:
+            raise HalfbyteError(f"the protocol {preset} settles length and stride; leave them out")
+    step = PRESETS[preset] if preset else length or 512
+    source = find_text(text, folder)
+    tokens = tokens_of(source, tokenizer, most, rows=preset == "wikitext2")
+    cut = list(windows(len(tokens), step, stride or step))
+    scored = sum(window.stop - window.scored for window in cut)
+    about = Protocol(source.name, step, stride or step, len(cut), scored, dtype, preset, "text", sha256_of(tokens))
+    return Passage(tokens, cut, about)
+
+
+def sha256_of(tokens: list[int]) -> str:
+    """Of token ids as little-endian 64-bit integers."""
+    return hashlib.sha256(np.asarray(tokens, dtype="<i8").tobytes()).hexdigest()
 
 
 def find_text(text: str | Path | None, folder: Path | None) -> Path:
@@ -25,14 +72,19 @@ def find_text(text: str | Path | None, folder: Path | None) -> Path:
     )
 
 
-def tokens_of(path: Path, tokenizer: Any, most: int | None) -> list[int]:
-    """The first ``most`` tokens of a text, without special tokens."""
+def tokens_of(path: Path, tokenizer: Any, most: int | None, rows: bool = False) -> list[int]:
+    """The first ``most`` tokens of a text, without special tokens.
+
+    ``rows``: the file has a row of a data set in each line; those that are not blank are joined by blank lines.
+    """
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise HalfbyteError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
     if not content.strip():
         raise HalfbyteError(f"the text {path} is empty")
+    if rows:
+        content = "\n\n".join(row for row in content.split("\n") if row.strip())
     # a token stands for a few characters; more of a long text need not be looked at, unless this is no usual text
     beginning = content if most is None else content[: max(most * 64, 4096)]
     found = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"][:most]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from halfbyte.errors import HalfbyteError
+
+PRESETS = {"wikitext2": 2048, "chunks-512": 512}
+"""Named protocols: the length of their windows, which do not overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +20,19 @@ class Window:
     stop: int
     scored: int
 
+    @property
+    def size(self) -> int:
+        """Tokens of the input."""
+        return self.stop - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """What a perplexity depends on besides the model. ``tokens`` are the scored ones."""
+    """What a perplexity or a divergence depends on besides the model. ``tokens`` are the scored ones.
+
+    ``sha256`` is that of the token ids, 8 bytes each. ``kind`` is "text" or "conversations"; of conversations,
+    ``windows`` is the number of those used and ``skipped`` says why others were not.
+    """
 
     text: str
     length: int
@@ -28,8 +40,18 @@ class Protocol:
     windows: int
     tokens: int
     dtype: str
+    preset: str | None = None
+    kind: str = "text"
+    sha256: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        if self.kind == "conversations":
+            left = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            return (
+                f"{self.text}: {self.tokens:,} tokens scored in {self.windows:,} conversations of {self.length} tokens"
+                f"{f' (skipped: {left})' if left else ''}, through the chat template, {self.dtype}"
+            )
         return (
             f"{self.text}: {self.tokens:,} tokens scored in {self.windows:,} windows of {self.length}, "
             f"stride {self.stride}, no special tokens, {self.dtype}"
@@ -37,7 +59,7 @@ class Protocol:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {**asdict(self), "note": str(self)}
 
 
 def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
@@ -59,3 +81,15 @@ def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
         done = stop
         if stop == tokens:
             return
+
+
+def batches(cut: list[Window], most: int) -> Iterator[list[int]]:
+    """Indices of windows of equal length, of at most ``most`` tokens together (but at least one window)."""
+    batch: list[int] = []
+    for index, window in enumerate(cut):
+        if batch and ((len(batch) + 1) * window.size > most or window.size != cut[batch[0]].size):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,69 @@
+"""A model over the windows of a passage: log-probabilities, a few tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.divergence import Scores, TokenScores, log_softmax
+from halfbyte.evaluate.models import vocabulary
+from halfbyte.evaluate.reference import Reference, Writer
+from halfbyte.evaluate.text import Passage
+from halfbyte.evaluate.windows import batches
+
+LOGITS_BYTES = 64 << 20  # of one batch, in FP32
+CHUNK_BYTES = 32 << 20  # of the log-probabilities that are looked at together, in FP32
+
+Progress = Callable[[int, int], None]
+
+
+def score(
+    model: Any,
+    passage: Passage,
+    reference: Reference | None = None,
+    writer: Writer | None = None,
+    progress: Progress | None = None,
+) -> TokenScores:
+    """Likelihoods of a passage's tokens, in their order; divergences from a ``reference``; or write one.
+
+    ``progress`` is called with the number of windows done and their total.
+    """
+    scores, position = Scores(), 0
+    for window, log_probs, targets in log_probabilities(model, passage, progress):
+        scores.add_nll(log_probs, targets, window)
+        if reference is not None:
+            scores.add_kl(*reference.compare(position, log_probs))
+        if writer is not None:
+            writer.add(log_probs)
+        position += len(targets)
+    return scores.arrays()
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Any, passage: Passage, progress: Progress | None = None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The window's number, FP32 log-probabilities [tokens, vocabulary] and the tokens that came, for all scored ones.
+
+    Windows come in their order, each in one or more parts.
+    """
+    device = next(model.parameters()).device
+    size = vocabulary(model)
+    if max(passage.tokens) >= size:
+        raise HalfbyteError(f"the tokenizer gives token {max(passage.tokens)}, but the model has only {size}")
+    rows = max(1, CHUNK_BYTES // (4 * size))
+    for batch in batches(passage.windows, LOGITS_BYTES // (4 * size)):
+        cut = [passage.windows[i] for i in batch]
+        ids = torch.tensor([passage.tokens[w.start : w.stop] for w in cut], device=device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        for i, (number, window) in enumerate(zip(batch, cut, strict=True)):
+            first, last = window.scored - window.start, window.size
+            for begin in range(first, last, rows):
+                end = min(begin + rows, last)
+                yield number, log_softmax(logits[i, begin - 1 : end - 1]), ids[i, begin:end]
+        del logits
+        if progress is not None:
+            progress(batch[-1] + 1, len(passage.windows))

@@ -1,0 +1,88 @@
+"""Checkpoints as models to measure: loaded by halfbyte, or by transformers where halfbyte does not read the format."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from halfbyte.dialects.base import quantization_config_of
+from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.runtime.loading import load
+from halfbyte.view import Checkpoint
+
+_PIECE = 16 << 20
+
+
+@contextlib.contextmanager
+def opened(
+    path: str | Path, dtype: str, dequantize: bool = False, device: Any = None, revision: str | None = None
+) -> Iterator[Any]:
+    """The model of a checkpoint, in eval mode, for as long as the block lasts; then its memory is free again."""
+    model = open_model(path, dtype, dequantize, device, revision)
+    try:
+        yield model
+    finally:
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def open_model(
+    path: str | Path, dtype: str, dequantize: bool = False, device: Any = None, revision: str | None = None
+) -> Any:
+    """``halfbyte.load``, or transformers' own loading of a quantization that only transformers reads."""
+    checkpoint = Checkpoint.open(path, revision)
+    if loaded_by(checkpoint) == "halfbyte":
+        return load(path, dtype, dequantize, device, revision)
+    kind = getattr(torch, dtype)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.inventory.root, dtype=kind, trust_remote_code=False, use_safetensors=True
+        )
+    except Exception as error:  # each quantizer of transformers has errors of its own
+        raise CheckpointError(f"neither halfbyte nor transformers can load {path} ({error})") from error
+    return (model.to(device) if device is not None else model).eval()
+
+
+def loaded_by(checkpoint: Checkpoint) -> str:
+    """``halfbyte``, or ``transformers`` for what is quantized in a way that halfbyte does not read."""
+    foreign = checkpoint.dialect is None and quantization_config_of(checkpoint.inventory)
+    return "transformers" if foreign else "halfbyte"
+
+
+def vocabulary(model: Any) -> int:
+    """How many tokens a model tells apart."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def check_length(model: Any, path: str | Path, length: int) -> None:
+    """HalfbyteError if windows of ``length`` tokens have more positions than the model."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and length > positions:
+        raise HalfbyteError(f"{path} has {positions} positions, so windows of {length} tokens are too long for it")
+
+
+def content_hash(checkpoint: Checkpoint) -> str:
+    """SHA-256 over config.json and the contents of all weight files, in the order of their names."""
+    root = checkpoint.inventory.root
+    if root is None:
+        raise CheckpointError(f"{checkpoint.inventory.source} is an inventory without weights, so nothing can be run")
+    total = hashlib.sha256()
+    buffer = memoryview(bytearray(_PIECE))
+    for name in sorted({*checkpoint.inventory.files, "config.json"}):
+        if name == "config.json" and not (root / name).exists():
+            continue
+        digest = hashlib.sha256()
+        with (root / name).open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+        total.update(f"{name}\0{digest.hexdigest()}\n".encode())
+    return total.hexdigest()
