@@ -95,6 +95,26 @@ typedef struct {
   hb_stats* stats;  // or null
 } hb_task;
 
+// Buffers of rounding with error feedback. Arrays over columns are in the order in which columns are rounded.
+typedef struct {
+  const void* x;  // [lead, n, k]
+  int32_t type;
+  int64_t lead, n, k;
+  const float* tensor_scale;  // [lead] or null
+  // What a candidate of a block is judged by: sum of gain * u * u. With feedback u is the error of a column after
+  // taking the earlier errors of the block times their coefficients from it; without, the error of the nearest
+  // value plus those. Row j of a block's matrix has the coefficients of its columns 0..j-1.
+  int32_t judge_feedback;
+  const float* judge;  // [k / block, block, block] or null: none
+  const float* gain;   // [k]
+  const float* inner;  // the same for the rounding itself; null: to nearest. Blocks of 16 where scales are given
+  const float* outer;  // [k / 16, k, 16] or null: coefficients of all columns for the columns of 16, by groups of 16
+  const int32_t* block_of;  // [k]: the block whose given scale a column has; null: scales are chosen
+  uint8_t* codes;           // [lead, n, k], a byte each
+  void* scales;             // [lead, n, k / block]
+  void* offsets;
+} hb_gptq_task;
+
 HB_EXPORT int hb_interface(void);
 HB_EXPORT int hb_has_isa(int isa);
 // Largest magnitude of each of `lead` runs of `count` elements; returns 1 where a NaN or infinity is among them.
@@ -105,4 +125,6 @@ HB_EXPORT int hb_encode(int isa, const hb_codec* codec, const hb_task* task);
 HB_EXPORT int hb_decode(int isa, const hb_codec* codec, const hb_task* task);
 // Adds the error of the codes against x to stats. Returns 0, 1 where a decoded value is not finite, or 2.
 HB_EXPORT int hb_compare(int isa, const hb_codec* codec, const hb_task* task);
+// Rounds with error feedback. Weights must be finite. Returns 0, 2 for a codec it does not know, 3 without memory.
+HB_EXPORT int hb_gptq(int isa, const hb_codec* codec, const hb_gptq_task* task);
 }

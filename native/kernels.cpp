@@ -3,6 +3,7 @@
 
 #include "affine.h"
 #include "decode.h"
+#include "gptq.h"
 #include "hif4.h"
 #include "wide.h"
 
@@ -83,9 +84,14 @@ int compare(const hb_codec* codec, const hb_task* task) {
   return any((I)(sink.worst >= 0x7f800000)) ? 1 : 0;
 }
 
+int gptq(const hb_codec* codec, const hb_gptq_task* task) {
+  if (!is_known(*codec) || is_wide(*codec) || codec->family == HB_HIF4) return 2;
+  return Gptq(*codec, *task).run();
+}
+
 }  // namespace
 
 extern "C" {
 extern const hb_kernels HB_NAME;
-const hb_kernels HB_NAME = {amax, encode, decode, compare};
+const hb_kernels HB_NAME = {amax, encode, decode, compare, gptq};
 }

@@ -7,6 +7,7 @@ struct hb_kernels {
   int (*encode)(const hb_codec* codec, const hb_task* task);
   int (*decode)(const hb_codec* codec, const hb_task* task);
   int (*compare)(const hb_codec* codec, const hb_task* task);
+  int (*gptq)(const hb_codec* codec, const hb_gptq_task* task);
 };
 
 extern "C" {

@@ -119,29 +119,40 @@ struct Judge {
   }
 };
 
-// Every candidate scale of one table, the absmax scale first.
-template <class Grid>
-void sweep_table(const Problem& p, const Grid& grid, int table, const hb_table& base_table, Best& best, F& unit,
-                 bool& has_unit) {
-  const hb_codec& c = p.codec;
-  const F amax = select((I)(p.amax == all(0.0f)), all(1.0f), p.amax);
-  Judge<Grid> judge{p, grid, table, best, unit, has_unit};
-  if (is_ordered(c.scale_kind)) {
-    const I base = base_code(c, base_table, amax);
-    const int low = c.scale_low, high = base_table.high;
+// Calls use(stored, scale) for every candidate scale of blocks of this amax, the absmax scale first.
+template <class Use>
+HB_INLINE void each_scale(const hb_codec& c, const hb_table& t, F amax, Use use) {
+  amax = select((I)(amax == all(0.0f)), all(1.0f), amax);
+  if (c.four_over_six) {
+    const F base = amax / all(t.top);
+    for (int i = 0; i < (t.kind == HB_E2M1 ? 2 : 1); ++i) {
+      const I stored = scale_code(c.scale_kind, base * all(i ? 1.5f : 1.0f));
+      use(stored, scale_value(c.scale_kind, stored));
+    }
+  } else if (is_ordered(c.scale_kind)) {
+    const I base = base_code(c, t, amax);
+    const int low = c.scale_low, high = t.high;
     for (int i = 0; i < c.offset_count; ++i) {
       // clipped to the same code as an earlier candidate
       if (every((I)(base + c.above[i] >= high)) || every((I)(base + c.below[i] <= low))) continue;
       const I stored = clip(base + c.offsets[i], low, high);
-      judge.add(stored, scale_value(c.scale_kind, stored));
+      use(stored, scale_value(c.scale_kind, stored));
     }
   } else {
-    const F exact = amax / all(base_table.top);
+    const F exact = amax / all(t.top);
     for (int i = 0; i < c.ratio_count; ++i) {
-      const I stored = scale_code(c.scale_kind, minimum(exact * all(c.ratios[i]), all(base_table.limit)));
-      judge.add(stored, scale_value(c.scale_kind, stored));
+      const I stored = scale_code(c.scale_kind, minimum(exact * all(c.ratios[i]), all(t.limit)));
+      use(stored, scale_value(c.scale_kind, stored));
     }
   }
+}
+
+// Every candidate scale of one table.
+template <class Grid>
+void sweep_table(const Problem& p, const Grid& grid, int table, const hb_table& base_table, Best& best, F& unit,
+                 bool& has_unit) {
+  Judge<Grid> judge{p, grid, table, best, unit, has_unit};
+  each_scale(p.codec, base_table, p.amax, [&](I stored, F scale) { judge.add(stored, scale); });
   judge.flush();
 }
 

@@ -94,24 +94,26 @@ HB_INLINE bool has_no_number(I magnitudes, int type) {
 
 // `count` elements (a multiple of 16) of W rows; at(l) points to the row of lane l.
 template <class At>
-HB_INLINE void load_floats(At at, int count, F* out) {
-  for (int i = 0; i < count; i += 8) {
+HB_INLINE void load_floats(At at, int64_t count, F* out) {
+  for (int64_t i = 0; i < count; i += 8) {
     I words[8];
     gather_words([&](int l) { return at(l) + i; }, words);
     for (int k = 0; k < 8; ++k) out[i + k] = floats(words[k]);
   }
 }
 
-HB_INLINE void load_blocks(const void* x, int type, int64_t first, int64_t stride, int count, F* out) {
+// The same of any type; first(l) is the number of the element that lane l begins with.
+template <class First>
+HB_INLINE void load_rows(const void* x, int type, First first, int64_t count, F* out) {
   if (type == HB_FP32) {
-    const float* p = (const float*)x + first;
-    load_floats([&](int l) { return p + l * stride; }, count, out);
+    const float* p = (const float*)x;
+    load_floats([&](int l) { return p + first(l); }, count, out);
     return;
   }
-  const uint16_t* p = (const uint16_t*)x + first;
-  for (int i = 0; i < count; i += 16) {
+  const uint16_t* p = (const uint16_t*)x;
+  for (int64_t i = 0; i < count; i += 16) {
     I words[8];
-    gather_words([&](int l) { return p + l * stride + i; }, words);
+    gather_words([&](int l) { return p + first(l) + i; }, words);
     if (type == HB_BF16) {
       for (int k = 0; k < 8; ++k) {
         out[i + 2 * k] = floats(words[k] << 16);
@@ -124,6 +126,10 @@ HB_INLINE void load_blocks(const void* x, int type, int64_t first, int64_t strid
       }
     }
   }
+}
+
+HB_INLINE void load_blocks(const void* x, int type, int64_t first, int64_t stride, int count, F* out) {
+  load_rows(x, type, [&](int l) { return first + l * stride; }, count, out);
 }
 
 // The importance of each lane's elements; lane l is block `first + l` of rows of `columns` elements.

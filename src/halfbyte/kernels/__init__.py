@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import Format, QuantizedTensor
+from halfbyte.formats import AffineFormat, BlockFormat, Format, QuantizedTensor
 from halfbyte.formats.tensor import add_decoder
 from halfbyte.kernels.buffers import as_array
 from halfbyte.kernels.codec import NativeStats, SearchLike, describe
@@ -33,7 +33,9 @@ __all__ = [
     "compare",
     "decode_into",
     "encode_into",
+    "gptq_into",
     "supports",
+    "supports_gptq",
     "use_backend",
 ]
 
@@ -135,6 +137,29 @@ def encode_into(
     if stats is not None and found is not None:
         stats.add(_stats(found, x.size, codec.table_count))
     return finite
+
+
+def supports_gptq(fmt: Format, search: SearchLike) -> bool:
+    """Whether compiled code rounds with error feedback in this format with the candidates of this search."""
+    return supports(fmt, search) and isinstance(fmt, BlockFormat | AffineFormat) and fmt.block[0] == 1 < fmt.block[1]
+
+
+def gptq_into(
+    x: NDArray[Any],
+    fmt: Format,
+    search: SearchLike,
+    judge_feedback: bool,
+    arrays: dict[str, NDArray[Any] | None],
+) -> None:
+    """Round x [L, N, K] (contiguous, finite) with error feedback; only where ``supports_gptq`` is true.
+
+    ``arrays``, all contiguous: ``tensor_scale`` FP32 [L]; ``judge`` and ``inner`` FP32 [K/B, B, B], ``gain`` FP32
+    [K], ``outer`` FP32 [K/16, K, 16] as ``halfbyte.search.gptq_reference`` describes them; ``block_of`` int32 [K]
+    where scales are given, for which B is 16; the results ``codes`` uint8 [L, N, K], ``scales`` and ``offsets``.
+    """
+    codec = describe(fmt, search)
+    assert _native is not None and codec is not None
+    _native.gptq(_current, codec, x, judge_feedback, arrays)
 
 
 def decode_into(tensor: QuantizedTensor, out: NDArray[Any]) -> bool:

@@ -133,6 +133,28 @@ class NativeTask(ctypes.Structure):
     )
 
 
+class NativeGptq(ctypes.Structure):
+    """``hb_gptq_task``."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("type", c_int32),
+        ("lead", c_int64),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("tensor_scale", c_void_p),
+        ("judge_feedback", c_int32),
+        ("judge", c_void_p),
+        ("gain", c_void_p),
+        ("inner", c_void_p),
+        ("outer", c_void_p),
+        ("block_of", c_void_p),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
+    )
+
+
 @lru_cache(maxsize=256)
 def describe(fmt: Format, search: SearchLike | None) -> NativeCodec | None:
     """The structure for a format and a search (None: for decoding), or None where the kernels do not know one."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.kernels.codec import NativeCodec, NativeStats, NativeTask
+from halfbyte.kernels.codec import NativeCodec, NativeGptq, NativeStats, NativeTask
 
 _INTERFACE = 1
 _ISAS = {"avx512": 2, "avx2": 1, "baseline": 0}
@@ -27,9 +27,10 @@ class Native:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        if library.hb_interface() != _INTERFACE * 1000003 + ctypes.sizeof(NativeCodec) + ctypes.sizeof(NativeTask):
+        sizes = sum(ctypes.sizeof(structure) for structure in (NativeCodec, NativeTask, NativeGptq))
+        if library.hb_interface() != _INTERFACE * 1000003 + sizes:
             raise OSError(f"{path} belongs to another version of halfbyte")
-        for name in ("hb_encode", "hb_decode", "hb_compare"):
+        for name in ("hb_encode", "hb_decode", "hb_compare", "hb_gptq"):
             getattr(library, name).argtypes = (c_int, c_void_p, c_void_p)
         library.hb_amax.argtypes = (c_int, c_void_p, c_int32, c_int64, c_int64, c_void_p)
         self._library = library
@@ -67,6 +68,28 @@ class Native:
         if status > 1:
             raise RuntimeError(f"the native kernel hb_{name} refused its arguments (status {status})")
         return bool(status == 0)
+
+    def gptq(
+        self,
+        isa: str,
+        codec: NativeCodec,
+        x: NDArray[Any],
+        judge_feedback: bool,
+        arrays: dict[str, NDArray[Any] | None],
+    ) -> None:
+        """Run hb_gptq on x [L, N, K] and the arrays of a task; MemoryError where there is no room."""
+        lead, n, k = x.shape
+        task = NativeGptq(type=_TYPES[x.dtype.name], lead=lead, n=n, k=k, x=x.ctypes.data)
+        task.judge_feedback = judge_feedback
+        for field, array in arrays.items():
+            if array is not None:
+                assert array.flags.c_contiguous
+                setattr(task, field, array.ctypes.data)
+        status = self._library.hb_gptq(_ISAS[isa], ctypes.byref(codec), ctypes.byref(task))
+        if status == 3:
+            raise MemoryError(f"no memory to round rows of {k} columns")
+        if status:
+            raise RuntimeError(f"the native kernel hb_gptq refused its arguments (status {status})")
 
 
 def find(folders: Iterable[str]) -> Path | None:

@@ -26,7 +26,6 @@ def encode_affine(
     if wide.any():
         x = np.where(wide[:, None], np.clip(x, -_END, _END), x)
         low, high = x.min(axis=1), x.max(axis=1)
-    solve = _bias if fmt.offset == "bias" else _zero_point
     n = len(x)
     best = np.full(n, np.inf, dtype=np.float32)
     codes = np.zeros(x.shape, dtype=np.uint8)
@@ -36,16 +35,20 @@ def encode_affine(
     unit = unit_of(np.maximum(np.abs(low), np.abs(high)) + SMALLEST)[:, None]
     for shrink_low in search.shrink:
         for shrink_high in search.shrink:
-            q, scale, offset, value = solve(x, low * np.float32(shrink_low), high * np.float32(shrink_high), fmt)
-            loss = loss_of((value - x) * unit, weight, "sse")
+            scale, offset = solve_range(low * np.float32(shrink_low), high * np.float32(shrink_high), fmt)
+            q = numbers(x, scale[:, None], offset[:, None], fmt)
+            loss = loss_of((values(q, scale[:, None], offset[:, None], fmt) - x) * unit, weight, "sse")
             better = loss < best
             best[better], codes[better] = loss[better], q[better]
             scales[better], offsets[better] = scale[better], offset[better]
     return codes, scales, offsets
 
 
-def _bias(x: Floats, low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Any, Any, Any, Floats]:
-    """MLX's rule: the end of larger magnitude is met exactly by a whole number of steps."""
+def solve_range(low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Floats, Floats]:
+    """Scale and offset of a range, as the FP32 values of what is stored."""
+    if fmt.offset == "zero_point":
+        return _zero_point(low, high, fmt)
+    # MLX's rule: the end of larger magnitude is met exactly by a whole number of steps
     low, high = np.minimum(low, high), np.maximum(low, high)
     # MLX's own floor is 1e-7, which would wipe out groups of tiny weights
     floor = np.maximum(np.maximum(np.abs(low), np.abs(high)) * np.float32(2.0**-30), SMALLEST)
@@ -55,19 +58,28 @@ def _bias(x: Floats, low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Any,
     edge = np.where(downward, low, high)
     whole = np.rint(edge / step)
     step = np.where(whole != 0, edge / np.where(whole != 0, whole, 1), step)
-    scale = step.astype(ml_dtypes.bfloat16)
-    offset = np.where(whole != 0, edge, np.float32(0)).astype(ml_dtypes.bfloat16)
-    s, b = scale.astype(np.float32)[:, None], offset.astype(np.float32)[:, None]
-    q = np.clip(np.rint((x - b) / s), 0, fmt.levels)
-    return q.astype(np.uint8), scale, offset, q * s + b
+    offset = np.where(whole != 0, edge, np.float32(0))
+    return _as_bf16(step), _as_bf16(offset)
 
 
-def _zero_point(x: Floats, low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Any, Any, Any, Floats]:
+def _zero_point(low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Floats, Floats]:
     """compressed-tensors' asymmetric rule: the range always holds zero, which gets a code of its own."""
     low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
-    span = np.maximum((high - low) / np.float32(fmt.levels), SMALLEST)
-    scale = span.astype(ml_dtypes.bfloat16)
-    s = scale.astype(np.float32)
-    offset = np.clip(np.rint(-low / s), 0, fmt.levels)
-    q = np.clip(np.rint(x / s[:, None]) + offset[:, None], 0, fmt.levels)
-    return q.astype(np.uint8), scale, offset.astype(np.uint8), (q - offset[:, None]) * s[:, None]
+    scale = _as_bf16(np.maximum((high - low) / np.float32(fmt.levels), SMALLEST))
+    return scale, np.clip(np.rint(-low / scale), 0, fmt.levels)
+
+
+def _as_bf16(x: Floats) -> Floats:
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def numbers(x: Floats, scale: Floats, offset: Floats, fmt: AffineFormat) -> Floats:
+    """The codes of x as numbers."""
+    if fmt.offset == "bias":
+        return np.clip(np.rint((x - offset) / scale), 0, fmt.levels)
+    return np.clip(np.rint(x / scale) + offset, 0, fmt.levels)
+
+
+def values(q: Floats, scale: Floats, offset: Floats, fmt: AffineFormat) -> Floats:
+    """What codes stand for."""
+    return q * scale + offset if fmt.offset == "bias" else (q - offset) * scale

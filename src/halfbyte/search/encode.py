@@ -46,37 +46,43 @@ def encode(
     """
     fmt = get_format(format)
     how = get_search(search, fmt)
-    array = kernels.as_array(weight)
-    if array.dtype.kind not in "f" and array.dtype.name != "bfloat16":
-        raise FormatError(f"cannot quantize values of type {array.dtype}; pass BF16, FP16 or FP32 weights")
-    fmt.check(array.shape)
-    if array.dtype.name not in ("bfloat16", "float16", "float32"):
-        array = array.astype(np.float32)
-    array = np.ascontiguousarray(array)
+    array = as_weight(weight, fmt)
     flat = array.reshape((-1, *array.shape[-2:]) if array.ndim > 1 else (1, 1, -1))
     weights = _importance(importance, array.shape)
-    out = _empty(fmt, array.shape)
-    _set_scales(out, how, array, tensor_scale, divisor, amax, power_of_two)
+    out = empty(fmt, array.shape)
+    set_scales(out, how, array, tensor_scale, divisor, amax, power_of_two)
     if kernels.supports(fmt, how):
         finite = kernels.encode_into(
             flat, fmt, how, out.codes, out.scales, out.offsets, out.tensor_scale, out.divisor, weights, stats
         )
-        _check_finite(finite, array)
+        check_finite(finite, array)
         return out
     wide = flat.astype(np.float32, copy=False)
-    _check_finite(bool(np.isfinite(wide).all()), array)
+    check_finite(bool(np.isfinite(wide).all()), array)
     encode_reference(wide, out, how, weights)
     if stats is not None:
         kernels.compare(out, array, stats)
     return out
 
 
-def _empty(fmt: Format, shape: tuple[int, ...]) -> QuantizedTensor:
+def as_weight(weight: ArrayLike, fmt: Format) -> NDArray[Any]:
+    """A contiguous array of BF16, FP16 or FP32 that the format can hold; FormatError otherwise."""
+    array = kernels.as_array(weight)
+    if array.dtype.kind not in "f" and array.dtype.name != "bfloat16":
+        raise FormatError(f"cannot quantize values of type {array.dtype}; pass BF16, FP16 or FP32 weights")
+    fmt.check(array.shape)
+    if array.dtype.name not in ("bfloat16", "float16", "float32"):
+        array = array.astype(np.float32)
+    return np.ascontiguousarray(array)
+
+
+def empty(fmt: Format, shape: tuple[int, ...]) -> QuantizedTensor:
+    """The arrays of a quantized weight of this shape, not filled."""
     parts = {name: np.empty(shape, dtype=dtype) for name, (dtype, shape) in fmt.parts(shape).items()}
     return QuantizedTensor(fmt, shape, **parts)
 
 
-def _set_scales(
+def set_scales(
     out: QuantizedTensor,
     search: Search,
     array: NDArray[Any],
@@ -118,11 +124,11 @@ def _set_scales(
 
 def _amax(array: NDArray[Any]) -> Floats:
     largest, finite = kernels.amax(array)
-    _check_finite(finite, array)
+    check_finite(finite, array)
     return largest
 
 
-def _check_finite(finite: bool, array: NDArray[Any]) -> None:
+def check_finite(finite: bool, array: NDArray[Any]) -> None:
     if not finite:
         where = [int(i) for i in np.argwhere(~np.isfinite(array.astype(np.float32)))[0]]
         raise FormatError(f"the weight holds a NaN or infinity, first at index {where}; repair the source")
