@@ -129,6 +129,7 @@ def _amax(array: NDArray[Any]) -> Floats:
 
 
 def check_finite(finite: bool, array: NDArray[Any]) -> None:
+    """FormatError that names the first NaN or infinity, where ``finite`` says that there is one."""
     if not finite:
         where = [int(i) for i in np.argwhere(~np.isfinite(array.astype(np.float32)))[0]]
         raise FormatError(f"the weight holds a NaN or infinity, first at index {where}; repair the source")

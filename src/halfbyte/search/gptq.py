@@ -7,6 +7,7 @@ through the block's own columns, feedback included, and the one with the least G
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -240,12 +241,11 @@ def _part(out: QuantizedTensor, part: slice, shape: tuple[int, ...]) -> Quantize
 
 
 def _fresh(given: QuantizedTensor, fmt: Format, shape: tuple[int, ...]) -> QuantizedTensor:
+    """The scales of a tensor, with codes yet to be found."""
     if given.format != fmt or given.shape != shape:
-        raise FormatError(
-            f"the given scales are of {given.format.name} {list(given.shape)}, the weight needs {fmt.name} {list(shape)}"
-        )
-    arrays = (given.scales, given.tensor_scale, given.offsets, given.divisor)
-    return QuantizedTensor(fmt, shape, np.empty_like(given.codes), *(None if a is None else a.copy() for a in arrays))
+        found = f"{given.format.name} {list(given.shape)}"
+        raise FormatError(f"the given scales are of {found}, the weight needs {fmt.name} {list(shape)}")
+    return dataclasses.replace(given, codes=np.empty_like(given.codes))
 
 
 def _prepared(
