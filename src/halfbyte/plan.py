@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -168,7 +168,7 @@ def make_plan(
     dialect = dialect.for_model(inventory)
     if max_shard_bytes is None:
         max_shard_bytes = sys.maxsize if dialect.standalone else MAX_SHARD_BYTES
-    weights = [_upright(w) for w in checkpoint.weights]
+    weights = [w.upright() for w in checkpoint.weights]
     decisions = resolve(recipe, weights)
     items = [_item(checkpoint, w, d, dialect) for w, d in zip(weights, decisions, strict=True)]
     if not any(item.format for item in items):
@@ -233,13 +233,6 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
             for key in ("search", "tensor_scale", "indivisible"):
                 del rule[key]
     return told
-
-
-def _upright(weight: Weight) -> Weight:
-    """Experts stored as [E, K, N] are quantized along K, so they are planned as [E, N, K]."""
-    if not weight.transposed:
-        return weight
-    return replace(weight, shape=(*weight.shape[:-2], weight.shape[-1], weight.shape[-2]))
 
 
 def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: Dialect) -> Item:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +44,9 @@ class Weight:
     def sources(self) -> tuple[str, ...]:
         """Names of the source tensors, in the order of the pieces."""
         return tuple(piece.source for piece in self.pieces)
+
+    def upright(self) -> Weight:
+        """The same weight with ``shape`` as [..., N, K], also where the source stores [..., K, N]."""
+        if not self.transposed:
+            return self
+        return replace(self, shape=(*self.shape[:-2], self.shape[-1], self.shape[-2]))
