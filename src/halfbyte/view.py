@@ -150,7 +150,7 @@ class Checkpoint:
     def _read_projections(self, reader: Reader, weight: Weight, first: int, stop: int) -> Array:
         """Experts first..stop in FP32, each of their projections decoded by itself."""
         stored, count = self.stored(weight), len(weight.row_parts)
-        each = len(stored) // (weight.shape[0] * count)
+        each = len(stored) // (count * (1 if stored[0].expert is None else weight.shape[0]))
         values = np.empty((stop - first, *weight.shape[1:]), dtype=np.float32)
         for i, (_, begin, until) in enumerate(weight.row_parts):
             part = replace(weight, shape=(weight.shape[0], until - begin, weight.shape[2]), row_parts=())

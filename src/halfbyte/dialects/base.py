@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from halfbyte.models import Weight
 Array = NDArray[Any]
 
 
-# the second is the older name
-_SETTINGS = ("quantization_config", "compression_config")
+# the second is an older name, the third MLX's
+_SETTINGS = ("quantization_config", "compression_config", "quantization")
 
 
 class UnequalScalesError(CheckpointError):
@@ -86,6 +87,7 @@ class Dialect(ABC):
     tensors that hold calibrated scales of activations, not of weights. ``upright``: stacks of experts lie as
     [E, N, K] also where the family's unquantized ones lie as [E, K, N]. ``standalone``: the weight files hold
     configuration and tokenizer, so that nothing but halfbyte.json lies beside them; by default they are one file.
+    ``power_of_two``: only powers of two are stored exactly as tensor scales.
     """
 
     name: str
@@ -95,10 +97,15 @@ class Dialect(ABC):
     input_scales: tuple[str, ...] = ()
     upright: bool = True
     standalone: bool = False
+    power_of_two: bool = False
 
     def for_model(self, inventory: Inventory) -> Dialect:
         """This dialect for one model, where names and layout depend on the model; PlanError if it cannot hold it."""
         return self
+
+    def format_for(self, weight: Weight, fmt: Format) -> Format:
+        """The format that stands for another one where engines have no room for all of its parts."""
+        return fmt
 
     @abstractmethod
     def problem(self, weight: Weight, fmt: Format) -> str | None:
@@ -140,8 +147,14 @@ class Dialect(ABC):
         return outputs
 
     def spell(self, outputs: Sequence[OutputTensor], values: Array, first: int) -> Iterator[Written]:
-        """Cut leading indices from ``first`` on of an unquantized weight into stored arrays."""
-        raise NotImplementedError
+        """Cut leading indices from ``first`` on of an unquantized weight into stored arrays.
+
+        Here: each output holds all of them (``values``), or its two last axes swapped (``turned``).
+        """
+        for output in outputs:
+            array = np.swapaxes(values, -1, -2) if output.part == "turned" else values
+            start = first * math.prod(output.shape[1:])
+            yield Written(output, start, np.ascontiguousarray(array.astype(numpy_dtype(output.dtype), copy=False)))
 
     def read_kept(self, reader: Reader, weight: Weight, first: int, stop: int) -> Array | None:
         """Leading indices first..stop of an unquantized weight that ``spell`` wrote; None: it lies as in a source."""
@@ -156,6 +169,14 @@ class Dialect(ABC):
     ) -> Container:
         """How the tensors of a conversion of ``inventory`` lie in files; PlanError if something is lacking for it."""
         return Container()
+
+    def complete(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The output's config.json, from the source's with ``quantization_config``; PlanError if engines misread it."""
+        return config
+
+    def original_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of ``complete``."""
+        return dict(config)
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, bytes]:
         """Further files for a ``quantization_config`` that ``config`` made, name -> content."""
@@ -172,6 +193,10 @@ class Dialect(ABC):
 
     def notes(self, quantized: Sequence[tuple[Weight, Format]]) -> list[str]:
         """What a user should know about this output before writing it."""
+        return []
+
+    def notes_on_kept(self, kept: Sequence[Weight]) -> list[str]:
+        """What a user should know about unquantized weights of this output."""
         return []
 
     @abstractmethod
@@ -204,7 +229,8 @@ class Dialect(ABC):
             if output.expert is not None:
                 part = part[output.expert - expert]
             if output.rows is not None:
-                part = part[_region(output.rows, output.part, fmt)]
+                region = _region(output.rows, output.part, fmt)
+                part = part[:, region] if stacked and output.expert is None else part[region]
             if part.dtype.itemsize > 1:
                 # the plan chose a type that rounds no scale
                 part = part.astype(numpy_dtype(output.dtype), copy=False)

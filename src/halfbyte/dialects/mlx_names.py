@@ -1,0 +1,130 @@
+"""Names of MLX's modules and names of the original checkpoint, both ways (mlx-lm 0.32, mlx-vlm 0.7).
+
+mlx-lm's ``sanitize`` takes the original names of everything but experts, which its modules hold as one stack per
+projection: ``switch_mlp.gate_proj`` and so on, in gpt-oss ``experts.gate_proj``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.models import Weight
+
+_TEXT = "_text"
+_WRAPPED = ("qwen3_5", "qwen3_5_moe")
+# original prefix -> prefix of the module, in a model that wraps its text model
+_PREFIXES = (
+    ("model.language_model.", "language_model.model."),
+    ("model.visual.", "vision_tower."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", "language_model.model."),
+)
+_STACK = re.compile(r"(.*\.mlp)\.experts\.(gate_up|down)_proj$")
+_MODULE = re.compile(r"(.*\.mlp)\.(?:switch_mlp|experts)\.(gate|up|down)_proj$")
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
+"""Endings of the biases of gpt-oss' experts."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What names depend on.
+
+    ``kind``: the model type, without ``_text``; ``nested``: its text model has a configuration of its own;
+    ``tied``: input and output embeddings are one.
+    """
+
+    kind: str = ""
+    nested: bool = False
+    tied: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Model:
+        """From config.json."""
+        text = config.get("text_config")
+        tied = any(isinstance(part, Mapping) and part.get("tie_word_embeddings") for part in (config, text))
+        return cls(str(config.get("model_type", "")).removesuffix(_TEXT), isinstance(text, Mapping), tied)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether MLX's model holds the text model as a part."""
+        return self.nested or self.kind in _WRAPPED
+
+    def path(self, module: str) -> str:
+        """The path in MLX's model of a module of the files."""
+        for ours, theirs in _PREFIXES if self.wrapped else ():
+            if f"{module}.".startswith(ours):
+                return (theirs + f"{module}."[len(ours) :]).removesuffix(".")
+        return module
+
+    def original(self, name: str) -> str:
+        """The original name of a tensor, whichever of both it has; experts stay as they are."""
+        for ours, theirs in _PREFIXES if self.wrapped else ():
+            if name.startswith(theirs):
+                text = theirs == "language_model.model."
+                return (ours if self.nested or not text else "model.") + name[len(theirs) :]
+        return name
+
+    def projections(self, weight: Weight) -> Iterator[tuple[str, tuple[int, int, int] | None, int]]:
+        """Module, rows of the weight (first, stop, step) and their number, of each projection in a stack [E, N, K]."""
+        match = _STACK.match(weight.name)
+        assert match
+        n = weight.shape[-2]
+        where = f"{match[1]}.{'experts' if self.kind == 'gpt_oss' else 'switch_mlp'}"
+        if match[2] == "down":
+            yield f"{where}.down_proj", None, n
+            return
+        for i, (part, first, stop) in enumerate(weight.row_parts):
+            rows = (i, n, len(weight.row_parts)) if weight.interleaved else (first, stop, 1)
+            yield f"{where}.{part}_proj", rows, stop - first
+
+
+def rope_for_mlx(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings at the top that mlx-lm looks for and newer configurations keep in ``rope_parameters``."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    found = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = rope
+    return {key: value for key, value in found.items() if config.get(key) is None}
+
+
+def config_for_mlx(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the model type and the settings under the names that mlx-lm knows."""
+    found = dict(config)
+    kind = str(found.get("model_type", "")).removesuffix(_TEXT)
+    if kind in _WRAPPED:
+        found["model_type"] = kind
+    else:
+        found |= rope_for_mlx(found)
+    return found
+
+
+def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``config_for_mlx``."""
+    found = dict(config)
+    if found.get("model_type") in _WRAPPED and not isinstance(found.get("text_config"), dict):
+        found["model_type"] += _TEXT
+    rope = found.get("rope_parameters")
+    if isinstance(rope, dict):
+        if found.get("rope_theta") == rope.get("rope_theta"):
+            found.pop("rope_theta", None)
+        if found.get("rope_scaling") == rope:
+            del found["rope_scaling"]
+    return found
+
+
+def is_stack(weight: Weight) -> bool:
+    """Whether a weight is a stack of experts that MLX's models hold by projection; MTP layers stay as they are."""
+    return len(weight.shape) == 3 and bool(_STACK.match(weight.name)) and not weight.role.startswith("mtp.")
+
+
+def stack_of(module: str) -> tuple[str, str] | None:
+    """The original name of the stack that a projection of experts is part of, and which; None for other modules."""
+    match = _MODULE.match(module)
+    if not match:
+        return None
+    return f"{match[1]}.experts.{'down' if match[2] == 'down' else 'gate_up'}_proj", match[2]
