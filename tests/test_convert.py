@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from halfbyte import units
+from halfbyte import slices
 from halfbyte.checkpoint import Reader
 from halfbyte.convert import Conversion, convert, source_bytes
 from halfbyte.formats import get_format
@@ -72,7 +72,7 @@ def test_the_size_of_slices_does_not_change_a_byte(
     # also through what is quantized already, which is read back in slices
     run(moe, tmp_path / "large", linear(fmt), dialect)
     run(tmp_path / "large", tmp_path / "large again", linear("mxfp8"), dialect)
-    monkeypatch.setattr(units, "SLICE_BYTES", 64)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 64)
     run(moe, tmp_path / "small", linear(fmt), dialect)
     run(tmp_path / "small", tmp_path / "small again", linear("mxfp8"), dialect)
     assert hashes(tmp_path / "large")["model.safetensors"] == hashes(tmp_path / "small")["model.safetensors"]

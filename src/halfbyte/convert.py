@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from halfbyte.checkpoint import (
@@ -21,11 +22,18 @@ from halfbyte.checkpoint import (
 from halfbyte.errors import OutputError, PlanError
 from halfbyte.fold_search import FoldReport, sample_bytes, settle_folds
 from halfbyte.measure import TensorError
+from halfbyte.pipeline import Pipeline, Stages, Task
 from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Plan
 from halfbyte.shards import Shard
-from halfbyte.units import Folds, Progress, item_bytes, write_unit
+from halfbyte.slices import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
+from halfbyte.units import Context, Progress, Unit
 
 __all__ = ["Conversion", "Progress", "convert", "source_bytes"]
+
+# files that are being written or made durable at the same time
+OPEN_FILES = 3
+# units that one task takes at most, so that progress is seen
+SMALL_UNITS = 64
 
 
 @dataclass
@@ -50,11 +58,18 @@ def source_bytes(plan: Plan) -> int:
     return sum(item_bytes(item) for shard in plan.shards for item in shard.items) + sample_bytes(plan)
 
 
-def convert(plan: Plan, out: str | Path, workers: int | None = None, progress: Progress | None = None) -> Conversion:
+def convert(
+    plan: Plan,
+    out: str | Path,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    memory: int | None = None,
+) -> Conversion:
     """Write the plan's output to the folder ``out``, or continue there after an interruption.
 
-    ``workers`` threads (default: one per core) encode units side by side; the bytes do not depend on it.
-    Raises OutputError for an unusable folder or a full disk, CheckpointError for a damaged source.
+    ``workers`` threads (default: one per core) encode slices of together at most ``memory`` bytes (default:
+    2 GiB) side by side, while finished files are made durable in the background; the bytes written depend on
+    neither. Raises OutputError for an unusable folder or a full disk, CheckpointError for a damaged source.
     """
     began = time.monotonic()
     inventory = plan.checkpoint.inventory
@@ -68,10 +83,11 @@ def convert(plan: Plan, out: str | Path, workers: int | None = None, progress: P
     for shard in plan.shards:
         if shard.name in journal.done:
             report(sum(map(item_bytes, shard.items)))
-    with Reader(inventory) as reader, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        folds, chosen = settle_folds(plan, out, journal, reader, pool, report)
-        for shard in todo:
-            _write_shard(plan, shard, out, reader, journal, pool, report, folds)
+    limits = Limits(workers or cores(), memory or MEMORY)
+    with Reader(inventory) as reader:
+        with ThreadPoolExecutor(limits.threads) as pool:
+            folds, chosen = settle_folds(plan, out, journal, reader, pool, report)
+        _write_shards(Context(plan, reader, folds, report, limits), todo, out, journal)
     _finish(plan, out, inventory.root)
     errors: dict[str, TensorError] = {}
     for shard in plan.shards:
@@ -82,29 +98,90 @@ def convert(plan: Plan, out: str | Path, workers: int | None = None, progress: P
     return Conversion(out, list(errors.values()), time.monotonic() - began, len(plan.shards) - len(todo), chosen)
 
 
-def _write_shard(
-    plan: Plan,
-    shard: Shard,
-    out: Path,
-    reader: Reader,
-    journal: Journal,
-    pool: ThreadPoolExecutor,
-    report: Progress,
-    folds: Folds,
-) -> None:
-    with ShardWriter(out / shard.name, shard.layout) as writer:
-        jobs = [pool.submit(write_unit, plan, unit, reader, writer, report, folds) for unit in shard.units]
-        try:
-            errors = [error for job in jobs for error in job.result()]
-        except BaseException:
-            for job in jobs:
-                job.cancel()
-            for job in jobs:
-                if not job.cancelled():
-                    job.exception()  # let running units end before the file is closed
-            raise
-        writer.commit()
-    journal.record(shard.name, shard.layout.total, {"errors": [asdict(e) for e in errors]})
+class _OpenShard:
+    """A file that is being written: its units, and how many of its jobs are still to end."""
+
+    def __init__(self, context: Context, shard: Shard, out: Path) -> None:
+        self.shard = shard
+        self.writer = ShardWriter(out / shard.name, shard.layout)
+        self.units = [Unit(context, items, self.writer) for items in shard.units]
+        self.left = 0
+
+    def commit(self, journal: Journal) -> None:
+        """Make the file durable and note that it is finished."""
+        self.writer.commit()
+        errors = [asdict(error) for unit in self.units for error in unit.errors]
+        journal.record(self.shard.name, self.shard.layout.total, {"errors": errors})
+
+
+def _write_shards(context: Context, todo: Sequence[Shard], out: Path, journal: Journal) -> None:
+    """All files, one after the other: while one is made durable, the next one is written already."""
+    limits = context.limits
+    opened: list[_OpenShard] = []
+    resident: list[Unit] = []
+    lock = threading.Lock()
+    try:
+        with Pipeline(limits.threads, limits.running_bytes) as pipeline:
+
+            def commit(file: _OpenShard) -> None:
+                file.commit(journal)
+                opened.remove(file)
+
+            def ended(file: _OpenShard, units: Sequence[Unit]) -> None:
+                for unit in units:
+                    if unit.resident:
+                        resident.remove(unit)
+                with lock:
+                    file.left -= 1
+                    last = not file.left
+                if last:
+                    pipeline.later(partial(commit, file))
+
+            for shard in todo:
+                pipeline.wait(lambda: len(opened) < OPEN_FILES)
+                file = _OpenShard(context, shard, out)
+                opened.append(file)
+                jobs = list(_jobs(file.units, limits.slice_bytes))
+                file.left = len(jobs) or 1
+                for units in jobs:
+                    if units[0].resident:
+                        pipeline.wait(lambda: len(resident) < RESIDENT_UNITS)
+                        resident.append(units[0])
+                    pipeline.add(_stages(units), partial(ended, file, units))
+                if not jobs:
+                    ended(file, [])
+            pipeline.finish()
+    finally:
+        for file in opened:
+            file.writer.abort()
+
+
+def _jobs(units: Iterable[Unit], limit: int) -> Iterator[list[Unit]]:
+    """Units one by one, small ones together up to a slice's size."""
+    some: list[Unit] = []
+    size = 0
+    for unit in units:
+        if some and (not unit.small or size + unit.bytes > limit or len(some) == SMALL_UNITS):
+            yield some
+            some, size = [], 0
+        if unit.small:
+            some.append(unit)
+            size += unit.bytes
+        else:
+            yield [unit]
+    if some:
+        yield some
+
+
+def _stages(units: Sequence[Unit]) -> Stages:
+    if not units[0].small:
+        return units[0].stages()
+
+    def run() -> None:
+        for unit in units:
+            unit.run()
+
+    return iter([[Task(max(unit.need for unit in units), run)]])
 
 
 def _check_disk(plan: Plan, out: Path, todo: Sequence[Shard]) -> None:

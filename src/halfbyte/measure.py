@@ -77,7 +77,8 @@ class TensorError:
         self.saturated += other.saturated
         self.requantized += other.requantized
         self.max_relative = max(self.max_relative, other.max_relative)
-        self._count(other.table_blocks)
+        if other.table_blocks:
+            self._count(other.table_blocks)
 
     def _count(self, blocks: list[int]) -> None:
         self.table_blocks = [a + b for a, b in zip(self.table_blocks or [0] * len(blocks), blocks, strict=True)]

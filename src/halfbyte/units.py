@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,137 +14,225 @@ from numpy.typing import NDArray
 from halfbyte.calibrate import Activations
 from halfbyte.carry import Carrier
 from halfbyte.checkpoint import Reader, ShardWriter, nbytes, numpy_dtype
+from halfbyte.dialects import OutputTensor, Written
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.folding import Fold, refolded
-from halfbyte.formats import BlockFormat, Format, QuantizedTensor
+from halfbyte.formats import BlockFormat, QuantizedTensor
 from halfbyte.kernels import ErrorStats
 from halfbyte.kernels import amax as largest
 from halfbyte.measure import TensorError
+from halfbyte.pipeline import Stages, Task
 from halfbyte.plan import Plan
 from halfbyte.search import encode, get_search, tensor_scale
 from halfbyte.shards import Item
+from halfbyte.slices import Limits, cuts, item_bytes, need, shares_amax, unit_need, whole_rows
 from halfbyte.view import FLOATS
 
-SLICE_BYTES = 8 << 20
 Folds = Mapping[str, Fold]
 Progress = Callable[[int], None]
 """Called with the number of source bytes that have just been dealt with."""
 
 
-def write_unit(
-    plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress, folds: Folds
-) -> list[TensorError]:
-    """Write all items of a unit and measure what it quantized; ``folds`` by weight name."""
-    for item in (item for item in unit if item.format is None):
-        if item.weight.sources[0].endswith(plan.checkpoint.dialect.input_scales if plan.checkpoint.dialect else ()):
-            _check_input_scale(item.weight.sources[0], reader)
+@dataclass
+class Context:
+    """What all units of a conversion have in common; ``folds`` by weight name."""
+
+    plan: Plan
+    reader: Reader
+    folds: Folds
+    report: Progress
+    limits: Limits
+
+
+class Unit:
+    """Items that stay together, since engines fuse them: all that becomes of them, and the errors measured.
+
+    ``bytes`` are those of the source. ``small``: the whole unit is no larger than a slice. ``resident``: it is
+    larger, has one amax, and stays in memory until it is encoded.
+    """
+
+    def __init__(self, common: Context, items: Sequence[Item], writer: ShardWriter) -> None:
+        self.plan, self.reader, self.folds = common.plan, common.reader, common.folds
+        self.report, self.limits = common.report, common.limits
+        self.items = items
+        self.writer = writer
+        self.bytes = sum(map(item_bytes, items))
+        self.small = self.bytes <= self.limits.slice_bytes
+        self._chosen = [item for item in items if item.format is not None]
+        self._together = bool(self._chosen) and shares_amax(self._chosen)
+        self._holds = self._together and (self.small or self.bytes <= self.limits.resident_bytes)
+        self.resident = self._holds and not self.small
+        self._held: dict[tuple[int, int], NDArray[Any]] = {}
+        self._amax: dict[tuple[int, int], NDArray[np.float32]] = {}
+        self._shared: NDArray[np.float32] | None = None
+        self._carrier: Carrier | None = None
+        self._errors: dict[tuple[int, int], TensorError] = {}
+
+    @property
+    def need(self) -> int:
+        """Bytes of memory for all of the unit at once."""
+        return unit_need(self.items, self.plan.checkpoint.formats)
+
+    @property
+    def errors(self) -> list[TensorError]:
+        """One for every quantized item, its slices counted in their order."""
+        found = [self._error(item) for item in self._chosen]
+        for (k, _), part in sorted(self._errors.items(), key=lambda entry: entry[0]):
+            found[k].merge(part)
+        return found
+
+    def run(self) -> None:
+        """All of the unit in this thread."""
+        for stage in self.stages():
+            for task in stage:
+                task.run()
+
+    def stages(self) -> Stages:
+        """The work in lists of tasks; those of one list may run side by side."""
+        others = list(chain.from_iterable(self._unquantized(item) for item in self.items if item.format is None))
+        if not self._chosen:
+            yield others
+            return
+        pieces = [(k, *cut) for k, item in enumerate(self._chosen) for cut in self._cuts(item)]
+        if any(item.action == "transcode" for item in self._chosen):
+            yield [Task(self._need(self._chosen[0], pieces[0]), partial(self._prepare, pieces))]
+        if self._together and not (self._carrier and self._carrier.ready):
+            yield [Task(self._need(self._chosen[k], (k, a, b)), partial(self._look, k, a, b)) for k, a, b in pieces]
+            self._shared = np.max(list(self._amax.values()))
+        places = [dict(zip([o.name for o in i.outputs], i.offsets, strict=True)) for i in self._chosen]
+        convert = [partial(self._convert, k, a, b, places[k]) for k, a, b in pieces]
+        needs = [self._need(self._chosen[piece[0]], piece) for piece in pieces]
+        yield others + list(map(Task, needs, convert))
+
+    def _cuts(self, item: Item) -> list[tuple[int, int]]:
+        return cuts(item, whole_rows(item.format), self.limits.slice_bytes)
+
+    def _need(self, item: Item, piece: tuple[int, int, int]) -> int:
+        return need(item, piece[2] - piece[1], item.weight.name in self.plan.checkpoint.formats)
+
+    def _unquantized(self, item: Item) -> Iterator[Task]:
+        places = dict(zip([o.name for o in item.outputs], item.offsets, strict=True))
         if item.action != "keep":
-            _respell(item, reader, writer)
+            yield Task(0, partial(self._respell, item))
         elif item.outputs[0].part != "copy":
-            _spell(plan, item, reader, writer, folds)
-        elif item.weight.name in folds:
-            _refold(plan, item, reader, writer, folds[item.weight.name])
+            for a, b in self._cuts(item):
+                yield Task(self._need(item, (0, a, b)), partial(self._spell, item, a, b, places))
+        elif item.weight.name in self.folds:
+            yield Task(4 * self.limits.slice_bytes, partial(self._refold, item, places))
         else:
-            _copy(item, reader, writer)
-        report(item_bytes(item))
-    chosen = [item for item in unit if item.format is not None]
-    return _quantize(plan, chosen, reader, writer, report, folds) if chosen else []
+            yield from self._copies(item)
 
+    def _copies(self, item: Item) -> Iterator[Task]:
+        """Tasks of about a slice's size: parts of large tensors, many small tensors together."""
+        size, limit = 0, self.limits.slice_bytes
+        some: list[tuple[OutputTensor, int, int, int]] = []
+        for output, offset in zip(item.outputs, item.offsets, strict=True):
+            total = nbytes(output.dtype, output.shape)
+            for start in range(0, total, limit):
+                count = min(limit, total - start)
+                if some and size + count > limit:
+                    yield Task(size, partial(self._copy, item, some))
+                    some, size = [], 0
+                some.append((output, start, count, offset + start))
+                size += count
+        yield Task(size, partial(self._copy, item, some, True))
 
-def _respell(item: Item, reader: Reader, writer: ShardWriter) -> None:
-    """A scale of activations."""
-    scale = reader.read(item.weight.sources[0]).astype(np.float32)
-    value = np.float32(1) / scale if item.outputs[0].part == "reciprocal" else scale
-    writer.write_at(item.offsets[0], np.ascontiguousarray(value))
-
-
-def _check_input_scale(name: str, reader: Reader) -> None:
-    """Engines divide by it. It is zero where calibration sent no token to an expert."""
-    scale = reader.read(name).astype(np.float32)
-    with np.errstate(divide="ignore", over="ignore"):
-        if not (np.isfinite(scale) & (scale > 0) & np.isfinite(1 / scale)).all():
-            raise CheckpointError(
-                f"{name}, a scale of activations, is {scale.ravel()[0]:g} instead of a positive number; "
-                "calibrate the source again, or drop these scales by a rule"
-            )
-
-
-def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:
-    for output, offset in zip(item.outputs, item.offsets, strict=True):
-        for chunk in reader.chunks(output.name, SLICE_BYTES):
+    def _copy(self, item: Item, some: Sequence[tuple[OutputTensor, int, int, int]], last: bool = False) -> None:
+        for output, start, count, offset in some:
+            chunk = self.reader.chunk(output.name, start, count)
             if output.dtype in FLOATS and not largest(np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))[1]:
                 raise _not_finite(item.weight.name)
-            writer.write_at(offset, chunk)
-            offset += len(chunk)
+            self.writer.write_at(offset, chunk)
+        self.report(item_bytes(item) if last else 0)
 
+    def _respell(self, item: Item) -> None:
+        """A scale of activations."""
+        scale = self.reader.read(item.weight.sources[0]).astype(np.float32)
+        value = np.float32(1) / scale if item.outputs[0].part == "reciprocal" else scale
+        if not (np.isfinite(value) & (value > 0)).all():
+            raise _not_finite(item.weight.sources[0])
+        self.writer.write_at(item.offsets[0], np.ascontiguousarray(value))
+        self.report(item_bytes(item))
 
-def _refold(plan: Plan, item: Item, reader: Reader, writer: ShardWriter, fold: Fold) -> None:
-    """A kept weight that something is folded into."""
-    places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
-    for name, first, part in refolded(plan.checkpoint, reader, item.weight, fold, SLICE_BYTES, set(places)):
-        if not largest(part)[1]:
-            raise _not_finite(item.weight.name)
-        writer.write_at(places[name] + first * (part.nbytes // len(part)), part)
+    def _refold(self, item: Item, places: Mapping[str, int]) -> None:
+        """A kept weight that something is folded into."""
+        fold, size = self.folds[item.weight.name], self.limits.slice_bytes
+        for name, first, part in refolded(self.plan.checkpoint, self.reader, item.weight, fold, size, set(places)):
+            if not largest(part)[1]:
+                raise _not_finite(item.weight.name)
+            self.writer.write_at(places[name] + first * (part.nbytes // len(part)), part)
+        self.report(item_bytes(item))
 
+    def _spell(self, item: Item, first: int, stop: int, places: Mapping[str, int]) -> None:
+        """Part of a kept weight that the dialect stores in another type, order or tensor."""
+        values = _read(self.plan, self.reader, item, first, stop, self.folds)[0]
+        self._write(self.plan.dialect.spell(item.outputs, values, first), places)
+        self._report(item, first, stop)
 
-def _spell(plan: Plan, item: Item, reader: Reader, writer: ShardWriter, folds: Folds) -> None:
-    """A kept weight that the dialect stores in another type, order or tensor."""
-    places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
-    for first, stop in _cuts(item, 1, 1):
-        values = _read(plan, reader, item, first, stop, folds)[0]
-        for part in plan.dialect.spell(item.outputs, values, first):
-            writer.write_at(places[part.output.name] + part.start * part.array.dtype.itemsize, part.array)
+    def _prepare(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+        mine = [[(a, b) for k, a, b in pieces if k == n] for n in range(len(self._chosen))]
+        self._carrier = Carrier(self.plan, self._chosen, mine, self.reader)
 
+    def _look(self, k: int, first: int, stop: int) -> None:
+        """The amax of a slice that shares it with others."""
+        array, self._amax[k, first] = _read(self.plan, self.reader, self._chosen[k], first, stop, self.folds)
+        if self._holds:
+            self._held[k, first] = array
 
-def _quantize(
-    plan: Plan, unit: list[Item], reader: Reader, writer: ShardWriter, report: Progress, folds: Folds
-) -> list[TensorError]:
-    """Weights that share a tensor scale: read a slice of each, find their amax, encode, write."""
-    fmt = unit[0].format
-    assert fmt is not None
-    formats = plan.checkpoint.formats
-    errors = [
-        TensorError(w.name, w.role, fmt.name, i.parameters, source=formats[w.name].name if w.name in formats else "")
-        for i in unit
-        for w in (i.weight,)
-    ]
-    stacked = len(unit[0].weight.shape) > 2
-    cuts = [_cuts(item, max(fmt.block[0], 8), len(unit)) for item in unit]
-    # matrices share one amax; each expert of a stack has its own, so a slice of experts is complete in itself
-    amax = None
-    held: dict[int, NDArray[Any]] = {}
-    carrier = Carrier(plan, unit, cuts, reader)
-    if not stacked and _needs_amax(fmt) and not carrier.ready:
-        amax = np.float32(0)
-        for k, item in enumerate(unit):
-            for first, stop in cuts[k]:
-                array, found = _read(plan, reader, item, first, stop, folds)
-                amax = np.maximum(amax, found)
-                if len(cuts[k]) == 1:
-                    held[k] = array
-    for k, item in enumerate(unit):
-        places = {output.name: offset for output, offset in zip(item.outputs, item.offsets, strict=True)}
-        for first, stop, carried in (piece for cut in cuts[k] for piece in carrier.slices(item, *cut)):
+    def _convert(self, k: int, first: int, stop: int, places: Mapping[str, int]) -> None:
+        item = self._chosen[k]
+        fmt = item.format
+        assert fmt is not None
+        self._errors[k, first] = error = self._error(item, 0)
+        stacked = len(item.weight.shape) > 2
+        carrier = self._carrier
+        for a, b, carried in carrier.slices(item, first, stop) if carrier else [(first, stop, None)]:
             if carried is None:
-                if k in held:
-                    array, found = held.pop(k), np.float32(0)
-                else:
-                    array, found = _read(plan, reader, item, first, stop, folds)
-                stats = ErrorStats()
-                known = _activations(plan, item, first, stop, folds)
-                tensor = encode_slice(plan, item, array, found if amax is None else amax, stats, known)
-                errors[k].count(stats)
-                errors[k].requantized += array.size if errors[k].source else 0
+                tensor = self._encoded(k, a, b, error)
             else:
                 tensor = carried.tensor
                 if not carried.exact:
-                    errors[k].carry(carried.before, tensor)
-            where = (first, 0) if stacked else (0, first)
-            for part in plan.dialect.write(item.outputs, fmt, tensor, *where):
-                start = part.start * part.array.dtype.itemsize
-                writer.write_at(places[part.output.name] + start, part.array)
-            report(item_bytes(item) * (stop - first) // len(item.indices))
-    return errors
+                    error.carry(carried.before, tensor)
+            where = (a, 0) if stacked else (0, a)
+            self._write(self.plan.dialect.write(_outputs(item, a, b), fmt, tensor, *where), places)
+            self._report(item, a, b)
+
+    def _encoded(self, k: int, first: int, stop: int, error: TensorError) -> QuantizedTensor:
+        item = self._chosen[k]
+        array = self._held.pop((k, first), None)
+        found = self._shared
+        if array is None:
+            array, amax = _read(self.plan, self.reader, item, first, stop, self.folds)
+            found = amax if found is None else found
+        assert found is not None
+        stats = ErrorStats()
+        known = _activations(self.plan, item, first, stop, self.folds)
+        tensor = encode_slice(self.plan, item, array, found, stats, known)
+        error.count(stats)
+        error.requantized += array.size if error.source else 0
+        return tensor
+
+    def _write(self, parts: Iterator[Written], places: Mapping[str, int]) -> None:
+        for part in parts:
+            self.writer.write_at(places[part.output.name] + part.start * part.array.dtype.itemsize, part.array)
+
+    def _report(self, item: Item, first: int, stop: int) -> None:
+        self.report(item_bytes(item) * (stop - first) // len(item.indices))
+
+    def _error(self, item: Item, elements: int | None = None) -> TensorError:
+        weight, fmt = item.weight, item.format
+        assert fmt is not None
+        before = self.plan.checkpoint.formats.get(weight.name)
+        count = item.parameters if elements is None else elements
+        return TensorError(weight.name, weight.role, fmt.name, count, source=before.name if before else "")
+
+
+def _outputs(item: Item, first: int, stop: int) -> Sequence[OutputTensor]:
+    """The outputs that some leading indices touch: those of these experts, where each has its own."""
+    if item.outputs[0].expert is None:
+        return item.outputs
+    each, begin = len(item.outputs) // len(item.indices), item.indices.start
+    return item.outputs[(first - begin) * each : (stop - begin) * each]
 
 
 def encode_slice(
@@ -170,10 +261,6 @@ def encode_slice(
         raise CheckpointError(f"{item.weight.name}: {error}") from error
 
 
-def _needs_amax(fmt: Format) -> bool:
-    return isinstance(fmt, BlockFormat) and (fmt.has_tensor_scale or fmt.block == (-1, -1))
-
-
 def _activations(plan: Plan, item: Item, first: int, stop: int, folds: Folds) -> Activations | None:
     """What is known of the inputs of part of a weight, divided as its columns are multiplied."""
     if plan.weighting is None or not item.weighted:
@@ -197,22 +284,6 @@ def _read(
     if not finite:
         raise _not_finite(item.weight.name)
     return array, found
-
-
-def _cuts(item: Item, whole: int, members: int) -> list[tuple[int, int]]:
-    """Ranges of leading indices that are worked on at a time, or of ``whole`` rows and more for a matrix."""
-    weight, todo = item.weight, item.indices
-    one = nbytes("BF16", weight.shape[1:])
-    step = max(1, SLICE_BYTES // max(one * members, 1))
-    if len(weight.shape) == 2:
-        # rows of a tile and packed zero points stay together
-        step = max(whole, step // whole * whole)
-    return [(i, min(i + step, todo.stop)) for i in range(todo.start, todo.stop, step)]
-
-
-def item_bytes(item: Item) -> int:
-    """Bytes of a weight in the source, or of those of its experts that the outputs hold."""
-    return nbytes(item.weight.dtype, (item.parameters,))
 
 
 def _not_finite(name: str) -> CheckpointError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,18 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
-from halfbyte.dialects import OutputTensor, unquantized_config
-from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
+from halfbyte.dialects import OutputTensor
+from halfbyte.errors import CheckpointError
+from halfbyte.folding import FOLDS, Fold, make_folds, read_scales, refolded
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
 from halfbyte.measure import TensorError
 from halfbyte.models import Weight
-from halfbyte.plan import INDEX, PROVENANCE
 from halfbyte.quantized import INPUT_SCALE, LOSSLESS, claim, input_scales
-from halfbyte.recipes import Decision, parse_recipe, resolve
+from halfbyte.recipes import Decision
 from halfbyte.search.blocks import to_blocks
-from halfbyte.units import SLICE_BYTES
+from halfbyte.slices import SLICE_BYTES
+from halfbyte.verify_folder import decisions_of, files_beside, provenance, unfinished
 from halfbyte.view import FLOATS, Checkpoint
+from halfbyte.weighting import groups_of
 
 MAX_RELMSE = 0.1
 """A quantized tensor further than this from its source is not the same tensor."""
@@ -32,13 +33,17 @@ MAX_RELMSE = 0.1
 
 @dataclass
 class Verification:
-    """The outcome: ``problems`` is empty when the output is complete and right."""
+    """The outcome: ``problems`` is empty when the output is complete and right.
+
+    ``folded``: weights that are compared with the source after what was folded into them.
+    """
 
     out: str
     source: str
     problems: list[str] = field(default_factory=list)
     kept: int = 0
     quantized: int = 0
+    folded: int = 0
     dropped: dict[str, str] = field(default_factory=dict)
     errors: list[TensorError] = field(default_factory=list)
 
@@ -72,19 +77,22 @@ def verify(
     """
     result = Verification(str(out), str(against))
     folder = Path(out)
-    _unfinished(folder)
+    unfinished(folder)
     ours = Checkpoint(Inventory.open(out))
     source = Checkpoint(Inventory.open(against, revision))
-    result.problems += _files(folder, ours.inventory, source)
+    result.problems += files_beside(folder, ours.inventory, source)
     if ours.dialect is None:
         result.problems.append("config.json has no quantization_config, so engines would misread the packed tensors")
         return result
-    decisions = _decisions(folder, source)
+    told = provenance(folder)
+    decisions = decisions_of(folder, told, source)
     found = {weight.name: weight for weight in ours.weights}
     scales = input_scales(source, ours.dialect, ours.formats)
     report = progress or (lambda _: None)
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
-        pair = _Pair(result, ours, source, left, right, max_relmse)
+        folds = _folds(folder, source, right, result.problems) if told.get("folds") else {}
+        result.folded = len(folds)
+        pair = _Pair(result, ours, source, left, right, max_relmse, folds)
         for weight in source.weights:
             respelled, decision = scales.get(weight.name), decisions.get(weight.name)
             twin = found.pop(respelled.name if respelled else weight.name, None)
@@ -119,6 +127,7 @@ class _Pair:
     left: Reader
     right: Reader
     max_relmse: float
+    folds: dict[str, Fold]
 
     def check(self, weight: Weight, twin: Weight, decision: Decision | None) -> None:
         """One weight, against what the recipe wants of it, or against what it seems to be where there is none."""
@@ -128,13 +137,14 @@ class _Pair:
         else:
             wanted = get_format(decision.format) if decision.format else before
             keep = decision.action == "keep"
-            if wanted is not None and wanted.problem(twin.shape) and decision.indivisible == "keep":
+            unfit = wanted and (wanted.problem(twin.shape) or (self.ours.dialect and self.ours.dialect.unfit(weight, wanted)))
+            if unfit and decision.indivisible == "keep":
                 wanted, keep = before, True
         if fmt != wanted:
             said = [f.name if f else "unquantized" for f in (fmt, wanted)]
             self.result.problems.append(f"{weight.name} is {said[0]}, but the recipe wants it {said[1]}")
         if keep and (before is None or self.ours.dialect is self.source.dialect):
-            self._kept([o.name for o in self.source.stored(weight)] if before else weight.sources)
+            self._kept(weight, [o.name for o in self.source.stored(weight)] if before else weight.sources)
         elif fmt is not None:
             self._quantized(weight, twin, fmt)
 
@@ -145,19 +155,27 @@ class _Pair:
         if after.size != 1 or after.reshape(-1) != wanted.reshape(-1):
             self.result.problems.append(f"{output.name} is not what {weight.name} of the source says")
 
-    def _kept(self, names: Iterable[str]) -> None:
+    def _kept(self, weight: Weight, names: Iterable[str]) -> None:
         self.result.kept += 1
-        problems = self.result.problems
+        problems, fold = self.result.problems, self.folds.get(weight.name)
         for name in names:
             a, b = self.ours.inventory.tensors.get(name), self.source.inventory.tensors[name]
             if a is None:
                 problems.append(f"{name} of the source is missing")
             elif (a.dtype, a.shape) != (b.dtype, b.shape):
                 problems.append(f"{name} is {a.dtype} {list(a.shape)}, but {b.dtype} {list(b.shape)} in the source")
+            elif fold is not None:
+                if not self._equals(weight, name, fold):
+                    problems.append(f"{name} is not what the source gives with the scales in {FOLDS}")
             elif any(x != y for x, y in zip(_chunks(self.left, name), _chunks(self.right, name), strict=True)):
                 problems.append(f"{name} was to be kept, but its bytes differ from the source")
             elif b.dtype in FLOATS and not _finite(_chunks(self.left, name), b.dtype):
                 problems.append(f"{name} holds a NaN or an infinity")
+
+    def _equals(self, weight: Weight, name: str, fold: Fold) -> bool:
+        """Whether a kept tensor is, bit for bit, that of the source after folding."""
+        parts = refolded(self.source, self.right, weight, fold, SLICE_BYTES, {name})
+        return all(self.left.read(name, i, i + len(part)).tobytes() == part.tobytes() for _, i, part in parts)
 
     def _quantized(self, weight: Weight, twin: Weight, fmt: Format) -> None:
         self.result.quantized += 1
@@ -171,6 +189,8 @@ class _Pair:
             if dense.shape != tensor.shape:
                 problems.append(f"{weight.name} has shape {list(tensor.shape)}, but {list(dense.shape)} in the source")
                 return
+            if weight.name in self.folds:
+                dense = self.folds[weight.name].apply(dense, first)
             part = TensorError(weight.name, weight.role, fmt.name, dense.size)
             part.add(dense, tensor)
             whole.merge(part)
@@ -246,54 +266,15 @@ def _shared_scales(ours: Checkpoint, reader: Reader) -> list[str]:
     return problems
 
 
-def _unfinished(folder: Path) -> None:
-    if folder.is_dir() and (folder / ".halfbyte").exists():
-        raise VerifyError(f"{folder} is an unfinished conversion; run the same quantize command again to complete it")
-
-
-def _decisions(folder: Path, source: Checkpoint) -> dict[str, Decision]:
-    """What the recipe in halfbyte.json wants of each weight; nothing where there is no such file."""
-    path = folder / PROVENANCE
-    if not path.is_file():
-        return {}
+def _folds(folder: Path, source: Checkpoint, reader: Reader, problems: list[str]) -> dict[str, Fold]:
+    """What was folded into each weight; the groups are found anew, so that one that lacks a tensor is noticed."""
+    groups = {group.name: group for group in groups_of(source) if group.refusal is None}
     try:
-        recipe = parse_recipe(json.dumps(json.loads(path.read_bytes())["recipe"]), "its recipe")
-        decisions = resolve(recipe, source.weights)
-    except (ValueError, KeyError, TypeError, HalfbyteError) as error:
-        raise VerifyError(f"{path} cannot be used with this source ({error}); is it the right source?") from error
-    return {w.name: d for w, d in zip(source.weights, decisions, strict=True)}
-
-
-def _files(folder: Path, ours: Inventory, checkpoint: Checkpoint) -> list[str]:
-    source = checkpoint.inventory
-    replaced = {PROVENANCE, *(checkpoint.dialect.files if checkpoint.dialect else ())}
-    """Everything but the weights: side files, config.json, index."""
-    problems = []
-    for name, size in source.side_files.items():
-        if name in replaced or source.root is None or ours.root is None:
-            continue
-        path = ours.root / name
-        if not path.is_file():
-            problems.append(f"the side file {name} of the source is missing")
-        elif path.stat().st_size != size or path.read_bytes() != (source.root / name).read_bytes():
-            problems.append(f"the side file {name} differs from the source")
-    stray = [name for name in ours.ignored_files if name.endswith(".safetensors")]
-    if stray:
-        problems.append(f"{stray[0]} is a weight file that the index does not name; an engine may load it instead")
-    if not ours.config:
-        problems.append("config.json is missing")
-    left, right = _comparable(ours.config), _comparable(source.config)
-    for key in sorted({*left, *right}):
-        if ours.config and left.get(key) != right.get(key):
-            problems.append(f"config.json differs from the source in {key}")
-    stated = ours.meta.get("total_size")
-    if (folder / INDEX).exists() and stated != ours.total_bytes:
-        problems.append(f"the index states {stated} bytes of tensors, but there are {ours.total_bytes}")
-    return problems
-
-
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """What a conversion leaves as it is: all but the quantization and our own remote code."""
-    code = config.get("auto_map") or {}
-    own = all(str(value).startswith("halfbyte_quantizer.") for value in code.values())
-    return {k: v for k, v in unquantized_config(config).items() if not (k == "auto_map" and own)}
+        scales = read_scales(folder / FOLDS)
+        unknown = [name for name in scales if name not in groups]
+        if unknown:
+            raise CheckpointError(f"{FOLDS} folds {unknown[0]}, which cannot be folded in this source")
+        return make_folds(source, reader, [groups[name] for name in scales], scales)
+    except CheckpointError as error:
+        problems.append(str(error))
+        return {}

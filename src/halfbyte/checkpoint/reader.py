@@ -52,9 +52,16 @@ class Reader:
         """The raw bytes of a tensor in order, in pieces of at most ``size`` bytes; works for every dtype."""
         if size <= 0:
             raise ValueError("a chunk must have at least one byte")
+        total = self._info(name).nbytes
+        for done in range(0, total, size):
+            yield self.chunk(name, done, min(size, total - done))
+
+    def chunk(self, name: str, start: int, size: int) -> memoryview:
+        """``size`` raw bytes of a tensor, ``start`` bytes after its beginning; works for every dtype."""
         info = self._info(name)
-        for done in range(0, info.nbytes, size):
-            yield self._fetch(info, info.offset + done, min(size, info.nbytes - done)).data
+        if not 0 <= start <= start + size <= info.nbytes:
+            raise CheckpointError(f"bytes {start} to {start + size} are outside tensor {name} of {info.nbytes} bytes")
+        return self._fetch(info, info.offset + start, size).data
 
     def close(self) -> None:
         """Close the files; reading afterwards is an error."""

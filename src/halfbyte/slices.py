@@ -1,0 +1,129 @@
+"""How weights are cut into slices, and how much memory the work on them takes: known before a weight is read."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from halfbyte import kernels
+from halfbyte.checkpoint import nbytes
+from halfbyte.formats import BlockFormat, Format
+from halfbyte.shards import Item
+
+SLICE_BYTES = 8 << 20
+MEMORY = 2 << 30
+# units whose slices are held between amax and encoding: one is encoded while the next one is read
+RESIDENT_UNITS = 2
+# Python with its libraries, and what is held of every source and output tensor
+_PROCESS_BYTES = 96 << 20
+_TENSOR_BYTES = 1500
+# the reference encoder's FP32 copies, blocks and codes, per weight
+_REFERENCE_BYTES = 20
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``threads``, and the bytes of ``memory`` that slices of weights may take together.
+
+    One slice is always worked on, even where an expert of a stack, which is not cut, is larger than that.
+    """
+
+    threads: int = field(default_factory=cores)
+    memory: int = MEMORY
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of the source that are worked on at a time."""
+        return min(SLICE_BYTES, max(1 << 18, self.memory // (8 * self.threads)))
+
+    @property
+    def resident_bytes(self) -> int:
+        """The largest unit that stays in memory between the search for its amax and its encoding."""
+        return self.memory // 8
+
+    @property
+    def running_bytes(self) -> int:
+        """What is left for slices beside such units."""
+        return self.memory - RESIDENT_UNITS * self.resident_bytes
+
+
+def item_bytes(item: Item) -> int:
+    """Bytes of a weight in the source, or of those of its experts that the outputs hold."""
+    return nbytes(item.weight.dtype, (item.parameters,))
+
+
+def cuts(item: Item, whole: int, limit: int) -> list[tuple[int, int]]:
+    """Ranges of leading indices of at most ``limit`` bytes of BF16 where that is possible; rows in multiples of
+    ``whole`` for a matrix."""
+    weight, todo = item.weight, item.indices
+    step = max(1, limit // max(nbytes("BF16", weight.shape[1:]), 1))
+    if len(weight.shape) == 2:
+        step = max(whole, step // whole * whole)
+    return [(i, min(i + step, todo.stop)) for i in range(todo.start, todo.stop, step)]
+
+
+def whole_rows(fmt: Format | None) -> int:
+    """Rows of a matrix that stay together: those of a tile, and those of packed zero points."""
+    return 1 if fmt is None else max(fmt.block[0], 8)
+
+
+def shares_amax(unit: Sequence[Item]) -> bool:
+    """Whether the unit's matrices have one scale, so that all are looked at before any is encoded."""
+    fmt = unit[0].format
+    return (
+        len(unit[0].weight.shape) <= 2
+        and isinstance(fmt, BlockFormat)
+        and (fmt.has_tensor_scale or fmt.block == (-1, -1))
+    )
+
+
+def need(item: Item, count: int, quantized: bool) -> int:
+    """Bytes of memory for the work on ``count`` leading indices; ``quantized``: the source holds codes.
+
+    The slice as it is read, FP32 where it has to be converted, the codes and scales, and these as they are packed.
+    """
+    if item.format is None and item.outputs[0].part == "copy":
+        return min(item_bytes(item), SLICE_BYTES)
+    weight = item.weight
+    elements = count * math.prod(weight.shape[1:])
+    wide = 4 * elements
+    total = nbytes(weight.dtype, (elements,)) * (2 if weight.transposed else 1)
+    total += wide if weight.dtype == "F64" else 0
+    total += 2 * wide if quantized else 0
+    if item.format is not None and not kernels.supports(item.format):
+        total += _REFERENCE_BYTES * elements
+    return total + 2 * item.nbytes * count // max(len(item.indices), 1)
+
+
+def unit_need(unit: Iterable[Item], quantized: Container[str]) -> int:
+    """Bytes of memory for the work on all of a unit at once; ``quantized``: names of weights that the source has so."""
+    return sum(need(i, len(i.indices), i.weight.name in quantized) if i.weight.shape else 16 for i in unit)
+
+
+def peak_bytes(units: Iterable[Sequence[Item]], quantized: Iterable[str], tensors: int, limits: Limits) -> int:
+    """Memory that a conversion of these units takes at its peak; ``tensors``: of source and output together."""
+    codes = set(quantized)
+    needs: list[int] = []
+    resident: list[int] = []
+    for unit in units:
+        size = sum(map(item_bytes, unit))
+        if size <= limits.slice_bytes:
+            needs.append(unit_need(unit, codes))
+            continue
+        for item in unit:
+            pieces = cuts(item, whole_rows(item.format), limits.slice_bytes) if item.weight.shape else [(0, 1)]
+            one = need(item, pieces[0][1] - pieces[0][0], item.weight.name in codes) if pieces else 0
+            needs += [one] * min(len(pieces), limits.threads)
+        if unit[0].format is not None and shares_amax(unit) and size <= limits.resident_bytes:
+            resident.append(size)
+    largest = heapq.nlargest(limits.threads, needs)
+    running = min(sum(largest), max(limits.running_bytes, largest[0] if largest else 0))
+    return _PROCESS_BYTES + _TENSOR_BYTES * tensors + running + sum(heapq.nlargest(RESIDENT_UNITS, resident))
