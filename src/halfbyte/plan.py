@@ -165,7 +165,8 @@ def make_plan(
             f"{inventory.source} is in the dialect {checkpoint.dialect.name}, which inspect and verify read, but its "
             "configuration and tokenizer cannot be written in another form; start from the original checkpoint"
         )
-    dialect = dialect.for_model(inventory)
+    source = checkpoint.dialect
+    dialect = source if source and source.name == dialect.name else dialect.for_model(inventory)
     if max_shard_bytes is None:
         max_shard_bytes = sys.maxsize if dialect.standalone else MAX_SHARD_BYTES
     weights = [w.upright() for w in checkpoint.weights]
@@ -185,7 +186,8 @@ def make_plan(
     formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.action != "drop"}
     quantized = [(i.weight, fmt) for i in items if (fmt := formats.get(i.weight.name))]
     kept = [i.weight for i in items if i.action != "drop" and not formats[i.weight.name]]
-    config = unquantized_config(inventory.config) | dict(extra_config or {})
+    config = unquantized_config(source.original_config(inventory.config) if source else inventory.config)
+    config |= dict(extra_config or {})
     config["quantization_config"] = settings = dialect.config(quantized, kept)
     inherited = checkpoint.dialect.inherited(inventory) if checkpoint.dialect else {}
     if checkpoint.dialect is dialect:
@@ -217,10 +219,10 @@ def make_plan(
         items,
         shards,
         None if dialect.standalone else make_index(shards),
-        None if dialect.standalone else _json(config),
+        None if dialect.standalone else _json(dialect.complete(config)),
         _json(provenance),
         dialect.extra_files(settings) | (extra_files or {}),
-        notes + dialect.notes(quantized),
+        notes + dialect.notes(quantized) + dialect.notes_on_kept(kept),
         weighting,
     )
 
@@ -241,7 +243,7 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
     if decision.action == "keep":
         return _kept(checkpoint, weight, decision.reason, dialect)
     assert decision.format is not None and decision.search is not None
-    fmt = get_format(decision.format)
+    fmt = dialect.format_for(weight, get_format(decision.format))
     get_search(decision.search, fmt)
     if weight.dtype not in FLOATS or len(weight.shape) < 2:
         raise PlanError(
@@ -259,7 +261,7 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
     problem = dialect.problem(weight, fmt)
     if problem:
         raise PlanError(f"{weight.name}: {problem}")
-    power = decision.tensor_scale == "power_of_two"
+    power = decision.tensor_scale == "power_of_two" or dialect.power_of_two
     before = checkpoint.formats.get(weight.name)
     if before:
         checkpoint.stored(weight)  # a missing part is found now and not in the middle of the conversion
@@ -278,6 +280,12 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
         left_out = dialect.left_out(weight)
         if left_out:
             return Item(weight, "drop", left_out)
+        if source is dialect:
+            found = [tensors[name] for name in checkpoint.tensors_of(weight)]
+            outputs = [OutputTensor(t.name, t.dtype, t.shape, "copy") for t in found]
+            return Item(weight, "keep", reason, outputs=outputs)
+        if checkpoint.tensors_of(weight) != list(weight.sources):
+            return Item(weight, "keep", reason, outputs=dialect.kept(weight, [_original(weight)]))
         copied = [(tensors[piece.source], piece.expert) for piece in weight.pieces]
     elif source is dialect:
         copied = [(tensors[o.name], o.expert) for o in checkpoint.stored(weight)]
@@ -294,6 +302,12 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
     if before is None:
         outputs = dialect.kept(weight, outputs)
     return Item(weight, "keep", reason, outputs=outputs)
+
+
+def _original(weight: Weight) -> OutputTensor:
+    """A weight that the source spells in its own way, as a plain checkpoint has it."""
+    lying = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2]) if weight.transposed else weight.shape
+    return OutputTensor(weight.sources[0], weight.dtype, lying, "turned" if weight.transposed else "values")
 
 
 def _check_groups(items: Iterable[Item]) -> None:

@@ -37,6 +37,8 @@ def claim(weight: Weight, before: Format, after: Format, source: Dialect, target
         return WHERE_FITTING
     if not shares_scale(after):
         return LOSSLESS
+    if isinstance(after, BlockFormat) and after.has_tensor_scale and target.power_of_two and source is not target:
+        return None
     if isinstance(after, BlockFormat) and after.has_tensor_scale and source.divisor != target.divisor:
         return RECIPROCAL
     return WHERE_SHARED if weight.group or weight.row_parts else LOSSLESS
@@ -57,8 +59,11 @@ def respelled(checkpoint: Checkpoint, weight: Weight, fmt: Format, dialect: Dial
     outputs = dialect.outputs(weight, fmt)
     if checkpoint.formats[weight.name] != fmt or np.dtype(fmt.parts((128, 256))["scales"][0]).itemsize == 1:
         return outputs
-    found = {o.dtype for o in checkpoint.stored(weight) if o.part == "scales"}
-    return [o._replace(dtype=_holding(found, o.dtype)) if o.part == "scales" else o for o in outputs]
+    found: dict[str, set[str]] = {}
+    for o in checkpoint.stored(weight):
+        found.setdefault(o.part, set()).add(o.dtype)
+    wide = [part for part, (kind, _) in fmt.parts((128, 256)).items() if np.dtype(kind).itemsize > 1]
+    return [o._replace(dtype=_holding(found[o.part], o.dtype)) if o.part in wide else o for o in outputs]
 
 
 def input_scales(

@@ -53,7 +53,7 @@ class MlxDialect(Dialect):
         if not (isinstance(fmt, AffineFormat) and fmt.offset == "bias") and fmt.name not in _BLOCK_FORMATS:
             return f"MLX has no mode for {fmt.name}; choose affine4, mxfp4, nvfp4 or another format of its list"
         if weight.role.startswith("mtp."):
-            return f"{weight.name} predicts further tokens, which no MLX program reads quantized beside a model; keep it"
+            return f"{weight.name} predicts further tokens, and MLX programs read such weights unquantized; keep it"
         if len(weight.shape) != 2 and not is_stack(weight):
             return f"MLX quantizes matrices and stacks of experts, and {weight.name} has the shape {list(weight.shape)}"
         if len(weight.shape) == 2 and not weight.name.endswith(".weight"):
@@ -108,7 +108,7 @@ class MlxDialect(Dialect):
         return {**default, **{module: p for module, p in modules if p != default}}
 
     def complete(self, config: dict[str, Any]) -> dict[str, Any]:
-        """``quantization`` beside ``quantization_config``, and the names that mlx-lm knows; PlanError if it misreads."""
+        """``quantization`` beside ``quantization_config``, in mlx-lm's names; PlanError if it would misread them."""
         _check_intervals(config, self.model)
         settings = config.pop("quantization_config")
         return {**config_for_mlx(config), "quantization": settings, "quantization_config": settings}

@@ -125,7 +125,7 @@ class Source:
             self._respell(original, info, (shape[0], shape[2], shape[1]) if interleaved else shape, back)
             return
         if not quantized.issuperset(modules):
-            raise CheckpointError(f"{names[0]} is quantized and {names[-1]} is not, or the reverse; this cannot be read")
+            raise CheckpointError(f"{names[0]} and {names[-1]} are not both quantized; they cannot be read as one")
         formats = {self._format(module) for module in modules}
         if len(formats) > 1:
             said = " and ".join(sorted(f.name for f in formats))
