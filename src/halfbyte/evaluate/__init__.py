@@ -1,23 +1,34 @@
-"""Measuring quantized models: perplexity and the divergence from the source. Needs torch and transformers."""
+"""Measuring quantized models: perplexity, divergence from the source, tasks, errors of tensors, sensitivity.
+
+What runs models needs torch and transformers; the errors of tensors do not.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.evaluate.errors import tensor_errors
 from halfbyte.evaluate.windows import Protocol, Window, windows
 
 if TYPE_CHECKING:
-    from halfbyte.evaluate.run import evaluate
+    from halfbyte.evaluate.run import Settings, evaluate, measure
+    from halfbyte.evaluate.sensitivity import sensitivity
 
-__all__ = ["Protocol", "Window", "evaluate", "windows"]
+__all__ = ["Protocol", "Settings", "Window", "evaluate", "measure", "sensitivity", "tensor_errors", "windows"]
+
+_HOME = {
+    **dict.fromkeys(("Settings", "evaluate", "measure"), "halfbyte.evaluate.run"),
+    "sensitivity": "halfbyte.evaluate.sensitivity",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":
+    if name in _HOME:
         from halfbyte.runtime import need_torch
 
         need_torch()
-        from halfbyte.evaluate import run
-
-        return run.evaluate
+        found = getattr(import_module(_HOME[name]), name)
+        globals()[name] = found  # a module of this package may have the same name
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

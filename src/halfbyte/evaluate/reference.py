@@ -1,10 +1,10 @@
 """Log-probabilities of the source, kept on disk in 16 bits, so that one model at a time is in memory.
 
-A token's log-probabilities are stored as ``top - code * step``: ``top`` and ``step`` in FP32, codes in uint16, over the
-range of the token (at most 32 nats below its top; what lies lower, 1e-14 of the probability, is raised to that) and
-normalised again when read. That is llama.cpp's layout for the same purpose, with twice its range; its error is compared
-with that of FP16, BF16 and FP32 in docs/evaluation.md. A checksum of the FP32 bits goes with each token: log-probabilities
-with the same bits have a divergence of exactly zero, which rounding would hide.
+A token's log-probabilities are stored as ``top - code * step``: ``top`` and ``step`` in FP32, codes in uint16, over
+the range of the token (at most 32 nats below its top; what lies lower, 1e-14 of the probability, is raised to that)
+and normalised again when read. That is llama.cpp's layout for the same purpose, with twice its range; its error is
+compared with that of FP16, BF16 and FP32 in docs/evaluation.md. A checksum of the FP32 bits goes with each token:
+log-probabilities with the same bits have a divergence of exactly zero, which rounding would hide.
 """
 
 from __future__ import annotations
@@ -36,13 +36,6 @@ RANGE = 32.0
 LEVELS = 65535
 _META, _CODES, _TOKENS = "meta.json", "codes.u16", "tokens.npz"
 _STALE = 24 * 3600  # seconds after which a partial that nobody writes to is the remains of a killed process
-
-
-def default_cache() -> Path:
-    """``$HALFBYTE_CACHE``, or ``halfbyte`` in the user's cache folder."""
-    if own := os.environ.get("HALFBYTE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte"
 
 
 def compress(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -88,7 +81,7 @@ class Writer:
         self._codes.close()
         arrays = {name: np.concatenate(values) for name, values in self._tokens.items()}
         with (self.folder / _TOKENS).open("wb") as file:
-            np.savez(file, **arrays, **more)
+            np.savez(file, allow_pickle=False, **arrays, **more)
             _sync(file)
         about = {"version": VERSION, "key": dict(key), "vocabulary": self.vocabulary, "tokens": len(arrays["top"])}
         with (self.folder / _META).open("w", encoding="utf-8") as text:
@@ -201,7 +194,9 @@ class Cache:
     def store_scores(self, key: Mapping[str, Any], scores: TokenScores) -> None:
         """Keep scores; the file appears complete or not at all."""
         content = io.BytesIO()
-        np.savez(content, **{name: values for name, values in vars(scores).items() if values is not None})
+        np.savez(
+            content, allow_pickle=False, **{name: values for name, values in vars(scores).items() if values is not None}
+        )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file_atomic(Path(f"{self.path(key)}.npz"), content.getvalue())

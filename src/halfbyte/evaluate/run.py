@@ -212,12 +212,15 @@ class _Run:
                     tasks = self._answer(model, index)
         row = {**describe(path, checkpoint), "name": self.names[index], "fingerprint": self.hashes[index]}
         row |= {"loaded_by": loaded_by(checkpoint), "dtype": s.dtype, "activations": activations}
-        on = [None if p is None else (p.protocol, scores[id(p)]) for p in (self.on_text, self.on_kl)]
-        found = Scored(row, *on, self.compare)
+        found = self._scored(row, scores)
         summarize(found)
         row |= {"tasks": tasks, "errors": None if is_source or not s.errors else self._errors(index)}
         row["seconds"] = round(time.monotonic() - began, 3)
         return found
+
+    def _scored(self, row: dict[str, Any], scores: dict[int, TokenScores]) -> Scored:
+        text, kl = (None if p is None else (p.protocol, scores[id(p)]) for p in (self.on_text, self.on_kl))
+        return Scored(row, text, kl, self.compare)
 
     def _score(self, model: Any, passage: Passage, index: int) -> TokenScores:
         if self.compare and index == 0:
@@ -284,16 +287,17 @@ class _Run:
         """The source in another dtype against itself: what differs without any quantization."""
         s = self.settings
         other = "float32" if s.dtype == "bfloat16" else "bfloat16"
-        keys = {id(p): self._key(p, only="noise", other=other) for p in self.passages}
-        scores = {id(p): self.cache.find_scores(keys[id(p)]) for p in self.passages}
-        if any(found is None for found in scores.values()):
+        scores: dict[int, TokenScores] = {}
+        for p in self.passages:
+            if (stored := self.cache.find_scores(self._key(p, only="noise", other=other))) is not None:
+                scores[id(p)] = stored
+        if len(scores) < len(self.passages):
             with opened(self.paths[0], other, s.dequantize, s.device) as model:
                 for p in self.passages:
                     scores[id(p)] = score(model, p, self.references.get(id(p)), progress=self._report(p))
-                    self.cache.store_scores(keys[id(p)], scores[id(p)])
-        row = {"how": f"the source in {other} against itself in {s.dtype}", "dtype": other}
-        on = [None if p is None else (p.protocol, scores[id(p)]) for p in (self.on_text, self.on_kl)]
-        floor = Scored(row, *on, True)  # type: ignore[arg-type]
+                    self.cache.store_scores(self._key(p, only="noise", other=other), scores[id(p)])
+        row: dict[str, Any] = {"how": f"the source in {other} against itself in {s.dtype}", "dtype": other}
+        floor = self._scored(row, scores)
         summarize(floor)
         floor.row = {key: row[key] for key in ("how", "dtype", "perplexity", "kl", "kl_ci")}
         return floor

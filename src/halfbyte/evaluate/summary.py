@@ -60,7 +60,7 @@ def _judge_perplexity(rows: list[Scored], compared: bool) -> None:
 
 
 def _judge_divergence(rows: list[Scored], floor: Scored | None) -> None:
-    kl = [r.divergence[1].kl for r in rows if r.divergence is not None]
+    kl = [r.divergence[1].kl for r in rows if r.divergence is not None and r.divergence[1].kl is not None]
     assert rows[0].divergence is not None
     bootstrap = Bootstrap(rows[0].divergence[1].window)
     bound = None
