@@ -15,6 +15,7 @@ from typing import Any
 from halfbyte.checkpoint.dtypes import nbytes
 from halfbyte.checkpoint.files import check_unicode, collector_paused, parse_object, read_small
 from halfbyte.checkpoint.folder import CONFIG, Contents, scan
+from halfbyte.checkpoint.gguf import find_gguf, read_gguf
 from halfbyte.checkpoint.header import TensorInfo, check_shape, read_header
 from halfbyte.checkpoint.source import resolve
 from halfbyte.errors import CheckpointError
@@ -31,7 +32,7 @@ class Inventory:
     along unchanged, name -> bytes; ignored_files: weights in the folder that are not part of this checkpoint,
     and folders too deep to be copied ("a/b/"); meta: what an index or an inventory file says besides; files:
     weight file -> bytes; metadata: weight file -> its __metadata__; source: what the user typed; revision: the
-    hub's commit.
+    hub's commit; ggml_types: tensor -> ggml type, for GGUF files alone, whose blocks are U8 here.
     """
 
     tensors: dict[str, TensorInfo]
@@ -45,14 +46,28 @@ class Inventory:
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     source: str = ""
     revision: str | None = None
+    ggml_types: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, src: str | Path, revision: str | None = None) -> Inventory:
-        """Read the headers of a local folder, a .safetensors file, or a hub id (fetched to the hub's cache).
+        """Read the headers of a local folder, a .safetensors or .gguf file, or a hub id (fetched to the hub's cache).
 
         CheckpointError, with the file or tensor named, when anything is missing, damaged or ambiguous.
         """
         found = resolve(src, revision)
+        gguf = find_gguf(found.root, found.file)
+        if gguf:
+            headers = read_gguf(found.root, gguf)
+            return cls(
+                tensors=headers.tensors,
+                config=headers.config,
+                root=found.root,
+                meta={"gguf": headers.metadata},
+                files=headers.files,
+                source=str(src),
+                revision=found.revision,
+                ggml_types=headers.types,
+            )
         contents = scan(found.root, found.file)
         tensors, metadata, files = _read_headers(found.root, contents)
         if not tensors:

@@ -43,8 +43,8 @@ def resolve(source: str | Path, revision: str | None = None) -> Source:
         raise CheckpointError(f"{text} is a local path; a revision ({revision}) only applies to a hub id")
     if path.is_dir():
         return Source(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{text} is neither a folder nor a .safetensors file")
+    if path.suffix not in (".safetensors", ".gguf"):
+        raise CheckpointError(f"{text} is neither a folder nor a .safetensors or .gguf file")
     return Source(path.parent, path.name)
 
 

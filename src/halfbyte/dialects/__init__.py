@@ -1,6 +1,6 @@
 """Dialects: one file per engine's spelling of quantized tensors."""
 
-from halfbyte.dialects import compressed_tensors, fp8, gpt_oss, halfbyte, modelopt
+from halfbyte.dialects import compressed_tensors, fp8, gguf, gpt_oss, halfbyte, mlx, modelopt
 from halfbyte.dialects.base import (
     Container,
     Dialect,
@@ -25,9 +25,11 @@ __all__ = [
     "compressed_tensors",
     "fp8",
     "get_dialect",
+    "gguf",
     "gpt_oss",
     "halfbyte",
     "list_dialects",
+    "mlx",
     "modelopt",
     "quantization_config_of",
     "register_dialect",

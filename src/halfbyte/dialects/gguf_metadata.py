@@ -1,0 +1,175 @@
+"""What llama.cpp wants to know of a model, from its config.json: the keys that llama.cpp's converter writes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.checkpoint import Inventory
+from halfbyte.dialects.gguf_models import Model, library
+from halfbyte.errors import PlanError
+
+# what llama.cpp's graphs take for granted: key -> value where config.json says nothing
+_FIXED: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_act": "silu", "partial_rotary_factor": 1.0},
+    "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+    "qwen3moe": {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "attention_bias": False,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "gpt-oss": {"hidden_act": "silu", "swiglu_limit": 7.0, "attention_bias": True},
+}
+# the defaults of transformers' configuration classes, where they are none of the above
+_MISSING = {"norm_topk_prob": False}
+_ROPE_TYPES = {
+    "llama": ("default", "linear", "llama3", "yarn"),
+    "qwen3": ("default", "linear", "yarn"),
+    "qwen3moe": ("default", "linear", "yarn"),
+    "gpt-oss": ("default", "yarn"),
+}
+
+
+def general(writer: Any, root: Path, name: str, parameters: tuple[int, int, int, int]) -> None:
+    """Name, size and what the model card says: the library's own reading of it."""
+    gguf = library()
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    found = gguf.Metadata.load(None, root, name, parameters[0])
+    if found.size_label is None and parameters[0] > 0:
+        found.size_label = gguf.size_label(*parameters)
+    writer.add_type(gguf.GGUFType.MODEL)
+    found.set_gguf_meta_model(writer)
+
+
+def describe(writer: Any, inventory: Inventory, model: Model) -> None:
+    """Sizes, heads, experts and rotary embedding; PlanError for what llama.cpp computes in another way."""
+    config = inventory.config
+    _check(config, model, inventory.source)
+    layers, hidden, heads = (_int(config, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    writer.add_block_count(layers)
+    writer.add_context_length(_int(config, "max_position_embeddings"))
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(_int(config, "intermediate_size"))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    head = head_size(inventory)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
+    if model.name == "llama":
+        writer.add_vocab_size(_rows(inventory, "model.embed_tokens.weight"))
+        writer.add_rope_dimension_count(head)
+    if model.name in ("qwen3moe", "gpt-oss"):
+        key = "num_experts" if "num_experts" in config else "num_local_experts"
+        writer.add_expert_count(_int(config, key))
+        writer.add_expert_used_count(_int(config, "num_experts_per_tok"))
+        inner = "moe_intermediate_size" if model.name == "qwen3moe" else "intermediate_size"
+        writer.add_expert_feed_forward_length(_int(config, inner))
+    if model.name == "gpt-oss":
+        writer.add_sliding_window(_int(config, "sliding_window"))
+    _rope(writer, config)
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Type, base and scaling of the rotary embedding, in the spelling of new and of old configurations."""
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    found.setdefault("rope_type", found.get("type", "default"))
+    return found
+
+
+def rope_factors(config: Mapping[str, Any], model: Model) -> NDArray[np.float32] | None:
+    """Divisors of the rotary frequencies that Llama 3 scales by their wavelength; None for others.
+
+    As ``rope_type: llama3`` of transformers' modeling_rope_utils.
+    """
+    rope = rope_parameters(config)
+    if model.name != "llama" or rope["rope_type"] != "llama3":
+        return None
+    hidden, heads = _int(config, "hidden_size"), _int(config, "num_attention_heads")
+    size = int(config.get("head_dim") or hidden // heads)
+    factor, low, high, context = (
+        float(rope[key])
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    wavelengths = 2 * math.pi * np.float32(rope["rope_theta"]) ** exponents
+    smooth = (context / wavelengths - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    values = np.where(wavelengths < context / high, 1.0, np.where(wavelengths > context / low, factor, between))
+    return values.astype("<f4")
+
+
+def head_size(inventory: Inventory) -> int:
+    """Rows of a head of q, as the first layer has it."""
+    return _rows(inventory, "model.layers.0.self_attn.q_proj.weight") // _int(inventory.config, "num_attention_heads")
+
+
+def _rows(inventory: Inventory, name: str) -> int:
+    module = name.removesuffix(".weight")
+    found = next(
+        (t for n, t in inventory.tensors.items() if n == name or n.startswith(f"{module}.weight_packed")), None
+    )
+    if found is None or not found.shape:
+        raise PlanError(f"{inventory.source} has no tensor {name}, so its sizes are not known")
+    return found.shape[0]
+
+
+def _rope(writer: Any, config: Mapping[str, Any]) -> None:
+    gguf = library()
+    rope = rope_parameters(config)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    kinds = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+    kind = kinds.get(rope["rope_type"])
+    if kind is None:
+        return
+    writer.add_rope_scaling_type(kind)
+    writer.add_rope_scaling_factor(float(rope["factor"]))
+    if rope["rope_type"] == "yarn":
+        context = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
+        writer.add_rope_scaling_orig_ctx_len(int(context))
+        for key, add in (
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if rope.get(key) is not None:
+                add(float(rope[key]))
+
+
+def _check(config: Mapping[str, Any], model: Model, source: str) -> None:
+    for key, wanted in _FIXED[model.name].items():
+        found = config.get(key, _MISSING.get(key, wanted))
+        if found != wanted and not (wanted == [] and not found):
+            raise PlanError(
+                f"config.json of {source} says {key} = {found!r}, but llama.cpp's {model.name} computes with "
+                f"{wanted!r}; choose another dialect"
+            )
+    kind = rope_parameters(config)["rope_type"]
+    if kind not in _ROPE_TYPES[model.name]:
+        raise PlanError(
+            f"the rotary embedding of {source} is of type {kind!r}; "
+            f"GGUF is written for {', '.join(_ROPE_TYPES[model.name])}"
+        )
+    layers = config.get("layer_types")
+    usual = ["full_attention"] * len(layers or [])
+    if model.name == "gpt-oss":
+        usual = [("sliding_attention", "full_attention")[i % 2] for i in range(len(layers or []))]
+    if layers and layers != usual:
+        raise PlanError(f"layer_types of {source} are not those that llama.cpp's {model.name} computes with")
+
+
+def _int(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise PlanError(f"config.json says no {key}, which a GGUF file must state")
+    return value
