@@ -300,7 +300,7 @@ def test_the_wrong_source_is_recognised(out: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_damaged_provenance_file_is_an_error(moe: Path, out: Path) -> None:
     (out / "halfbyte.json").write_text("{")
-    with pytest.raises(HalfbyteError, match=r"halfbyte\.json cannot be used with this source"):
+    with pytest.raises(HalfbyteError, match=r"halfbyte\.json cannot be used \(halfbyte\.json is not valid JSON"):
         verify(out, moe)
 
 

@@ -137,7 +137,8 @@ class _Pair:
         else:
             wanted = get_format(decision.format) if decision.format else before
             keep = decision.action == "keep"
-            unfit = wanted and (wanted.problem(twin.shape) or (self.ours.dialect and self.ours.dialect.unfit(weight, wanted)))
+            assert self.ours.dialect is not None
+            unfit = wanted and (wanted.problem(twin.shape) or self.ours.dialect.unfit(weight, wanted))
             if unfit and decision.indivisible == "keep":
                 wanted, keep = before, True
         if fmt != wanted:

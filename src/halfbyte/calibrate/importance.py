@@ -59,11 +59,15 @@ class Matched:
 def read_importance(path: str | Path) -> Importance:
     """Read an importance file: halfbyte's ``.safetensors``, ``imatrix.gguf`` or a legacy ``imatrix.dat``.
 
-    The content decides, not the ending. CheckpointError for a file that is damaged or something else.
+    The content decides, not the ending; a folder is one of statistics (``halfbyte.calibrate.statistics``).
+    CheckpointError for a file that is damaged or something else.
     """
     from halfbyte.calibrate.imatrix import read_dat, read_gguf
+    from halfbyte.calibrate.statistics import Statistics
 
     path = Path(path)
+    if path.is_dir():
+        return Statistics(path).importance()
     try:
         with path.open("rb") as file:
             start = file.read(9)

@@ -50,7 +50,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--importance",
         metavar="FILE",
-        help="how large activations are: halfbyte's .safetensors, or imatrix.gguf or imatrix.dat of llama.cpp",
+        help="how large activations are: what `halfbyte calibrate` wrote, or imatrix.gguf or imatrix.dat of llama.cpp",
     )
 
 

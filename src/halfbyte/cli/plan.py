@@ -17,6 +17,7 @@ SUMMARY = "show what a recipe does to a checkpoint, and the exact size of the re
 EXAMPLES = """\
   halfbyte plan ./Qwen3.5-35B-A3B --recipe mixfp4
   halfbyte plan Qwen/Qwen3.5-35B-A3B --recipe nvfp4-fp8 --dialect compressed-tensors
+  halfbyte plan ./Qwen3.5-35B-A3B --recipe ud-mxfp4 --importance imatrix.gguf
   halfbyte plan --inventory tensors.json --recipe my-recipe.yaml --json
 """
 
@@ -68,7 +69,7 @@ def show(made: Plan) -> None:
             "",
         ),
     )
-    parts = {key: summary[f"{key}_bytes"] for key in ("data", "header", "index", "side_file")}
+    parts = {key: summary[f"{key}_bytes"] for key in ("data", "header", "index", "fold", "side_file")}
     written = summary["repository_bytes"] - sum(parts.values())
     say(
         "",
@@ -76,6 +77,7 @@ def show(made: Plan) -> None:
         f"headers     {exact(parts['header'])} in {len(made.shards)} weight file(s)",
         *([f"index       {exact(parts['index'])}"] if parts["index"] else []),
         f"config      {exact(written)} in config.json, halfbyte.json{''.join(f', {n}' for n in made.extra_files)}",
+        *([f"scales      {exact(parts['fold'])} of AWQ folding, for verify"] if parts["fold"] else []),
         f"side files  {exact(parts['side_file'])}, copied unchanged",
         f"repository  {exact(summary['repository_bytes'])} in all",
     )

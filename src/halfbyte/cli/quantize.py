@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from halfbyte.cli import accuracy, options
 from halfbyte.cli import plan as plan_command
 from halfbyte.cli.output import print_json, progress, say
 from halfbyte.cli.units import exact, positive
 
+if TYPE_CHECKING:
+    from halfbyte.convert import Conversion
+    from halfbyte.plan import Plan
+
 SUMMARY = "quantize a checkpoint into a new folder; run it again to continue after an interruption"
 EXAMPLES = """\
   halfbyte quantize ./Qwen3.5-35B-A3B ./out --recipe mixfp4
   halfbyte quantize Qwen/Qwen3-8B ./out --recipe nvfp4 --dialect compressed-tensors --verify
+  halfbyte quantize ./model ./out --recipe ud-mxfp4 --importance imatrix.gguf
   halfbyte quantize ./model ./out --recipe nvfp4 --dry-run        (the same as plan)
 """
 
@@ -51,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         "seconds": done.seconds,
         "resumed_shards": done.resumed_shards,
         "relmse": done.relmse,
+        "folds": [asdict(fold) for fold in done.folds],
         "carried": [
             {
                 "name": error.name,
@@ -67,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if not args.json:
         accuracy.show(done.errors, done.relmse)
+        _say_more(made, done)
         resumed = f", {done.resumed_shards} weight file(s) taken over" if done.resumed_shards else ""
         say(
             "",
@@ -85,3 +94,26 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report_json)
     return code
+
+
+def _say_more(made: Plan, done: Conversion) -> None:
+    """What the table does not show: weights that the recipe wants quantized and that are kept, and what was folded."""
+    kept = [entry for entry in made.summary()["kept"] if entry["declined"]]
+    lines = [
+        f"kept        {entry['tensors']} of {entry['role']}, not {entry['declined']}: {entry['reason']} "
+        f"({'such as ' if entry['tensors'] > 1 else ''}{entry['example']})"
+        for entry in kept
+    ]
+    if done.folds:
+        folded = [fold for fold in done.folds if fold.alpha]
+        gain = 1 - sum(f.loss for f in done.folds) / (sum(f.unfolded for f in done.folds) or 1)
+        lines.append(
+            f"AWQ         {len(folded)} of {len(done.folds)} groups folded; weighted error {100 * gain:.1f}% smaller"
+        )
+        rounding = max((error for fold in folded for error in fold.rounding.values()), default=0)
+        if rounding:
+            lines.append(
+                f"            unquantized weights in them are rounded again: relative error up to {rounding:.1g}"
+            )
+    if lines:
+        say("", *lines)

@@ -48,6 +48,8 @@ def _show(recipe: Recipe) -> None:
         say(f"after       {recipe.source}")
     if recipe.dialect:
         say(f"dialect     {recipe.dialect}")
+    if recipe.calibration == "optional":
+        say("calibration optional: what needs an importance file is left out without one")
     say("")
     table(
         ("", "~matches", "fate", "search", "~notes"),
@@ -61,6 +63,8 @@ def _show(recipe: Recipe) -> None:
                     (
                         *(["keeps what the format cannot hold"] if rule.indivisible == "keep" else []),
                         *(["may match nothing"] if rule.optional else []),
+                        *([f"weight: {rule.weight}"] if rule.weight else []),
+                        *([f"transform: {rule.transform}"] if rule.transform else []),
                         *(["tensor scales are powers of two"] if rule.tensor_scale == "power_of_two" else []),
                         *([rule.reason] if rule.reason else []),
                     )

@@ -65,6 +65,7 @@ def document(result: Verification) -> dict[str, Any]:
         "problems": result.problems,
         "kept": result.kept,
         "quantized": result.quantized,
+        "folded": result.folded,
         "dropped": result.dropped,
         "already_quantized": sum(bool(error.source) for error in result.errors),
         "lossless": result.lossless,
@@ -90,6 +91,8 @@ def verdict(result: Verification) -> None:
     """The outcome in words."""
     dropped = f", {len(result.dropped)} left out" if result.dropped else ""
     counts = f"{result.quantized} weights quantized, {result.kept} kept byte for byte{dropped}"
+    if result.folded:
+        counts += f"; {result.folded} compared after what AWQ folded into them"
     already = sum(bool(error.source) for error in result.errors)
     if already:
         counts += f"; of {already} that the source holds quantized, {result.lossless} have exactly its values"
