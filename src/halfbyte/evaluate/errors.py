@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from halfbyte.calibrate.importance import match_importance, read_importance
 from halfbyte.checkpoint import Reader
-from halfbyte.convert import SLICE_BYTES
 from halfbyte.dialects import UnequalScalesError
 from halfbyte.errors import CheckpointError
 from halfbyte.evaluate.results import now
@@ -23,6 +22,7 @@ from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
 from halfbyte.measure import TensorError
 from halfbyte.models import Weight
+from halfbyte.slices import SLICE_BYTES
 from halfbyte.view import Checkpoint
 
 VERSION = 1
