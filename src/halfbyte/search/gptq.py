@@ -115,7 +115,7 @@ def prepare(
 ) -> Prepared:
     """Factor a Hessian [K, K] for ``gptq``: the costly part that weights with the same input share."""
     fmt = get_format(format)
-    _check(fmt, mode, order)
+    check(fmt, mode, order)
     columns = np.shape(hessian)[-1] if np.ndim(hessian) else 0
     fmt.check((1, columns))
     h = checked(hessian, columns)
@@ -286,7 +286,8 @@ def problem(fmt: Format) -> str | None:
     return f"{fmt.name} has no plain blocks of 16 to 128 columns along K"
 
 
-def _check(fmt: Format, mode: str, order: str) -> None:
+def check(fmt: Format, mode: str, order: str) -> None:
+    """FormatError for a format, mode or order that GPTQ does not have."""
     found = problem(fmt)
     if found:
         raise FormatError(f"GPTQ does not apply: {found}; use a search with importance instead")
