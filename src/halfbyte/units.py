@@ -142,15 +142,16 @@ class Unit:
             chunk = self.reader.chunk(output.name, start, count)
             if output.dtype in FLOATS and not largest(np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))[1]:
                 raise _not_finite(item.weight.name)
+            if output.name.endswith(self.plan.dialect.input_scales):
+                _reciprocal(output.name, np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))
             self.writer.write_at(offset, chunk)
         self.report(item_bytes(item) if last else 0)
 
     def _respell(self, item: Item) -> None:
         """A scale of activations."""
         scale = self.reader.read(item.weight.sources[0]).astype(np.float32)
-        value = np.float32(1) / scale if item.outputs[0].part == "reciprocal" else scale
-        if not (np.isfinite(value) & (value > 0)).all():
-            raise _not_finite(item.weight.sources[0])
+        reciprocal = _reciprocal(item.weight.sources[0], scale)
+        value = reciprocal if item.outputs[0].part == "reciprocal" else scale
         self.writer.write_at(item.offsets[0], np.ascontiguousarray(value))
         self.report(item_bytes(item))
 
@@ -284,6 +285,18 @@ def _read(
     if not finite:
         raise _not_finite(item.weight.name)
     return array, found
+
+
+def _reciprocal(name: str, scale: NDArray[Any]) -> NDArray[np.float32]:
+    """Of a scale of activations, which is zero where calibration sent no token to an expert; engines divide by it."""
+    with np.errstate(divide="ignore", over="ignore"):
+        value = np.asarray(np.float32(1) / scale.astype(np.float32))
+    if not (np.isfinite(scale) & (scale > 0) & np.isfinite(value)).all():
+        raise CheckpointError(
+            f"{name}, a scale of activations, is {scale.flat[0]:g} instead of a positive number; "
+            "calibrate the source again, or drop such scales by a rule"
+        )
+    return value
 
 
 def _not_finite(name: str) -> CheckpointError:
