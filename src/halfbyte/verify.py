@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
 from halfbyte.dialects import OutputTensor
 from halfbyte.errors import CheckpointError
-from halfbyte.folding import FOLDS, Fold, make_folds, read_scales, refolded
+from halfbyte.folding import FOLDS, Fold, refolded
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
 from halfbyte.measure import TensorError
@@ -25,7 +25,7 @@ from halfbyte.search.blocks import to_blocks
 from halfbyte.slices import SLICE_BYTES
 from halfbyte.verify_folder import decisions_of, files_beside, provenance, unfinished
 from halfbyte.view import FLOATS, Checkpoint
-from halfbyte.weighting import groups_of
+from halfbyte.weighting import stored_folds
 
 MAX_RELMSE = 0.1
 """A quantized tensor further than this from its source is not the same tensor."""
@@ -90,7 +90,7 @@ def verify(
     scales = input_scales(source, ours.dialect, ours.formats)
     report = progress or (lambda _: None)
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
-        folds = _folds(folder, source, right, result.problems) if told.get("folds") else {}
+        folds = _folds(folder, told, source, right, result.problems)
         result.folded = len(folds)
         pair = _Pair(result, ours, source, left, right, max_relmse, folds)
         for weight in source.weights:
@@ -267,15 +267,14 @@ def _shared_scales(ours: Checkpoint, reader: Reader) -> list[str]:
     return problems
 
 
-def _folds(folder: Path, source: Checkpoint, reader: Reader, problems: list[str]) -> dict[str, Fold]:
-    """What was folded into each weight; the groups are found anew, so that one that lacks a tensor is noticed."""
-    groups = {group.name: group for group in groups_of(source) if group.refusal is None}
+def _folds(
+    folder: Path, told: dict[str, Any], source: Checkpoint, reader: Reader, problems: list[str]
+) -> dict[str, Fold]:
+    """What was folded into each weight."""
+    if told.get("folds") and not (folder / FOLDS).is_file():
+        problems.append(f"{FOLDS} is missing, so what was folded into the weights cannot be checked")
     try:
-        scales = read_scales(folder / FOLDS)
-        unknown = [name for name in scales if name not in groups]
-        if unknown:
-            raise CheckpointError(f"{FOLDS} folds {unknown[0]}, which cannot be folded in this source")
-        return make_folds(source, reader, [groups[name] for name in scales], scales)
+        return stored_folds(folder, source, reader) if told.get("folds") else {}
     except CheckpointError as error:
         problems.append(str(error))
         return {}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from halfbyte.calibrate import Calibration
-from halfbyte.errors import PlanError, RecipeError
+from halfbyte.checkpoint import Reader
+from halfbyte.errors import CheckpointError, PlanError, RecipeError
+from halfbyte.folding import FOLDS, Fold, make_folds, read_scales
 from halfbyte.models.folds import FoldGroup, find_groups
 from halfbyte.models.patterns import normalise
 from halfbyte.recipes import Decision, Recipe
@@ -123,6 +126,21 @@ def groups_of(checkpoint: Checkpoint) -> list[FoldGroup]:
     """All groups of a checkpoint that could be folded, with refusals."""
     tied = is_tied(checkpoint.inventory.config)
     return find_groups(checkpoint.weights, checkpoint.family, checkpoint.formats, tied=tied)
+
+
+def stored_folds(out: Path, source: Checkpoint, reader: Reader) -> dict[str, Fold]:
+    """What was folded into each weight of an output, by name; {} where nothing was. ``reader`` reads the source.
+
+    The groups are found anew, so that one that was cut short is noticed. CheckpointError where they do not fit.
+    """
+    if not (out / FOLDS).is_file():
+        return {}
+    groups = {group.name: group for group in groups_of(source) if group.refusal is None}
+    scales = read_scales(out / FOLDS)
+    for name in scales:
+        if name not in groups:
+            raise CheckpointError(f"{FOLDS} folds {name}, which cannot be folded in this source")
+    return make_folds(source, reader, [groups[name] for name in scales], scales)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

@@ -18,14 +18,16 @@ from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
 from halfbyte.errors import CheckpointError
 from halfbyte.evaluate.results import now
+from halfbyte.folding import Fold
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
 from halfbyte.measure import TensorError
 from halfbyte.models import Weight
-from halfbyte.slices import SLICE_BYTES
 from halfbyte.view import Checkpoint
+from halfbyte.weighting import stored_folds
 
 VERSION = 1
+SLICE_BYTES = 8 << 20
 Progress = Callable[[int], None]
 Histogram = dict[float, int]
 
@@ -109,7 +111,8 @@ def tensor_errors(
 ) -> dict[str, Any]:
     """The errors document (docs/evaluation.md) of a quantized checkpoint against its source.
 
-    ``importance``: a file that ``read_importance`` reads. ``workers`` threads compare slices side by side;
+    ``importance``: a file that ``read_importance`` reads. What was folded into the output's weights (AWQ) is folded
+    into the source's before they are compared. ``workers`` threads compare slices side by side;
     ``progress`` is called with numbers of elements dealt with. CheckpointError where a quantized weight is not in the
     source or has another shape there.
     """
@@ -123,7 +126,12 @@ def tensor_errors(
             raise CheckpointError(f"{weight.name} of {out} is not in {against}; is it the right source?")
     columns = match_importance(read_importance(importance), source.weights).values if importance else {}
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
-        job = _Job(ours, source, left, right, columns, progress or (lambda _: None))
+        folds = stored_folds(Path(out), source, right)
+        for name in columns.keys() & folds.keys():
+            scale = folds[name].columns
+            if scale is not None:
+                columns[name] = np.asarray(columns[name] / np.square(scale), np.float32)
+        job = _Job(ours, source, left, right, columns, folds, progress or (lambda _: None))
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
             found = list(job.run(pool, [(weight, twins[weight.name]) for weight in chosen]))
     by_class: dict[tuple[str, str], list[WeightError]] = {}
@@ -181,6 +189,7 @@ class _Job:
     left: Reader
     right: Reader
     importance: dict[str, NDArray[np.float32]]
+    folds: dict[str, Fold]
     progress: Progress
 
     def run(self, pool: ThreadPoolExecutor, pairs: Iterable[tuple[Weight, Weight]]) -> Iterator[WeightError]:
@@ -205,6 +214,8 @@ class _Job:
     def _slice(self, weight: Weight, twin: Weight, first: int, stop: int) -> WeightError:
         fmt = self.ours.formats[weight.name]
         dense = self.source.read(self.right, twin, first, stop)
+        if twin.name in self.folds:
+            dense = self.folds[twin.name].apply(dense, first)
         found = WeightError(TensorError(weight.name, weight.role, fmt.name, dense.size))
         try:
             tensor = self.ours.read_quantized(self.left, weight, first, stop)
@@ -229,6 +240,9 @@ class _Job:
     def _values(
         self, found: WeightError, weight: Weight, dense: NDArray[Any], values: NDArray[Any], first: int
     ) -> None:
+        fmt = self.ours.formats[weight.name]
+        if isinstance(fmt, BlockFormat) and len(fmt.tables) > 1:
+            found.error.table_blocks = [0] * len(fmt.tables)
         wide = dense.astype(np.float64)
         error = values - wide
         found.error.squared_error = float((error * error).sum())
