@@ -19,7 +19,6 @@ from small_models import (
     DENSE_CONFIG,
     MOE_CONFIG,
     dense_tensors,
-    heavy_tailed,
     linear,
     moe_tensors,
     read_file,
@@ -93,85 +92,6 @@ def test_what_is_left_to_the_nvidia_size_are_the_input_scales_of_modelopt(qwen36
     index = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}, indent=2)
     others = plan.repository_bytes - plan.shard_bytes - len(plan.index or b"")
     assert round((size + len(index) + others) / 2**30, 2) == 21.85
-
-
-# Regressions that other converters had, by what they lose
-
-
-@pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("per_expert", [False, True], ids=["fused", "per expert"])
-def test_experts_are_not_left_in_bf16_unnoticed(tmp_path: Path, dialect: str, per_expert: bool) -> None:
-    source = write_checkpoint(tmp_path / "source", moe_tensors(per_expert), MOE_CONFIG)
-    written = outputs(make_plan(Checkpoint.open(source), linear("nvfp4"), dialect))
-    experts = {name: dtype for name, dtype in written.items() if "language_model" in name and ".experts." in name}
-    assert experts and "BF16" not in experts.values()
-
-
-@pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("prefix", ["mtp.", "model.visual."])
-def test_mtp_and_vision_are_not_dropped(moe: Path, dialect: str, prefix: str) -> None:
-    plan = make_plan(Checkpoint.open(moe), linear("nvfp4"), dialect)
-    wanted = {name for name in moe_tensors() if name.startswith(prefix)}
-    assert {name for name in outputs(plan) if name.startswith(prefix)} == wanted
-    assert {outputs(plan)[name] for name in wanted} == {"BF16"}
-
-
-@pytest.mark.parametrize("name", ["nvfp4", "mixfp4", "int4-g128", "mxfp4", "fp8", "nvidia-nvfp4", "nvfp4-fp8"])
-def test_router_gates_norms_and_small_projections_are_not_quantized(qwen36: Checkpoint, name: str) -> None:
-    items = make_plan(qwen36, name, "halfbyte").items
-    kept, quantized = ({i.weight.role for i in items if i.action == action} for action in ("keep", "quantize"))
-    never = {"router", "shared_expert_gate", "norm", "embedding", "linear_attention.conv", "linear_attention.state"}
-    never |= {"linear_attention.a", "linear_attention.b", "vision.linear", "mtp.experts.gate_up", "mtp.attention.q"}
-    assert never <= kept and not never & quantized
-
-
-def test_a_rule_for_experts_does_not_match_mtp_layers_by_accident(qwen36: Checkpoint) -> None:
-    plan = make_plan(qwen36, recipe({"match": "experts", "format": "nvfp4"}))
-    quantized = [item.weight.name for item in plan.items if item.format]
-    assert len(quantized) == 80 and not [name for name in quantized if name.startswith("mtp.")]
-
-
-def test_conv1d_is_not_taken_for_experts_since_it_has_three_dimensions(qwen36: Checkpoint) -> None:
-    with pytest.raises(FormatError, match=r"conv1d\.weight: K = 4 is not a multiple of the block size 16 of nvfp4"):
-        make_plan(qwen36, recipe({"match": "re:conv1d", "format": "nvfp4"}))
-    with pytest.raises(PlanError, match=r"conv1d\.weight has the shape \[8192, 1, 4\]"):
-        make_plan(qwen36, recipe({"match": "re:conv1d", "format": "fp8_channel"}), "compressed-tensors")
-
-
-def test_k_4304_does_not_fit_blocks_of_32(qwen36: Checkpoint) -> None:
-    rule = {"match": "vision.linear", "format": "mxfp4"}
-    with pytest.raises(FormatError, match=r"linear_fc2\.weight: K = 4304 is not a multiple of the block size 32"):
-        make_plan(qwen36, recipe(rule))
-    plan = make_plan(qwen36, recipe({**rule, "indivisible": "keep"}))
-    kept = [i for i in plan.items if i.action == "keep" and "linear_fc2" in i.weight.name and "blocks" in i.weight.name]
-    assert len(kept) == 27 + 27 and any("K = 4304" in item.reason for item in kept)  # weights and biases
-    assert make_plan(qwen36, recipe({**rule, "format": "nvfp4"})).bits_per_weight < 16
-
-
-@pytest.mark.parametrize(
-    ("rule", "told"),
-    [
-        ({"match": "lm_head", "format": "nvfp4"}, "embed_tokens.weight: keep, lm_head.weight: nvfp4"),
-        ({"match": "embedding", "format": "nvfp4"}, "embed_tokens.weight: nvfp4, lm_head.weight: keep"),
-    ],
-)
-def test_tied_embeddings_are_not_quantized_on_one_side_only(tmp_path: Path, rule: dict[str, str], told: str) -> None:
-    config = {**DENSE_CONFIG, "tie_word_embeddings": True}
-    source = write_checkpoint(tmp_path / "source", dense_tensors(tied=True), config)
-    with pytest.raises(PlanError, match=f"embeddings are tied .* but they have model.{told}"):
-        make_plan(Checkpoint.open(source), recipe(rule))
-    both = recipe({"match": ["lm_head", "embedding"], "format": "nvfp4", "search": "absmax"})
-    run(source, tmp_path / "out", both)
-    stored = read_file(tmp_path / "out")
-    assert stored["lm_head.weight_codes"].tobytes() == stored["model.embed_tokens.weight_codes"].tobytes()
-
-
-def test_one_indivisible_member_does_not_leave_its_fusion_group_in_two_formats(tmp_path: Path) -> None:
-    tensors = dense_tensors()
-    tensors["model.layers.0.self_attn.v_proj.weight"] = heavy_tailed(np.random.default_rng(0), 64, 136)
-    source = write_checkpoint(tmp_path / "source", tensors, DENSE_CONFIG)
-    with pytest.raises(PlanError, match=r"engines fuse the group model\.layers\.0\.self_attn\.qkv_proj"):
-        make_plan(Checkpoint.open(source), linear("nvfp4", indivisible="keep"))
 
 
 # Refusals

@@ -101,7 +101,9 @@ def _regex_matches(entry: str, weights: Sequence[Weight], where: str) -> list[in
             )
         if hits:
             found.append(index)
-    return found
+    # `mtp.layers.0.mlp.experts` looks like a layer of the main model to most expressions
+    main = [index for index in found if not weights[index].role.startswith("mtp.")]
+    return main if main and "mtp" not in entry else found
 
 
 def _nothing(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]], where: str) -> str:
