@@ -80,7 +80,7 @@ def verify(
     unfinished(folder)
     ours = Checkpoint(Inventory.open(out))
     source = Checkpoint(Inventory.open(against, revision))
-    result.problems += files_beside(folder, ours.inventory, source)
+    result.problems += files_beside(folder, ours, source)
     if ours.dialect is None:
         result.problems.append("config.json has no quantization_config, so engines would misread the packed tensors")
         return result
@@ -104,6 +104,8 @@ def verify(
                 result.dropped[weight.name] = INPUT_SCALE
             elif twin is not None and respelled:
                 pair.respelled(weight, respelled)
+            elif twin is None and (reason := ours.dialect.left_out(weight)):
+                result.dropped[weight.name] = reason
             elif twin is None:
                 result.problems.append(f"{weight.name} of the source is missing, and no rule of the recipe drops it")
             else:
@@ -135,16 +137,19 @@ class _Pair:
         if decision is None:
             wanted, keep = fmt, fmt == before
         else:
-            wanted = get_format(decision.format) if decision.format else before
-            keep = decision.action == "keep"
             assert self.ours.dialect is not None
+            stated = get_format(decision.format) if decision.format else None
+            wanted = self.ours.dialect.format_for(weight, stated) if stated else before
+            keep = decision.action == "keep"
             unfit = wanted and (wanted.problem(twin.shape) or self.ours.dialect.unfit(weight, wanted))
             if unfit and decision.indivisible == "keep":
                 wanted, keep = before, True
         if fmt != wanted:
             said = [f.name if f else "unquantized" for f in (fmt, wanted)]
             self.result.problems.append(f"{weight.name} is {said[0]}, but the recipe wants it {said[1]}")
-        if keep and (before is None or self.ours.dialect is self.source.dialect):
+        if keep and fmt is None and before is None and self._spelled(weight, twin):
+            self._same(weight, twin)
+        elif keep and (before is None or self.ours.dialect is self.source.dialect):
             self._kept(weight, [o.name for o in self.source.stored(weight)] if before else weight.sources)
         elif fmt is not None:
             self._quantized(weight, twin, fmt)
@@ -172,6 +177,26 @@ class _Pair:
                 problems.append(f"{name} was to be kept, but its bytes differ from the source")
             elif b.dtype in FLOATS and not _finite(_chunks(self.left, name), b.dtype):
                 problems.append(f"{name} holds a NaN or an infinity")
+
+    def _spelled(self, weight: Weight, twin: Weight) -> bool:
+        """Whether either side spells an unquantized weight otherwise than a plain checkpoint."""
+        return self.ours.tensors_of(twin) != list(twin.sources) or self.source.tensors_of(weight) != list(weight.sources)
+
+    def _same(self, weight: Weight, twin: Weight) -> None:
+        """A kept weight in another spelling: the same values."""
+        self.result.kept += 1
+        problems = self.result.problems
+        for first, stop in _slices(twin):
+            ours = self.ours.read(self.left, twin, first, stop).astype(np.float32)
+            dense = self.source.read(self.right, weight, first, stop)
+            if weight.name in self.folds:
+                dense = self.folds[weight.name].apply(dense, first)
+            if ours.shape != dense.shape or not np.array_equal(ours, dense.astype(np.float32)):
+                problems.append(f"{weight.name} was to be kept, but its values differ from the source")
+                return
+            if not np.isfinite(ours).all():
+                problems.append(f"{weight.name} holds a NaN or an infinity")
+                return
 
     def _equals(self, weight: Weight, name: str, fold: Fold) -> bool:
         """Whether a kept tensor is, bit for bit, that of the source after folding."""
@@ -231,6 +256,8 @@ def _finite(chunks: Iterable[memoryview], dtype: str) -> bool:
 
 def _slices(weight: Weight) -> Iterator[tuple[int, int]]:
     """Expert by expert, since a wrong one is lost in the error of many; a matrix in rows, whole tiles of them."""
+    if len(weight.shape) < 2:
+        return iter(((0, weight.shape[0] if weight.shape else 1),))
     step = 1
     if len(weight.shape) == 2:
         step = max(128, SLICE_BYTES // (2 * weight.shape[1]) // 128 * 128)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint import Inventory
 from halfbyte.checkpoint.files import parse_object
 from halfbyte.dialects import unquantized_config
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
@@ -46,9 +45,9 @@ def decisions_of(folder: Path, told: dict[str, Any], source: Checkpoint) -> dict
     return {w.name: d for w, d in zip(source.weights, decisions, strict=True)}
 
 
-def files_beside(folder: Path, ours: Inventory, checkpoint: Checkpoint) -> list[str]:
+def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> list[str]:
     """What is wrong with everything but the weights: side files, config.json, index."""
-    source = checkpoint.inventory
+    ours, source = output.inventory, checkpoint.inventory
     replaced = {PROVENANCE, FOLDS, *(checkpoint.dialect.files if checkpoint.dialect else ())}
     problems = []
     for name, size in source.side_files.items():
@@ -64,7 +63,7 @@ def files_beside(folder: Path, ours: Inventory, checkpoint: Checkpoint) -> list[
         problems.append(f"{stray[0]} is a weight file that the index does not name; an engine may load it instead")
     if not ours.config:
         problems.append("config.json is missing")
-    left, right = _comparable(ours.config), _comparable(source.config)
+    left, right = (_comparable(config, output, checkpoint) for config in (ours.config, source.config))
     for key in sorted({*left, *right}):
         if ours.config and left.get(key) != right.get(key):
             problems.append(f"config.json differs from the source in {key}")
@@ -74,8 +73,10 @@ def files_beside(folder: Path, ours: Inventory, checkpoint: Checkpoint) -> list[
     return problems
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """What a conversion leaves as it is: all but the quantization and our own remote code."""
+def _comparable(config: dict[str, Any], *spelled: Checkpoint) -> dict[str, Any]:
+    """What a conversion leaves as it is: all but the quantization, a dialect's names and our own remote code."""
+    for checkpoint in spelled:
+        config = checkpoint.dialect.original_config(config) if checkpoint.dialect else config
     code = config.get("auto_map") or {}
     own = all(str(value).startswith("halfbyte_quantizer.") for value in code.values())
     return {k: v for k, v in unquantized_config(config).items() if not (k == "auto_map" and own)}
