@@ -24,10 +24,33 @@ def test_json_of_a_quantized_checkpoint_names_dialect_and_formats(run_json: Call
     assert sum(role["nbytes"] for role in found["roles"]) == found["data_bytes"]
 
 
-def test_text_has_a_line_per_role_and_no_control_characters(run_text: Callable[..., str], demo_model: str) -> None:
+def test_json_sums_the_roles_of_a_class(run_json: Callable[..., Any], quantized: str) -> None:
+    found = run_json("inspect", quantized)
+    classes = {c["name"]: c for c in found["classes"]}
+    assert sum(c["nbytes"] for c in found["classes"]) == found["data_bytes"]
+    assert sum(c["tensors"] for c in found["classes"]) == found["tensors"]
+    assert list(classes["routed experts"]["stored"]) == ["mxfp4"] and list(classes["MTP"]["stored"]) == ["BF16"]
+    assert {"attention", "linear attention", "embedding", "lm_head", "router", "norms and others"} < set(classes)
+
+
+def test_text_has_a_line_per_class_and_no_control_characters(run_text: Callable[..., str], demo_model: str) -> None:
     text = run_text("inspect", demo_model)
     assert "qwen3_5_moe (Qwen3_5MoeForCausalLM)" in text
     assert "multi-token prediction" in text
+    assert any(line.split()[:3] == ["routed", "experts", "8"] for line in text.splitlines())
+    assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_text_names_what_engines_lose_and_how_much(run_text: Callable[..., str], demo_model: str) -> None:
+    text = run_text("inspect", demo_model)
+    (line,) = (line for line in text.splitlines() if line.startswith("mlx-lm"))
+    assert line.split(None, 2)[1:] == ["loses", "MTP [19 tensors, 1.04 MB]"]
+    assert "nothing is known to be lost in SGLang, llama.cpp" in text
+    assert "transformers 5.23.0 with compressed-tensors 0.20.0" in text
+
+
+def test_roles_are_listed_on_demand(run_text: Callable[..., str], demo_model: str) -> None:
+    text = run_text("inspect", demo_model, "--roles")
     assert any(line.split()[:2] == ["experts.down", "4"] for line in text.splitlines())
     assert all(c.isprintable() or c == "\n" for c in text)
 
