@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from halfbyte import __version__
-from halfbyte.cli import calibrate, demo, evaluate, formats, inspect, plan, quantize, recipes, verify
+from halfbyte.cli import allocate, calibrate, demo, evaluate, formats, inspect, plan, quantize, recipes, verify
 from halfbyte.errors import HalfbyteError
 
 OK, FOUND_PROBLEMS, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "verify": verify,
     "evaluate": evaluate,
     "calibrate": calibrate,
+    "allocate": allocate,
     "recipes": recipes,
     "formats": formats,
     "demo": demo,

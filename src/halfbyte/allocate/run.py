@@ -1,0 +1,117 @@
+"""From a checkpoint and a size to a recipe that meets it exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.allocate.choices import KEEP, Progress, Unit, make_units, measure, predict
+from halfbyte.allocate.solve import Allocation, allocate, frontier
+from halfbyte.allocate.write import recipe_text
+from halfbyte.calibrate import Calibration
+from halfbyte.dialects import Dialect
+from halfbyte.errors import PlanError
+from halfbyte.formats import get_format
+from halfbyte.plan import Plan, make_plan
+from halfbyte.recipes import parse_recipe
+from halfbyte.view import Checkpoint
+
+FORMATS = ("mixfp4", "nvfp4", "mxfp4", "fp8_channel", KEEP)
+_TRIES = 8
+
+
+@dataclass
+class Allocated:
+    """A recipe, its plan, and how it came about."""
+
+    recipe: str
+    plan: Plan
+    units: list[Unit]
+    allocation: Allocation
+    frontier: list[Allocation]
+    other_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: sizes, the choice of every unit, and the Pareto curve of data bytes and predicted loss."""
+        return {
+            "recipe": self.plan.recipe.name,
+            "data_bytes": self.plan.data_bytes,
+            "repository_bytes": self.plan.repository_bytes,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "predicted_loss": self.allocation.loss,
+            "units": [
+                {
+                    "name": unit.name,
+                    "weights": [w.name for w in unit.weights],
+                    "parameters": unit.parameters,
+                    "format": chosen.format,
+                    "bytes": chosen.bytes,
+                    "loss": chosen.loss,
+                    "choices": {c.format: {"bytes": c.bytes, "error": c.error, "loss": c.loss} for c in unit.choices},
+                }
+                for unit, chosen in zip(self.units, self.allocation.chosen, strict=True)
+            ],
+            "frontier": [{"data_bytes": self.other_bytes + a.bytes, "loss": a.loss} for a in self.frontier],
+        }
+
+
+def allocate_recipe(
+    checkpoint: Checkpoint,
+    dialect: Dialect,
+    name: str = "allocated",
+    *,
+    budget: int | None = None,
+    bits: float | None = None,
+    formats: Sequence[str] = FORMATS,
+    roles: Sequence[str] = ("linear",),
+    calibration: Calibration | None = None,
+    sensitivity: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Allocated:
+    """Choose a format for every unit so that the output has at most ``budget`` bytes (all files together) or
+    ``bits`` per weight (all weights), and lose the least.
+
+    Losses are predicted from measured errors (``measure``) and ``sensitivity``. PlanError where the size cannot be
+    met.
+    """
+    if (budget is None) == (bits is None):
+        raise PlanError("give either a budget in bytes or a number of bits per weight")
+    units = make_units(checkpoint, dialect, formats, roles)
+    searches = {name: "absmax" for name in formats if name != KEEP and get_format(name).block[0] != 1}
+    measure(checkpoint, units, searches, calibration, progress)
+    predict(units, sensitivity)
+
+    def plan_of(allocation: Allocation) -> tuple[str, Plan]:
+        how = "measured sensitivities" if sensitivity is not None else "errors alone"
+        about = (
+            f"Made by `halfbyte allocate` for {checkpoint.inventory.source.rstrip('/').rsplit('/', 1)[-1]}: "
+            + (f"at most {budget} bytes" if budget is not None else f"at most {bits} bits per weight")
+            + ",",
+            f"formats {', '.join(formats)}, roles {', '.join(roles)}; losses predicted from {how}"
+            + (f" and the importance of {calibration.name}." if calibration else "."),
+        )
+        text = recipe_text(name, units, allocation.chosen, checkpoint.weights, searches, about, dialect.name)
+        return text, make_plan(checkpoint, parse_recipe(text, name), dialect)
+
+    def size_of(plan: Plan) -> int:
+        return plan.repository_bytes if budget is not None else plan.data_bytes
+
+    smallest = Allocation([min(unit.choices, key=lambda c: c.bytes) for unit in units])
+    _, plan = plan_of(smallest)
+    limit = budget if budget is not None else int((bits or 0) * plan.parameters / 8)
+    rest = size_of(plan) - smallest.bytes
+    for _ in range(_TRIES):
+        if limit <= rest:
+            raise PlanError(
+                f"weights of other roles alone need {rest} bytes, and the limit is {limit}; raise it, or let more roles "
+                "be decided (--roles)"
+            )
+        chosen = allocate(units, limit - rest)
+        text, plan = plan_of(chosen)
+        if size_of(plan) <= limit:
+            others = plan.data_bytes - chosen.bytes
+            return Allocated(text, plan, units, chosen, frontier(units), others)
+        rest += size_of(plan) - limit  # headers and configuration grow with the number of tensors and rules
+    raise PlanError(f"no allocation of at most {limit} bytes was found; raise the limit a little")

@@ -1,0 +1,96 @@
+"""The allocation itself: one format for each unit, the least predicted loss within a number of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from halfbyte.allocate.choices import Choice, Unit
+from halfbyte.errors import HalfbyteError, PlanError
+
+GAP = 1e-4  # relative to the best possible loss
+
+
+@dataclass
+class Allocation:
+    """``chosen`` is one choice for each unit; ``bytes`` and ``loss`` are their sums."""
+
+    chosen: list[Choice]
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of all units."""
+        return sum(choice.bytes for choice in self.chosen)
+
+    @property
+    def loss(self) -> float:
+        """Predicted loss."""
+        return sum(choice.loss for choice in self.chosen)
+
+
+def allocate(units: Sequence[Unit], budget: int) -> Allocation:
+    """The choices with the least sum of losses whose bytes are at most ``budget``.
+
+    A multiple-choice knapsack, solved by HiGHS to a relative gap of 1e-4. PlanError, with the least possible size,
+    where even the smallest formats are too large.
+    """
+    highspy = _highspy()
+    least = sum(min(c.bytes for c in unit.choices) for unit in units)
+    if least > budget:
+        raise PlanError(
+            f"the smallest formats need {least} bytes for these weights, {least - budget} more than there are; raise "
+            "the budget, or allow smaller formats or more roles"
+        )
+    solver = highspy.Highs()
+    solver.silent()
+    solver.setOptionValue("mip_rel_gap", GAP)
+    # numbers around one suit its tolerances
+    scale = max((c.loss for unit in units for c in unit.choices), default=0.0) or 1.0
+    flat: list[Choice] = []
+    variables: list[Any] = []
+    for unit in units:
+        some = _useful(unit.choices)
+        own = [solver.addBinary(obj=choice.loss / scale) for choice in some]
+        solver.addConstr(solver.qsum(own) == 1)
+        flat += some
+        variables += own
+    solver.addConstr(solver.qsum(c.bytes / budget * v for c, v in zip(flat, variables, strict=True)) <= 1)
+    solver.run()
+    values = solver.getSolution().col_value
+    found = Allocation([choice for choice, value in zip(flat, values, strict=True) if value > 0.5])
+    if len(found.chosen) != len(units):
+        raise PlanError(f"the solver found no allocation ({solver.getModelStatus()})")
+    if found.bytes > budget:
+        # over by a tolerance of the solver, which counts in fractions of the budget
+        return allocate(units, max(least, budget - 2 * (found.bytes - budget)))
+    return found
+
+
+def frontier(units: Sequence[Unit], points: int = 24) -> list[Allocation]:
+    """Allocations from the smallest to the largest possible size, evenly spaced: the Pareto curve."""
+    smallest = sum(min(c.bytes for c in unit.choices) for unit in units)
+    largest = sum(max(c.bytes for c in unit.choices) for unit in units)
+    found = [allocate(units, int(budget)) for budget in np.linspace(smallest, largest, points)]
+    return [a for i, a in enumerate(found) if i == 0 or a.bytes > found[i - 1].bytes]
+
+
+def _useful(choices: Sequence[Choice]) -> list[Choice]:
+    """Without those that cost more bytes than another that loses no more."""
+    best: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.bytes, c.loss)):
+        if not best or choice.loss < best[-1].loss:
+            best.append(choice)
+    return best
+
+
+def _highspy() -> Any:
+    try:
+        import highspy
+    except ImportError as error:
+        raise HalfbyteError(
+            f"allocation needs the solver HiGHS ({error}); install it with: pip install 'halfbyte[allocate]'"
+        ) from error
+    return highspy

@@ -1,0 +1,144 @@
+"""Formats chosen for a size: exact bytes, least loss, groups kept whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfbyte.allocate import allocate_recipe
+from halfbyte.allocate.choices import Choice, Unit, make_units, measure, predict
+from halfbyte.allocate.solve import allocate, frontier
+from halfbyte.cli import main
+from halfbyte.demo import MODEL
+from halfbyte.dialects import get_dialect
+from halfbyte.errors import CheckpointError, PlanError
+from halfbyte.plan import make_plan
+from halfbyte.recipes import parse_recipe
+from halfbyte.view import Checkpoint
+
+pytest.importorskip("highspy")
+HALFBYTE = get_dialect("halfbyte")
+FORMATS = ("nvfp4", "mxfp4", "fp8_channel", "keep")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Checkpoint:
+    return Checkpoint.open(MODEL)
+
+
+@pytest.fixture(scope="module")
+def units(demo: Checkpoint) -> list[Unit]:
+    found = make_units(demo, HALFBYTE, FORMATS)
+    measure(demo, found)
+    predict(found)
+    return found
+
+
+costs = st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(costs, min_size=1, max_size=5), st.floats(0, 1))
+def test_no_other_choice_within_the_budget_loses_less(table: list[list[tuple[int, float]]], where: float) -> None:
+    given_units = [Unit(str(i), [], [Choice("f", b, 0, loss) for b, loss in some]) for i, some in enumerate(table)]
+    smallest, largest = (sum(f(b for b, _ in some) for some in table) for f in (min, max))
+    budget = smallest + int(where * (largest - smallest))
+    found = allocate(given_units, budget)
+    assert found.bytes <= budget
+    every = itertools.product(*table)
+    best = min(sum(loss for _, loss in some) for some in every if sum(b for b, _ in some) <= budget)
+    assert found.loss <= best * (1 + 1e-3) + 1e-6
+
+
+def test_members_of_a_fusion_group_and_all_experts_of_a_layer_are_one_unit(units: list[Unit]) -> None:
+    names = [[w.name.rpartition("layers.")[2] for w in unit.weights] for unit in units]
+    assert any({"q_proj", "k_proj", "v_proj"} == {n.split(".")[-2] for n in some} for some in names)
+    experts = [some for some in names if any(".experts." in n for n in some)]
+    assert len(experts) == 4 and all(len(some) == 2 for some in experts)
+
+
+def test_a_unit_s_bytes_are_those_that_the_plan_gives_it(demo: Checkpoint, units: list[Unit]) -> None:
+    recipe = parse_recipe("rules: [{match: linear, format: nvfp4}]", "test", "t")
+    by_name = {item.weight.name: item.nbytes for item in make_plan(demo, recipe, HALFBYTE).items}
+    for unit in units:
+        choice = next(c for c in unit.choices if c.format == "nvfp4")
+        assert choice.bytes == sum(by_name[w.name] for w in unit.weights)
+
+
+def test_only_the_weights_of_the_units_are_quantized(demo: Checkpoint, units: list[Unit]) -> None:
+    found = allocate_recipe(demo, HALFBYTE, bits=8.0, formats=FORMATS)
+    chosen = {w.name: c.format for u, c in zip(found.units, found.allocation.chosen, strict=True) for w in u.weights}
+    for item in found.plan.items:
+        assert (item.format.name if item.format else "keep") == chosen.get(item.weight.name, "keep"), item.weight.name
+
+
+@pytest.mark.parametrize("dialect", ["halfbyte", "compressed-tensors"])
+def test_the_output_has_at_most_the_budget_and_little_less(demo: Checkpoint, dialect: str) -> None:
+    budget = 3_600_000
+    found = allocate_recipe(demo, get_dialect(dialect), budget=budget, formats=FORMATS)
+    assert found.plan.repository_bytes <= budget
+    # what remains is smaller than the smallest step that another format would take
+    assert budget - found.plan.repository_bytes < 120_000
+    assert {c.format for c in found.allocation.chosen} > {"fp8_channel"}
+
+
+def test_bits_per_weight_are_kept(demo: Checkpoint) -> None:
+    found = allocate_recipe(demo, HALFBYTE, bits=9.0, formats=FORMATS)
+    assert 8.9 < found.plan.bits_per_weight <= 9.0
+
+
+def test_more_bytes_never_predict_more_loss(units: list[Unit]) -> None:
+    curve = frontier(units, 10)
+    assert [a.bytes for a in curve] == sorted(a.bytes for a in curve)
+    assert [a.loss for a in curve] == sorted((a.loss for a in curve), reverse=True)
+
+
+def _sensitivity(path: Path, groups: dict[str, tuple[list[str], float]]) -> Path:
+    lines = [{"halfbyte": "sensitivity", "version": 1}]
+    lines += [{"group": g, "weights": w, "format": "nvfp4", "kl": {"mean": kl}} for g, (w, kl) in groups.items()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_sensitive_unit_gets_the_bytes(tmp_path: Path, demo: Checkpoint, units: list[Unit]) -> None:
+    special = next(u for u in units if any(w.role == "linear_attention.out" for w in u.weights))
+    groups = {u.name: ([w.name for w in u.weights], 1.0 if u is special else 1e-6) for u in units}
+    groups["all"] = ([w.name for u in units for w in u.weights], 2.0)
+    path = _sensitivity(tmp_path / "s.jsonl", groups)
+    found = allocate_recipe(demo, HALFBYTE, bits=8.5, formats=FORMATS, sensitivity=path)
+    chosen = {u.name: c.format for u, c in zip(found.units, found.allocation.chosen, strict=True)}
+    assert chosen[special.name] == "keep"
+
+
+def test_sensitivities_that_lack_a_unit_are_refused(tmp_path: Path, demo: Checkpoint, units: list[Unit]) -> None:
+    path = _sensitivity(tmp_path / "s.jsonl", {units[0].name: ([w.name for w in units[0].weights], 1.0)})
+    with pytest.raises(CheckpointError, match="say nothing of"):
+        allocate_recipe(demo, HALFBYTE, bits=8.5, formats=FORMATS, sensitivity=path)
+
+
+def test_a_budget_below_the_smallest_formats_is_refused_with_the_size_that_is_needed(demo: Checkpoint) -> None:
+    with pytest.raises(PlanError, match=r"the smallest formats need \d+ bytes"):
+        allocate_recipe(demo, HALFBYTE, bits=6.0, formats=FORMATS)
+
+
+def test_a_budget_that_other_weights_use_up_is_refused(demo: Checkpoint) -> None:
+    with pytest.raises(PlanError, match=r"other roles alone need \d+ bytes"):
+        allocate_recipe(demo, HALFBYTE, bits=2.0, formats=FORMATS)
+
+
+def test_the_recipe_that_the_command_writes_quantizes_to_what_it_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    assert main(["allocate", str(MODEL), "--bits", "8", "-o", str(recipe), "--formats", *FORMATS, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert recipe.read_text().startswith("# Made by `halfbyte allocate` for demo_model")
+    assert main(["quantize", str(MODEL), str(tmp_path / "out"), "--recipe", str(recipe), "--json"]) == 0
+    capsys.readouterr()
+    assert sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) == said["repository_bytes"]
+    assert main(["verify", str(tmp_path / "out"), "--against", str(MODEL), "--json"]) == 0
