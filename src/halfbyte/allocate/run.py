@@ -105,8 +105,8 @@ def allocate_recipe(
     for _ in range(_TRIES):
         if limit <= rest:
             raise PlanError(
-                f"weights of other roles alone need {rest} bytes, and the limit is {limit}; raise it, or let more roles "
-                "be decided (--roles)"
+                f"weights of other roles alone need {rest} bytes, and the limit is {limit}; raise it, or let more "
+                "roles be decided (--roles)"
             )
         chosen = allocate(units, limit - rest)
         text, plan = plan_of(chosen)
