@@ -14,7 +14,9 @@ from halfbyte import kernels
 from halfbyte.formats import get_format
 from halfbyte.kernels import ErrorStats
 from halfbyte.search import encode
+from halfbyte.search.gptq import gptq, prepare
 from kernels.cases import NATIVE, TYPES, cast, inputs
+from search.hessians import hessian
 
 if __name__ == "__main__":
     np.seterr(all="ignore")
@@ -32,4 +34,15 @@ if __name__ == "__main__":
                     kernels.compare(tensor, narrow, ErrorStats())
                     narrow.flat[-1] = np.nan
                     kernels.amax(narrow)
+            for name in ("mixfp4", "mxfp4", "razer_e3m3", "iq4_nl", "int4_g128", "int4_asym_g32", "affine4_g64"):
+                k = max(48, 2 * get_format(name).block[1])
+                for i, mode in enumerate(("in_loop", "local_hessian", "compensated", "static")):
+                    prepared = prepare(hessian(k), name, mode=mode, order=("none", "act")[i % 2])
+                    for rows in (1, 17):
+                        gptq(
+                            cast(draw("heavy", (2, rows, k), rows), TYPES[sorted(TYPES)[i % 3]]),
+                            name,
+                            "sweep",
+                            prepared,
+                        )
     print("ran", *NATIVE)
