@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from halfbyte.activations import choose as choose_activations
+from halfbyte.activations import settled as settled_activations
 from halfbyte.calibrate import Calibration
 from halfbyte.checkpoint.files import collector_paused
 from halfbyte.dialects import Dialect, OutputTensor, get_dialect, quantization_config_of, unquantized_config
@@ -176,7 +178,9 @@ def make_plan(
         raise PlanError(f"recipe {recipe.name} quantizes nothing in {inventory.source}; check its rules")
     _check_groups(items)
     notes = [checkpoint.family.note] if checkpoint.family.note else []
+    choose_activations(items, decisions, dialect)
     notes += settle_input_scales(checkpoint, items, dialect)
+    activations = settled_activations(checkpoint, items, dialect)
     _check_tied(inventory.config, items)
     weighting = settle(checkpoint, recipe, items, decisions, calibration)
     notes += weighting.notes() if weighting else optional_note(recipe, decisions)
@@ -188,7 +192,7 @@ def make_plan(
     kept = [i.weight for i in items if i.action != "drop" and not formats[i.weight.name]]
     config = unquantized_config(source.original_config(inventory.config) if source else inventory.config)
     config |= dict(extra_config or {})
-    config["quantization_config"] = settings = dialect.config(quantized, kept)
+    config["quantization_config"] = settings = dialect.with_activations(activations).config(quantized, kept)
     inherited = checkpoint.dialect.inherited(inventory) if checkpoint.dialect else {}
     if checkpoint.dialect is dialect:
         settings |= inherited

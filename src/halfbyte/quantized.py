@@ -101,7 +101,12 @@ def input_scales(
 def settle_input_scales(checkpoint: Checkpoint, items: Iterable[Item], dialect: Dialect) -> list[str]:
     """Respell or drop the calibrated scales of activations; the notes that say so."""
     items = list(items)
-    formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.outputs}
+    weights_only = ("none", "dynamic")
+    formats = {
+        i.weight.name: i.format or checkpoint.formats.get(i.weight.name)
+        for i in items
+        if i.outputs and i.activations not in weights_only
+    }
     found = input_scales(checkpoint, dialect, formats)
     for item in items:
         if item.weight.name in found:

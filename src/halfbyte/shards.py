@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Literal
 
 from halfbyte.checkpoint import Layout, nbytes
 from halfbyte.dialects import Container, OutputTensor
@@ -26,6 +27,7 @@ class Item:
     ``experts``: the leading indices that these outputs hold, where a stack is spread over several files; None
     for all. ``offsets``: where each output starts in its file, absolute. ``weighted``: importance weighs the
     errors of the search. ``declined``: the format that the recipe wants and that cannot hold the weight.
+    ``activations``: how the recipe wants the weight's inputs quantized.
     """
 
     weight: Weight
@@ -39,6 +41,7 @@ class Item:
     experts: tuple[int, int] | None = None
     weighted: bool = False
     declined: str = ""
+    activations: Literal["none", "dynamic", "static"] | None = None
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:

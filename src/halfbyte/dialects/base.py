@@ -186,6 +186,21 @@ class Dialect(ABC):
         """The scale of a module's activations beside weights in a format, where engines use one."""
         return None
 
+    def activations_problem(self, fmt: Format, kind: str) -> str | None:
+        """Why engines cannot quantize the inputs of weights in a format this way (none, dynamic, static), or None."""
+        return None if kind == "none" else f"the dialect {self.name} has no word for quantized activations"
+
+    def activations_of(self, inventory: Inventory, weight: Weight) -> dict[str, Any] | None:
+        """What a checkpoint's configuration does with the inputs of a weight ({}: nothing), None where that is not its matter."""
+        return None
+
+    def with_activations(self, kinds: Mapping[str, Any]) -> Dialect:
+        """This dialect, whose configuration says how the inputs of these weights (by name) are quantized.
+
+        Values are words of recipes (none, dynamic, static) or what ``activations_of`` found.
+        """
+        return self
+
     def inherited(self, inventory: Inventory) -> dict[str, Any]:
         """Settings of a source in this dialect that are not about weights; its outputs in this dialect keep them."""
         scheme = quantization_config_of(inventory).get("kv_cache_scheme")

@@ -6,16 +6,22 @@ Per module P: ``P.weight_packed``, ``P.weight_scale`` and, as the format wants, 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo
 from halfbyte.dialects.base import Array, Dialect, InputScale, OutputTensor, quantization_config_of, register_dialect
-from halfbyte.dialects.compressed_tensors_config import SPELLINGS, Schemes, quantization_config
+from halfbyte.dialects.compressed_tensors_config import (
+    SPELLINGS,
+    Schemes,
+    activation_arguments,
+    quantization_config,
+)
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
 from halfbyte.errors import CheckpointError
@@ -30,6 +36,9 @@ class CompressedTensorsDialect(Dialect):
     about = "vLLM, SGLang, transformers"
     divisor = True
     input_scales = (".input_global_scale", ".input_scale")
+
+    def __init__(self, activations: Mapping[str, Any] | None = None) -> None:
+        self.activations = activations or {}
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
         """Formats that the library has no compressor for, and weights that are no modules."""
@@ -58,17 +67,19 @@ class CompressedTensorsDialect(Dialect):
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """Config groups with unanchored patterns, and the ignore list."""
         static = scaled_modules(kept, self.input_scales)
-        by_format: dict[tuple[str, bool], list[str]] = {}
+        by_format: dict[tuple[str, str], list[str]] = {}
         # transformers takes the first pattern that contains "experts", which those of shared experts may do
         for weight, fmt in sorted(quantized, key=lambda pair: len(pair[0].shape) == 2):
             names = [m.name for m in modules(weight, one_expert=True)]
-            by_format.setdefault((fmt.name, names[0] in static), []).extend(names)
+            inputs = activation_arguments(fmt.name, self.activations.get(weight.name), names[0] in static)
+            by_format.setdefault((fmt.name, json.dumps(inputs, sort_keys=True)), []).extend(names)
+        groups = [(name, json.loads(inputs), members) for (name, inputs), members in by_format.items()]
         taken = spaces(w for w, _ in quantized)
         whole = sorted(spaces(kept) - taken)
         apart = tuple(f"{space}." for space in whole)
         linear = [w for w in kept if is_linear(w) and not w.name.removeprefix("model.").startswith(apart)]
         ignored = [m.name for weight in linear for m in modules(weight, one_expert=True)]
-        return quantization_config(by_format, ignored, whole, sorted(taken))
+        return quantization_config(groups, ignored, whole, sorted(taken))
 
     def notes(self, quantized: Sequence[tuple[Weight, Format]]) -> list[str]:
         """What engines that are out now do not load, or load wrongly."""
@@ -92,11 +103,24 @@ class CompressedTensorsDialect(Dialect):
 
     def input_scale(self, fmt: Format) -> InputScale | None:
         """NVFP4 stores a divisor, FP8 a multiplier."""
-        known = {
-            "nvfp4": InputScale(".input_global_scale", True, (1,)),
-            "fp8_tensor": InputScale(".input_scale", False, (1,)),
-        }
+        known = {"nvfp4": InputScale(".input_global_scale", True, (1,))}
+        known |= dict.fromkeys(("fp8_tensor", "fp8_channel"), InputScale(".input_scale", False, (1,)))
         return known.get(fmt.name)
+
+    def activations_problem(self, fmt: Format, kind: str) -> str | None:
+        """Engines have kernels for some pairs only."""
+        known = SPELLINGS[fmt.name][2]
+        if kind in known:
+            return None
+        return f"engines take no {kind} activations beside {fmt.name} in {self.name}, only {' or '.join(known)}"
+
+    def activations_of(self, inventory: Inventory, weight: Weight) -> dict[str, Any] | None:
+        """``input_activations`` of its group."""
+        return _schemes(inventory).inputs_of(next(modules(weight, one_expert=True)).name)
+
+    def with_activations(self, kinds: Mapping[str, Any]) -> Dialect:
+        """The arguments go to the groups."""
+        return CompressedTensorsDialect(kinds)
 
     def claims(self, inventory: Inventory) -> bool:
         """By ``quant_method``."""
@@ -104,7 +128,7 @@ class CompressedTensorsDialect(Dialect):
 
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Replace each module's tensors by its weight."""
-        schemes = Schemes(quantization_config_of(inventory), inventory.source)
+        schemes = _schemes(inventory)
         formats: dict[str, Format] = {}
         companions: set[str] = set()
         for name, info in inventory.tensors.items():
@@ -126,6 +150,11 @@ class CompressedTensorsDialect(Dialect):
             elif name not in companions:
                 tensors[name] = info
         return tensors, by_weight
+
+
+@lru_cache(maxsize=1)
+def _schemes(inventory: Inventory) -> Schemes:
+    return Schemes(quantization_config_of(inventory), inventory.source)
 
 
 def _outputs(module: Module, fmt: Format) -> Iterator[OutputTensor]:

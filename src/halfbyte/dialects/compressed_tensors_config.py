@@ -41,61 +41,75 @@ def _float8(strategy: str, **more: Any) -> dict[str, Any]:
     return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False, **more}
 
 
-_TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-_BLOCK_INPUT = {
-    "num_bits": 8,
-    "type": "float",
-    "symmetric": True,
-    "strategy": "group",
-    "group_size": 128,
-    "dynamic": True,
-}
+_TENSOR = _float8("tensor")
+_TOKEN = {**_float8("token"), "dynamic": True}
+_BLOCK = {**_float8("group", group_size=128), "dynamic": True}
+_NVFP4 = _float4(16, "tensor_group", "torch.float8_e4m3fn")
+_MXFP4 = _float4(32, "group", "torch.uint8")
+_MXFP8 = _float8("group", group_size=32, scale_dtype="torch.uint8")
 
-SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
-    "nvfp4": ("nvfp4-pack-quantized", _float4(16, "tensor_group", "torch.float8_e4m3fn"), None),
-    "mixfp4": ("mixfp4-pack-quantized", _float4(16, "tensor_group", "torch.float8_e4m3fn"), None),
-    "mxfp4": ("mxfp4-pack-quantized", _float4(32, "group", "torch.uint8"), None),
-    **{f"int4_g{g}": ("pack-quantized", _int4(g, True), None) for g in (16, 32, 64, 128)},
-    **{f"int4_asym_g{g}": ("pack-quantized", _int4(g, False), None) for g in (16, 32, 64, 128)},
-    "fp8_channel": ("float-quantized", _float8("channel"), _TOKEN),
-    "fp8_tensor": ("float-quantized", _float8("tensor"), _TOKEN),
-    "fp8_block128": ("float-quantized", _float8("block", block_structure=[128, 128]), _BLOCK_INPUT),
-    "mxfp8": ("mxfp8-quantized", _float8("group", group_size=32, scale_dtype="torch.uint8"), None),
+SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any] | None]]] = {
+    # block scales of activations are found at run time, under a calibrated tensor scale
+    "nvfp4": ("nvfp4-pack-quantized", _NVFP4, {"none": None, "static": {**_NVFP4, "dynamic": "local"}}),
+    "mixfp4": ("mixfp4-pack-quantized", _NVFP4, {"none": None}),
+    "mxfp4": ("mxfp4-pack-quantized", _MXFP4, {"none": None, "dynamic": {**_MXFP4, "dynamic": True}}),
+    **{f"int4_g{g}": ("pack-quantized", _int4(g, True), {"none": None}) for g in (16, 32, 64, 128)},
+    **{f"int4_asym_g{g}": ("pack-quantized", _int4(g, False), {"none": None}) for g in (16, 32, 64, 128)},
+    "fp8_channel": ("float-quantized", _float8("channel"), {"dynamic": _TOKEN, "static": _TENSOR, "none": None}),
+    "fp8_tensor": ("float-quantized", _float8("tensor"), {"dynamic": _TOKEN, "static": _TENSOR, "none": None}),
+    "fp8_block128": (
+        "float-quantized",
+        _float8("block", block_structure=[128, 128]),
+        {"dynamic": _BLOCK, "none": None},
+    ),
+    "mxfp8": ("mxfp8-quantized", _MXFP8, {"none": None, "dynamic": {**_MXFP8, "dynamic": True}}),
 }
-"""Format name -> compressor, weight arguments, activation arguments (dynamic FP8 where engines expect it)."""
+"""Format name -> compressor, weight arguments, and activation arguments by kind, the usual kind first."""
+
+
+def activation_arguments(name: str, kind: Any, calibrated: bool) -> dict[str, Any] | None:
+    """``input_activations`` beside weights in a format.
+
+    ``kind``: none, dynamic or static, arguments as a source states them ({} for none), or None for the usual ones;
+    ``calibrated``: the modules have calibrated scales.
+    """
+    if isinstance(kind, dict):
+        return kind or None
+    known = SPELLINGS[name][2]
+    return known[kind or ("static" if calibrated and "static" in known else next(iter(known)))]
 
 
 def quantization_config(
-    by_format: Mapping[tuple[str, bool], Sequence[str]],
+    groups: Sequence[tuple[str, dict[str, Any] | None, Sequence[str]]],
     ignored: Sequence[str],
     whole: Sequence[str],
     mixed: Sequence[str],
 ) -> dict[str, Any]:
-    """Config groups for modules by format and by whether their activations have calibrated scales.
+    """Config groups: (format, ``input_activations``, modules).
 
     ``ignored`` are the Linear modules that stay as they are.
     ``whole``: the spaces (``mtp``, ``visual``) that stay as they are with everything in them; ``mixed``: those
     that hold quantized modules.
     """
-    everything = {name for names in by_format.values() for name in names} | set(ignored)
-    groups = {}
-    for i, ((name, static), members) in enumerate(by_format.items()):
-        compressor, weights, inputs = SPELLINGS[name]
-        groups[f"group_{i}"] = {
+    everything = {name for _, _, members in groups for name in members} | set(ignored)
+    told = {}
+    for i, (name, inputs, members) in enumerate(groups):
+        compressor, weights, _ = SPELLINGS[name]
+        told[f"group_{i}"] = {
             "targets": compact(members, everything - set(members), mixed),
             "weights": weights,
-            "input_activations": _static(name) if static else inputs,
+            "input_activations": inputs,
             "output_activations": None,
             "format": compressor,
         }
-    compressors = {SPELLINGS[name][0] for name, _ in by_format}
+    compressors = {SPELLINGS[name][0] for name, _, _ in groups}
     # engines ignore before they look for a target, so the targets of the main model may match these too
     apart = [r"re:^(model\.)?mtp.*" if space == "mtp" else f"re:.*{re.escape(space)}.*" for space in whole]
     return {
         "quant_method": "compressed-tensors",
         "format": compressors.pop() if len(compressors) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": groups,
+        "config_groups": told,
         "ignore": apart + compact(ignored, everything - set(ignored), mixed),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
@@ -103,13 +117,6 @@ def quantization_config(
         "transform_config": {},
         "version": VERSION,
     }
-
-
-def _static(name: str) -> dict[str, Any]:
-    """Arguments of activations with a calibrated scale per tensor."""
-    if name.startswith("fp8"):
-        return _float8("tensor")
-    return {**_float4(16, "tensor_group", "torch.float8_e4m3fn"), "dynamic": "local"}
 
 
 class Schemes:
@@ -124,23 +131,32 @@ class Schemes:
                 f"the weights of {source} are rotated (transform_config) or sparse (sparsity_config), "
                 "which cannot be read"
             )
-        self.groups: list[tuple[list[str], Format]] = []
+        self.groups: list[tuple[list[str], Format, dict[str, Any]]] = []
         for group in config.get("config_groups", {}).values():
             name = _format_name(group.get("weights") or {}, group.get("format") or config.get("format", ""))
             if name is None:
                 raise CheckpointError(
                     f"{source} holds the compressed-tensors scheme {group.get('weights')}, which is not supported"
                 )
-            self.groups.append((list(group.get("targets", [])), get_format(name)))
+            inputs = group.get("input_activations") or {}
+            self.groups.append((list(group.get("targets", [])), get_format(name), inputs))
 
     def format_of(self, module: str) -> Format:
+        """The format of a module's weight."""
+        return self._group(module)[0]
+
+    def inputs_of(self, module: str) -> dict[str, Any]:
+        """``input_activations`` of a module, {} where they are not quantized."""
+        return self._group(module)[1]
+
+    def _group(self, module: str) -> tuple[Format, dict[str, Any]]:
         """By target pattern or name, then by the class ``Linear``; as the library does it."""
-        for targets, fmt in self.groups:
+        for targets, *found in self.groups:
             if any(_matches(target, module) for target in targets):
-                return fmt
-        for targets, fmt in self.groups:
+                return found[0], found[1]
+        for targets, *found in self.groups:
             if "Linear" in targets:
-                return fmt
+                return found[0], found[1]
         raise CheckpointError(f"no config group of {self.source} has {module} as a target; its scheme is unknown")
 
 

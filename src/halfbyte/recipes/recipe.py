@@ -23,7 +23,9 @@ class Rule(BaseModel):
 
     `match` entries are role prefixes (`experts` covers `experts.gate_up`), the aliases `linear` and `all`, or
     `re:` and a Python regex that is searched in the names of the weight and of its source tensors. `weight` says
-    what weighs a search's errors; None: importance, where a file is given and holds it.
+    what weighs a search's errors; None: importance, where a file is given and holds it. `activations`: whether
+    engines quantize what these weights are multiplied by, and how their scales are found; None: as is usual for
+    the format in the dialect.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -37,6 +39,7 @@ class Rule(BaseModel):
     indivisible: Literal["error", "keep"] = "error"
     weight: Literal["importance", "none"] | None = None
     transform: Literal["awq"] | None = None
+    activations: Literal["none", "dynamic", "static"] | None = None
     optional: bool = False
     reason: str | None = None
 
@@ -70,7 +73,8 @@ class Rule(BaseModel):
         if self.drop and not (self.reason or "").strip():
             raise ValueError("a rule that drops weights must give a `reason`")
         if not self.format:
-            useless = {"search", "tensor_scale", "indivisible", "weight", "transform"} & self.model_fields_set
+            others = {"search", "tensor_scale", "indivisible", "weight", "transform", "activations"}
+            useless = others & self.model_fields_set
             if useless:
                 raise ValueError(f"`{sorted(useless)[0]}` has no meaning without `format`")
         return self

@@ -19,7 +19,8 @@ class Decision:
     """What happens to one weight, and why.
 
     `format`, `search` and `tensor_scale` are None unless the action is `quantize`. `rule` counts from 1, as the
-    messages do; None means that no rule matched. `weight` and `transform` are the rule's.
+    messages do; None means that no rule matched. `weight`, `transform` and `activations`
+    are the rule's.
     """
 
     action: Literal["quantize", "keep", "drop"]
@@ -31,6 +32,7 @@ class Decision:
     rule: int | None
     weight: Literal["importance", "none"] | None = None
     transform: Literal["awq"] | None = None
+    activations: Literal["none", "dynamic", "static"] | None = None
 
 
 UNMATCHED = Decision("keep", None, None, None, "error", "no rule of the recipe selects it", None)
@@ -73,6 +75,7 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
         number,
         rule.weight,
         rule.transform,
+        rule.activations,
     )
 
 
@@ -136,8 +139,8 @@ def _check_groups(weights: Sequence[Weight], decisions: list[Decision], recipe: 
             )
 
 
-def _fate(decision: Decision) -> tuple[str, str | None, str | None]:
-    return decision.action, decision.format, decision.tensor_scale
+def _fate(decision: Decision) -> tuple[str | None, ...]:
+    return decision.action, decision.format, decision.tensor_scale, decision.activations
 
 
 def _said(weight: Weight, decision: Decision) -> str:
