@@ -102,10 +102,12 @@ def _bits(nbytes: int, parameters: int, found: Overview) -> tuple[str, str]:
 
 def _engines(found: Overview) -> None:
     """What is lost where; engines of which nothing is known to be lost share a line."""
-    table(("engine", "effect", "~what is known"), [_row(f) for each in found.engines.values() for f in each])
+    if rows := [_row(f) for each in found.engines.values() for f in each]:
+        table(("engine", "effect", "~what is known"), rows)
+        say("")
     if silent := [name for name, each in found.engines.items() if not each]:
-        say("", f"nothing is known to be lost in {', '.join(silent)}")
-    say("", "versions    " + "; ".join(f"{name} {version}" for name, version in _versions(found)))
+        say(f"nothing is known to be lost in {', '.join(silent)}")
+    say("versions    " + "; ".join(f"{name} {version}" for name, version in _versions(found)))
 
 
 def _row(found: Finding) -> tuple[str, str, str]:
