@@ -171,7 +171,7 @@ def sources_of(checkpoint: Checkpoint, reader: Reader) -> Iterator[tuple[str, Ca
 
     for number, weight in enumerate(checkpoint.weights):
         for piece in weight.pieces:
-            stored = weight.name not in checkpoint.formats
+            stored = checkpoint.tensors_of(weight) == list(weight.sources)
             yield piece.source, partial(reader.read, piece.source) if stored else partial(decoded, number, piece)
 
 
