@@ -1,7 +1,7 @@
 """Run as a program: converts a checkpoint, and can kill itself (SIGKILL) at a given system call.
 
-Usage: converting.py SOURCE OUT DIALECT SHARD_BYTES WORKERS KILL_AT; KILL_AT counts calls that write, sync or
-rename (0: never), and the number of calls is printed at the end.
+Usage: converting.py SOURCE OUT DIALECT SHARD_BYTES WORKERS KILL_AT [IMPORTANCE]; KILL_AT counts calls that write,
+sync or rename (0: never), and the number of calls is printed at the end. With IMPORTANCE, weights are folded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+from halfbyte.calibrate import calibration_of
 from halfbyte.convert import convert
 from halfbyte.plan import make_plan
 from halfbyte.view import Checkpoint
@@ -23,7 +24,7 @@ COUNTED = ("pwrite", "write", "fsync", "replace", "link", "unlink", "rmdir")
 
 
 def main() -> None:
-    source, out, dialect, shard_bytes, workers, kill_at = sys.argv[1:]
+    source, out, dialect, shard_bytes, workers, kill_at, *importance = sys.argv[1:]
     calls = 0
     lock = threading.Lock()
 
@@ -40,7 +41,10 @@ def main() -> None:
 
     for name in COUNTED:
         setattr(os, name, counted(getattr(os, name)))
-    plan = make_plan(Checkpoint.open(source), linear("nvfp4"), dialect, int(shard_bytes))
+    checkpoint = Checkpoint.open(source)
+    known = calibration_of(importance[0], checkpoint.weights) if importance else None
+    recipe = linear("nvfp4", transform="awq") if importance else linear("nvfp4")
+    plan = make_plan(checkpoint, recipe, dialect, int(shard_bytes), calibration=known)
     convert(plan, out, workers=int(workers))
     print(calls)
 

@@ -32,8 +32,11 @@ def plan_of(source: Path) -> Plan:
     return make_plan(Checkpoint.open(source), linear("nvfp4"), "compressed-tensors", SHARD_BYTES)
 
 
-def start(source: Path, out: Path, kill_at: int = 0, workers: int = 2) -> subprocess.Popen[str]:
+def start(
+    source: Path, out: Path, kill_at: int = 0, workers: int = 2, importance: Path | None = None
+) -> subprocess.Popen[str]:
     arguments = [str(source), str(out), "compressed-tensors", str(SHARD_BYTES), str(workers), str(kill_at)]
+    arguments += [str(importance)] if importance else []
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *arguments],

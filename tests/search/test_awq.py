@@ -112,9 +112,7 @@ def test_folding_reduces_the_error_of_the_output_on_inputs_it_has_not_seen() -> 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_chosen_exponent_has_the_least_loss_and_none_is_a_candidate(fmt: str, weighted: bool) -> None:
     weight, _, importance = layer(3)
-    choice = choose_scale(
-        [consumer(weight, importance, fmt, weighted=weighted)], np.ones(K, BF16), alphas=(0.25, 0.5)
-    )
+    choice = choose_scale([consumer(weight, importance, fmt, weighted=weighted)], np.ones(K, BF16), alphas=(0.25, 0.5))
     assert set(choice.losses) == {0.0, 0.25, 0.5} and choice.loss == min(choice.losses.values())
 
 
