@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.checkpoint import Inventory, Reader, TensorInfo, itemsize
+from halfbyte.checkpoint import Inventory, Reader, TensorInfo, itemsize, numpy_dtype
 from halfbyte.checkpoint.files import collector_paused
 from halfbyte.dialects import Dialect, OutputTensor, UnequalScalesError, list_dialects
 from halfbyte.errors import CheckpointError
@@ -181,12 +181,13 @@ def read_dense(reader: Reader, weight: Weight, first: int = 0, stop: int | None 
         array = reader.read(weight.pieces[0].source, *((first, stop) if weight.shape else ()))
         return np.ascontiguousarray(np.swapaxes(array, -1, -2)) if weight.transposed else array
     end = weight.shape[0] if stop is None else stop
-    parts = [(piece, reader.read(piece.source)) for piece in pieces_of(weight, first, end)]
-    array = np.empty((end - first, *weight.shape[1:]), dtype=parts[0][1].dtype)
-    for piece, part in parts:
+    pieces = list(pieces_of(weight, first, end))
+    dtype = numpy_dtype(reader.inventory.tensors[pieces[0].source].dtype)
+    array = np.empty((end - first, *weight.shape[1:]), dtype=dtype)
+    for piece in pieces:
         assert piece.expert is not None
         begin, until = piece.rows or (0, weight.shape[-2])
-        array[piece.expert - first, begin:until] = part
+        reader.read_into(piece.source, array[piece.expert - first, begin:until])
     return array
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,29 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> int:
             break
         done += count
     return done
+
+
+def is_cached(descriptor: int, size: int) -> bool:
+    """Whether most of a file seems to lie in the system's page cache; True where that cannot be found out."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    byte, hits = bytearray(1), 0
+    places = range(size // 32, size, max(1, size // 16))
+    for place in places:
+        try:
+            hits += os.preadv(descriptor, [byte], place, os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:  # not every file system can say
+            return True
+    return 2 * hits >= len(places)
+
+
+def forget_pages(descriptor: int, offset: int, size: int) -> None:
+    """Let the system write these bytes back, where they are new, and drop them from its page cache."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # only advice
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def read_small(path: Path) -> bytes:

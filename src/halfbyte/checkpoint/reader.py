@@ -11,14 +11,21 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint.dtypes import numpy_dtype
-from halfbyte.checkpoint.files import open_regular, read_into, reason
+from halfbyte.checkpoint.files import forget_pages, is_cached, open_regular, read_into, reason
 from halfbyte.checkpoint.header import TensorInfo
 from halfbyte.checkpoint.inventory import Inventory
 from halfbyte.errors import CheckpointError
 
 
+# smaller reads leave their pages in the cache
+_FORGET_BYTES = 1 << 20
+
+
 class Reader:
-    """Reads the tensors of an inventory. Threads may share it; a context manager that closes its files."""
+    """Reads the tensors of an inventory. Threads may share it; a context manager that closes its files.
+
+    A file that was not in the system's page cache before does not fill it: what has been read is dropped there.
+    """
 
     def __init__(self, inventory: Inventory) -> None:
         if inventory.root is None:
@@ -26,6 +33,7 @@ class Reader:
         self.inventory = inventory
         self._root = inventory.root
         self._descriptors: dict[str, int] = {}
+        self._uncached: set[int] = set()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -47,6 +55,15 @@ class Reader:
             row = size // rows if rows else 0
             shape, offset, size = (last - first, *shape[1:]), offset + first * row, (last - first) * row
         return self._fetch(info, offset, size).view(dtype).reshape(shape)
+
+    def read_into(self, name: str, out: np.ndarray[Any, np.dtype[Any]]) -> None:
+        """A whole tensor into an array of its shape; without a copy where that is contiguous and of its dtype."""
+        info = self._info(name)
+        dtype = numpy_dtype(info.dtype)
+        if not out.flags.c_contiguous or out.dtype != dtype or out.shape != info.shape:
+            out[...] = self.read(name)
+        else:
+            self._fill(info, info.offset, out.reshape(-1).view(np.uint8))
 
     def chunks(self, name: str, size: int) -> Iterator[memoryview]:
         """The raw bytes of a tensor in order, in pieces of at most ``size`` bytes; works for every dtype."""
@@ -87,15 +104,22 @@ class Reader:
 
     def _fetch(self, info: TensorInfo, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         buffer = np.empty(size, np.uint8)
+        self._fill(info, offset, buffer)
+        return buffer
+
+    def _fill(self, info: TensorInfo, offset: int, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        size = buffer.nbytes
         try:
-            count = read_into(self._descriptor(info.file), buffer.data, offset)
+            descriptor = self._descriptor(info.file)
+            count = read_into(descriptor, buffer.data, offset)
         except OSError as error:
             raise CheckpointError(f"tensor {info.name} in {info.file} cannot be read ({reason(error)})") from error
         if count < size:
             raise CheckpointError(
                 f"tensor {info.name} in {info.file} is truncated: {count} of {size} bytes could be read"
             )
-        return buffer
+        if size >= _FORGET_BYTES and descriptor in self._uncached:
+            forget_pages(descriptor, offset, size)
 
     def _descriptor(self, file: str) -> int:
         with self._lock:
@@ -108,4 +132,6 @@ class Reader:
                     raise CheckpointError(
                         f"{file} is truncated: it has {size} bytes, it had {self.inventory.files[file]}"
                     )
+                if not is_cached(descriptor, size):
+                    self._uncached.add(descriptor)
             return self._descriptors[file]

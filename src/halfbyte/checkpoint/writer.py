@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.checkpoint.files import open_regular, read_into, reason
+from halfbyte.checkpoint.files import forget_pages, open_regular, read_into, reason
 from halfbyte.checkpoint.layout import Layout
 from halfbyte.errors import CheckpointError, OutputError
 
 _LARGEST_WRITE = 1 << 30
 _COPY_CHUNK = 1 << 24
+# the disk gets to work after so many bytes, and has little left to do at the end
+_WRITE_BACK_BYTES = 1 << 24
 
 
 class _AtomicFile:
@@ -29,6 +31,8 @@ class _AtomicFile:
         self.partial = path.with_name(path.name + ".partial")
         self._descriptor: int | None = None
         self._ours = False
+        self._fresh = 0
+        self._lock = threading.Lock()
         try:
             self.partial.unlink(missing_ok=True)  # left by a killed run
             self._descriptor = os.open(
@@ -49,6 +53,13 @@ class _AtomicFile:
                 done += os.pwrite(self._descriptor, data[done : done + _LARGEST_WRITE], offset + done)
         except OSError as error:
             raise self._error(error) from error
+        with self._lock:
+            self._fresh += len(data)
+            enough = self._fresh >= _WRITE_BACK_BYTES
+            if enough:
+                self._fresh = 0
+        if enough:
+            forget_pages(self._descriptor, 0, 0)
 
     def commit(self) -> None:
         if self._descriptor is None:
