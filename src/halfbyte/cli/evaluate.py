@@ -104,8 +104,7 @@ def show(document: dict[str, Any]) -> None:
     rows, floor = document["rows"], document["noise_floor"]
     if any(row["protocol"] or row["kl"] for row in rows):
         _show_rows(rows, floor)
-    names = [name for name in rows[0]["tasks"]]
-    for name in names:
+    for name in rows[0]["tasks"]:
         _show_task(name, document)
     for line in _protocols(rows):
         say(line)
