@@ -42,6 +42,8 @@ class Weighting:
         """What a user should know, one sentence each."""
         matched, total = self.calibration.matched, len(self.weighted) + len(self.unweighted)
         notes = [f"importance weighs the errors of {len(self.weighted)} of {total} quantized weights"]
+        if not total:
+            notes = ["no search of the recipe has a choice, so importance weighs no errors"]
         if self.unweighted:
             notes.append(f"no importance for {_some(self.unweighted)}: plain squared error")
         if matched.unmatched:
