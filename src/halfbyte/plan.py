@@ -24,6 +24,7 @@ from halfbyte.quantized import REQUANTIZED, claim, respelled, settle_input_scale
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.search import get_search
 from halfbyte.shards import Item, Shard, make_index, make_shards
+from halfbyte.slices import MEMORY, Limits, cores, peak_bytes
 from halfbyte.summary import summarize, to_dict
 from halfbyte.view import FLOATS, Checkpoint
 from halfbyte.weighting import Weighting, is_tied, optional_note, settle
@@ -108,6 +109,15 @@ class Plan:
     def tensors(self) -> int:
         """Number of output tensors."""
         return sum(len(item.outputs) for item in self.items)
+
+    def memory_bytes(self, threads: int | None = None, memory: int | None = None) -> int:
+        """Memory that a conversion takes at its peak, the process with this plan included.
+
+        ``threads``: default one per core; ``memory``: the bytes that slices may take together, default 2 GiB.
+        """
+        units = (unit for shard in self.shards for unit in shard.units)
+        tensors = len(self.checkpoint.inventory.tensors) + self.tensors
+        return peak_bytes(units, self.checkpoint.formats, tensors, Limits(threads or cores(), memory or MEMORY))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -51,7 +51,7 @@ def test_interruption_says_how_to_go_on_and_the_same_command_does(
     demo_model: str,
     tmp_path: Path,
 ) -> None:
-    def interrupted(plan: Any, out: str, workers: int | None, _: Any) -> Any:
+    def interrupted(plan: Any, out: str, *_: Any, **more: Any) -> Any:
         seen = [0]
 
         def report(count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from halfbyte.cli.units import parse_size
+from halfbyte.cli.units import parse_size, positive
 
 if TYPE_CHECKING:
     from halfbyte.plan import Plan
@@ -51,6 +51,19 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--importance",
         metavar="FILE",
         help="how large activations are: what `halfbyte calibrate` wrote, or imatrix.gguf or imatrix.dat of llama.cpp",
+    )
+
+
+def add_resources(parser: argparse.ArgumentParser) -> None:
+    """What bounds a conversion and decides no byte of it: --threads, --memory."""
+    parser.add_argument(
+        "--threads", "--workers", metavar="N", dest="threads", type=positive, help="threads (default: one per core)"
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=parse_size,
+        help="most memory for slices of weights, such as 512MiB (default: 2GiB); the plan says what all takes together",
     )
 
 

@@ -26,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     options.add_source(parser)
     options.add_recipe(parser)
+    options.add_resources(parser)
     parser.add_argument("--tensors", action="store_true", help="with --json: every tensor's fate and place, too")
 
 
@@ -33,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     made = options.plan_of(args)
     if args.json:
-        print_json({**document(made), **(made.to_dict() if args.tensors else {})})
+        print_json({**document(made, args), **(made.to_dict() if args.tensors else {})})
     else:
-        show(made)
+        show(made, args)
     return 0
 
 
-def document(made: Plan) -> dict[str, Any]:
+def document(made: Plan, args: argparse.Namespace) -> dict[str, Any]:
     """A plan as one JSON object."""
     return {
         "source": made.checkpoint.inventory.source,
@@ -47,11 +48,12 @@ def document(made: Plan) -> dict[str, Any]:
         "dialect": made.dialect.name,
         "fingerprint": made.fingerprint,
         "shards": [{"name": shard.name, "bytes": shard.layout.total} for shard in made.shards],
+        "memory_bytes": made.memory_bytes(args.threads, args.memory),
         **made.summary(),
     }
 
 
-def show(made: Plan) -> None:
+def show(made: Plan, args: argparse.Namespace) -> None:
     """Print a plan: a line per class of weights, the totals, what is worth knowing."""
     summary = made.summary()
     source = made.checkpoint.inventory
@@ -80,6 +82,7 @@ def show(made: Plan) -> None:
         *([f"scales      {exact(parts['fold'])} of AWQ folding, for verify"] if parts["fold"] else []),
         f"side files  {exact(parts['side_file'])}, copied unchanged",
         f"repository  {exact(summary['repository_bytes'])} in all",
+        f"memory      {exact(made.memory_bytes(args.threads, args.memory))} at most while quantizing",
     )
     for note in summary["notes"]:
         say(f"note        {note}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from halfbyte.cli import accuracy, options
 from halfbyte.cli import plan as plan_command
 from halfbyte.cli.output import print_json, progress, say
-from halfbyte.cli.units import exact, positive
+from halfbyte.cli.units import exact
 
 if TYPE_CHECKING:
     from halfbyte.convert import Conversion
@@ -30,7 +30,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write: new, empty, or holding this conversion's start")
     options.add_recipe(parser)
     options.add_revision(parser)
-    parser.add_argument("--workers", metavar="N", type=positive, help="threads (default: one per core)")
+    add_execution(parser)
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """How a plan is carried out: --threads, --memory, --dry-run, --verify."""
+    options.add_resources(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument("--verify", action="store_true", help="compare the result with the source afterwards")
     parser.set_defaults(
@@ -40,20 +45,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, report, and verify if asked to."""
+    return carry_out(options.plan_of(args), args)
+
+
+def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") -> int:
+    """Do what a plan says, or only show it (``--dry-run``); for every command that writes a checkpoint."""
     from halfbyte.convert import convert, source_bytes
 
-    made = options.plan_of(args)
     if args.dry_run:
         if args.json:
-            print_json({**plan_command.document(made), "dry_run": True})
+            print_json({**plan_command.document(made, args), "dry_run": True})
         else:
-            plan_command.show(made)
+            plan_command.show(made, args)
         return 0
     total = source_bytes(made)
-    with progress("quantizing", total, args.json) as report:
-        done = convert(made, args.out, args.workers, report)
+    with progress(verb, total, args.json) as report:
+        done = convert(made, args.out, args.threads, report, memory=args.memory)
     report_json = {
-        **plan_command.document(made),
+        **plan_command.document(made, args),
         "out": str(done.out),
         "seconds": done.seconds,
         "resumed_shards": done.resumed_shards,
