@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from halfbyte.calibrate import Importance, match_importance, read_importance, write_importance
+from halfbyte.calibrate.statistics import Part, new_about, write_about, write_part
 from halfbyte.checkpoint import build_header
 from halfbyte.errors import CheckpointError
 from halfbyte.models import Weight, family_for
@@ -49,6 +50,15 @@ def test_halfbytes_own_file_keeps_everything(tmp_path: Path) -> None:
 def test_the_content_decides_and_not_the_ending(tmp_path: Path) -> None:
     write_importance(Importance({"a": np.float32([1])}, {"a": np.asarray(1)}), tmp_path / "i.dat")
     assert list(read_importance(tmp_path / "i.dat").values) == ["a"]
+
+
+def test_a_folder_of_statistics_is_read_as_means(tmp_path: Path) -> None:
+    part = Part({"a.weight": {"count": np.asarray(4), "squares": np.float64([4, 8])}}, {"b.weight": "a.weight"})
+    write_part(tmp_path, "layer-00000", part)
+    write_about(tmp_path, new_about(complete=True, parts=["layer-00000"], texts=["wiki"]))
+    found = read_importance(tmp_path)
+    assert list(found.values) == ["a.weight", "b.weight"] and found.datasets == ("wiki",)
+    np.testing.assert_array_equal(found.values["b.weight"], np.float32([1, 2]))
 
 
 def test_llama_cpps_names_are_not_written_as_a_checkpoints(tmp_path: Path) -> None:

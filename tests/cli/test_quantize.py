@@ -8,6 +8,8 @@ import pytest
 
 import halfbyte.api
 import halfbyte.convert
+from folded import importance_of
+from halfbyte.calibrate import write_importance
 from halfbyte.convert import convert
 
 
@@ -83,3 +85,55 @@ def test_a_folder_in_use_is_refused(refusal: Callable[..., str], demo_model: str
 def test_workers_must_be_a_positive_number(refusal: Callable[..., str], demo_model: str, tmp_path: Path) -> None:
     command = ("quantize", demo_model, str(tmp_path / "out"), "--recipe", "mxfp4")
     assert "'0' is no whole number" in refusal(*command, "--workers", "0")
+
+
+@pytest.fixture(scope="module")
+def importance(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("importance") / "importance.safetensors"
+    write_importance(importance_of(Path(demo_model)), path)
+    return str(path)
+
+
+def test_an_importance_file_weighs_and_folds(
+    run_json: Callable[..., Any], demo_model: str, importance: str, tmp_path: Path
+) -> None:
+    command = ("quantize", demo_model, str(tmp_path / "out"), "--recipe", "ud-mxfp4", "--importance", importance)
+    done = run_json(*command, "--verify")
+    assert done["importance"]["importance"] == "importance.safetensors" and done["importance"]["weighted"] > 30
+    folds = done["folds"]
+    assert len(folds) == len(done["importance"]["folds"]) > 5
+    assert set(folds[0]) == {"group", "alpha", "loss", "unfolded", "rounding"}
+    assert done["verification"]["ok"] and done["verification"]["folded"] > 20
+    assert done["repository_bytes"] == sum(map(len, files(tmp_path / "out").values()))
+
+
+def test_folding_is_reported_in_words(
+    run_text: Callable[..., str], demo_model: str, importance: str, tmp_path: Path
+) -> None:
+    text = run_text(
+        "quantize", demo_model, str(tmp_path / "out"), "--recipe", "ud-mxfp4", "--importance", importance, "--verify"
+    )
+    assert "groups folded; weighted error" in text and "unquantized weights in them are rounded again" in text
+    assert "compared after what AWQ folded into them" in text.splitlines()[-1]
+
+
+def test_an_importance_file_of_another_model_is_refused(
+    refusal: Callable[..., str], demo_model: str, shared: Path, tmp_path: Path
+) -> None:
+    command = ("quantize", demo_model, str(tmp_path / "out"), "--recipe", "nvfp4", "--importance")
+    assert "made for another model" in refusal(*command, str(shared / "data" / "imatrix" / "imatrix.dat"))
+    assert "nothing.dat cannot be read" in refusal(*command, str(tmp_path / "nothing.dat"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_the_format_cannot_hold_are_listed(
+    run_text: Callable[..., str], demo_model: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("rules: [{match: linear, format: int4_g128, search: absmax, indivisible: keep}]")
+    lines = run_text("quantize", demo_model, str(tmp_path / "out"), "--recipe", str(recipe)).splitlines()
+    kept = [line for line in lines if line.startswith("kept")]
+    assert len(kept) == 2 and any(
+        line.startswith("kept        4 of shared_expert.down, not int4_g128: ") and "such as model." in line
+        for line in kept
+    )

@@ -20,6 +20,25 @@ def test_a_rule_has_defaults() -> None:
     assert rule.action == "quantize" and not rule.optional and rule.reason is None
 
 
+def test_a_rule_may_ask_for_importance_and_folding() -> None:
+    text = "calibration: optional\n" + rules("match: linear, format: nvfp4, weight: importance, transform: awq")
+    recipe = parse_recipe(text, "here")
+    assert (recipe.calibration, recipe.rules[0].weight, recipe.rules[0].transform) == ("optional", "importance", "awq")
+    assert load_recipe("nvfp4").calibration == "required" and load_recipe("nvfp4").rules[0].weight is None
+
+
+@pytest.mark.parametrize("key", ["weight: importance", "transform: awq"])
+def test_a_kept_weight_asks_for_nothing(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"`{key.split(':')[0]}` has no meaning without `format`"):
+        parse_recipe(rules(f"match: linear, keep: true, {key}"), "here")
+
+
+@pytest.mark.parametrize("key", ["weight: hessian", "transform: rotation"])
+def test_an_unknown_wish_is_refused(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"here, rule 1: {key.split(':')[0]}: Input should be"):
+        parse_recipe(rules(f"match: linear, format: nvfp4, {key}"), "here")
+
+
 def test_match_may_be_a_list() -> None:
     recipe = parse_recipe(rules("match: [experts, 're:lm_head'], format: nvfp4"), "here")
     assert recipe.rules[0].match == ("experts", "re:lm_head")
