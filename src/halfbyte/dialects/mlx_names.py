@@ -81,25 +81,14 @@ class Model:
             yield f"{where}.{part}_proj", rows, stop - first
 
 
-def rope_for_mlx(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings at the top that mlx-lm looks for and newer configurations keep in ``rope_parameters``."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    found = {"rope_theta": rope["rope_theta"]}
-    if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = rope
-    return {key: value for key, value in found.items() if config.get(key) is None}
-
-
 def config_for_mlx(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the model type and the settings under the names that mlx-lm knows."""
+    """config.json with the model type and the settings that mlx-lm looks for."""
     found = dict(config)
     kind = str(found.get("model_type", "")).removesuffix(_TEXT)
     if kind in _WRAPPED:
         found["model_type"] = kind
-    else:
-        found |= rope_for_mlx(found)
+    for part in _parts(found):
+        part |= {key: value for key, value in _older(part).items() if part.get(key) is None}
     return found
 
 
@@ -108,12 +97,32 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(config)
     if found.get("model_type") in _WRAPPED and not isinstance(found.get("text_config"), dict):
         found["model_type"] += _TEXT
-    rope = found.get("rope_parameters")
-    if isinstance(rope, dict):
-        if found.get("rope_theta") == rope.get("rope_theta"):
-            found.pop("rope_theta", None)
-        if found.get("rope_scaling") == rope:
-            del found["rope_scaling"]
+    for part in _parts(found):
+        for key, value in _older(part).items():
+            if part.get(key) == value:
+                del part[key]
+    return found
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and a copy, put in place, of that of its text model."""
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config["text_config"] = dict(text)
+        yield config["text_config"]
+    yield config
+
+
+def _older(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What newer configurations say in other words than mlx-lm reads."""
+    found = {}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            found["rope_scaling"] = rope
+    if "num_local_experts" in config and str(config.get("model_type")).startswith("qwen"):
+        found["num_experts"] = config["num_local_experts"]
     return found
 
 
