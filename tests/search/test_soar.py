@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from halfbyte.errors import FormatError
+from halfbyte.search import encode
+from halfbyte.search.soar import soar_tensor_scale
+from search.hessians import weight
+
+
+def squared_error(w: np.ndarray, scale: np.ndarray, search: str = "sweep") -> float:
+    return float(np.square(encode(w, "nvfp4", search, tensor_scale=scale).decode().astype(np.float64) - w).sum())
+
+
+@pytest.mark.parametrize("search", ["absmax", "four_over_six", "sweep"])
+def test_the_fitted_scale_is_no_worse_than_the_first(search: str) -> None:
+    w = weight(64, 256)
+    found = soar_tensor_scale([w], "nvfp4", search)
+    assert np.isclose(squared_error(w, found.tensor_scale, search), min(found.errors), rtol=1e-6)
+    assert min(found.errors) <= found.errors[0] and len(found.errors) <= 16
+
+
+def test_block_scales_that_all_round_alike_are_corrected_by_the_tensor_scale() -> None:
+    """With one code for every block the projection alone decides."""
+    w = np.tile(np.array([6.0, 3.0, 1.0, 0.55] * 4, dtype=np.float32), (8, 4)) * np.float32(0.01)
+    found = soar_tensor_scale([w], "nvfp4", "absmax", tolerance=0.0)
+    assert min(found.errors) < found.errors[0]
+
+
+def test_importance_decides_what_is_fitted() -> None:
+    w = weight(32, 64)
+    importance = np.where(np.arange(64) < 16, 100.0, 1.0)
+    plain, weighted = (soar_tensor_scale([w], "nvfp4", "absmax", i).tensor_scale for i in (None, importance))
+    assert plain != weighted
+
+
+def test_experts_have_scales_of_their_own_and_fused_weights_one() -> None:
+    w = weight(3, 8, 64) * np.float32([[[1]], [[10]], [[0.1]]])
+    found = soar_tensor_scale([w, 2 * w], "mixfp4")
+    assert found.tensor_scale.shape == (3,) and len(set(found.tensor_scale.tolist())) == 3
+    assert found.tensor_scale.dtype == np.float32
+
+
+def test_weights_of_zero_keep_a_scale_of_one() -> None:
+    assert soar_tensor_scale([np.zeros((4, 32), dtype=np.float32)], "nvfp4").tensor_scale == 1
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(FormatError, match="mxfp4 has no tensor scale"):
+        soar_tensor_scale([weight(4, 32)], "mxfp4")
+    with pytest.raises(FormatError, match="the same leading shape"):
+        soar_tensor_scale([weight(4, 32), weight(2, 4, 32)], "nvfp4")
+    with pytest.raises(FormatError, match="the same leading shape"):
+        soar_tensor_scale([], "nvfp4")
