@@ -38,6 +38,19 @@ import vllm_worker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START, END = "<!-- table of benchmarks/engines_vllm.py -->", "<!-- end of the table of benchmarks/engines_vllm.py -->"
+# each way of storing once; tests/engines decodes every format through the same loader
+FORMATS = (
+    "nvfp4",
+    "mixfp4",
+    "mxfp4",
+    "int4_g32",
+    "int4_asym_g64",
+    "fp8_channel",
+    "fp8_tensor",
+    "fp8_block128",
+    "mxfp8",
+)
+FORMATS += ("hif4", "razer", "if4", "nf4", "affine4_g64")
 # recipes that mix formats, or that quantize what `linear` leaves alone
 RECIPES = ("ud-mxfp4", "ud-q4", "nvfp4-fp8", "nvidia-nvfp4")
 WITH_MTP = (
@@ -65,7 +78,6 @@ class Cell:
 def recipes(drafter: bool) -> Iterator[tuple[str, Any]]:
     """(format or recipe, recipe)"""
     from halfbyte import load_recipe
-    from halfbyte.formats import list_formats
     from halfbyte.recipes import parse_recipe
 
     if drafter:
@@ -73,7 +85,7 @@ def recipes(drafter: bool) -> Iterator[tuple[str, Any]]:
             yield name, parse_recipe(WITH_MTP.replace("FORMAT", name), name)
         return
     rules = "rules:\n  - {{match: linear, format: {name}, search: absmax, indivisible: keep}}\n"
-    for name in list_formats():
+    for name in FORMATS:
         yield name, parse_recipe(rules.format(name=name), name, name)
     for name in RECIPES:
         yield f"recipe {name}", load_recipe(name)
@@ -199,7 +211,7 @@ def measure(model: Path, tokens: list[int], python: Path, folder: Path, only: li
         for name in (cell.packed.name, f"{cell.packed.name}-forced"):
             if name not in found:
                 continue
-            row = {"model": model.name, "what": cell.what, "dialect": cell.dialect}
+            row: dict[str, Any] = {"model": model.name, "what": cell.what, "dialect": cell.dialect}
             row |= {"by": found[name].get("quantization"), "seconds": found[name].get("seconds")}
             if name in logits:
                 row |= compare(logits[cell.control], logits[name])

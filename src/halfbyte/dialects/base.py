@@ -188,10 +188,12 @@ class Dialect(ABC):
 
     def activations_problem(self, fmt: Format, kind: str) -> str | None:
         """Why engines cannot quantize the inputs of weights in a format this way (none, dynamic, static), or None."""
-        return None if kind == "none" else f"the dialect {self.name} has no word for quantized activations"
+        if kind == "none":
+            return None
+        return f"the dialect {self.name} has no word for {kind} activations beside {fmt.name}"
 
     def activations_of(self, inventory: Inventory, weight: Weight) -> dict[str, Any] | None:
-        """What a checkpoint's configuration does with the inputs of a weight ({}: nothing), None where that is not its matter."""
+        """How a checkpoint's configuration quantizes the inputs of a weight ({}: not at all); None: it does not say."""
         return None
 
     def with_activations(self, kinds: Mapping[str, Any]) -> Dialect:

@@ -72,6 +72,10 @@ class ModelOptDialect(Dialect):
         """A multiplier."""
         return InputScale(".input_scale", False, ()) if fmt.name in ("nvfp4", "fp8_tensor") else None
 
+    def activations_problem(self, fmt: Format, kind: str) -> str | None:
+        """Calibrated scales are what its engines know."""
+        return None if kind == "static" and self.input_scale(fmt) else super().activations_problem(fmt, kind)
+
     def inherited(self, inventory: Inventory) -> dict[str, Any]:
         """The scheme of the KV cache."""
         settings = settings_of(inventory)
