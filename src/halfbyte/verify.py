@@ -180,7 +180,9 @@ class _Pair:
 
     def _spelled(self, weight: Weight, twin: Weight) -> bool:
         """Whether either side spells an unquantized weight otherwise than a plain checkpoint."""
-        return self.ours.tensors_of(twin) != list(twin.sources) or self.source.tensors_of(weight) != list(weight.sources)
+        return self.ours.tensors_of(twin) != list(twin.sources) or self.source.tensors_of(weight) != list(
+            weight.sources
+        )
 
     def _same(self, weight: Weight, twin: Weight) -> None:
         """A kept weight in another spelling: the same values."""

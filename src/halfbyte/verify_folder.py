@@ -48,6 +48,8 @@ def decisions_of(folder: Path, told: dict[str, Any], source: Checkpoint) -> dict
 def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> list[str]:
     """What is wrong with everything but the weights: side files, config.json, index."""
     ours, source = output.inventory, checkpoint.inventory
+    if output.dialect and output.dialect.standalone:
+        return output.dialect.differences(source)
     replaced = {PROVENANCE, FOLDS, *(checkpoint.dialect.files if checkpoint.dialect else ())}
     problems = []
     for name, size in source.side_files.items():

@@ -16,16 +16,8 @@ from halfbyte.errors import CheckpointError
 
 SUFFIX = ".gguf"
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_PLAIN = {
-    "F32": "F32",
-    "F16": "F16",
-    "BF16": "BF16",
-    "F64": "F64",
-    "I8": "I8",
-    "I16": "I16",
-    "I32": "I32",
-    "I64": "I64",
-}
+# ggml types that safetensors calls the same
+_PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 # general.architecture -> architectures of config.json; and the keys that families look at
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -127,7 +119,7 @@ def _tensors(reader: Any, file: str) -> Iterator[tuple[TensorInfo, str]]:
             shape[-1] = shape[-1] // block * size
         info = TensorInfo(
             tensor.name,
-            _PLAIN.get(kind, "U8"),
+            kind if kind in _PLAIN else "U8",
             tuple(shape),
             file,
             int(tensor.data_offset),

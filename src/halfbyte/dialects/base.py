@@ -164,6 +164,10 @@ class Dialect(ABC):
         """The tensors of this dialect's files that hold an unquantized weight."""
         return list(weight.sources)
 
+    def differences(self, source: Inventory) -> list[str]:
+        """Of a ``standalone`` dialect bound to an output: its configuration and tokenizer that are not the source's."""
+        return []
+
     def container(
         self, inventory: Inventory, recipe: str, tensors: Sequence[tuple[Weight, Format | None, list[OutputTensor]]]
     ) -> Container:

@@ -17,7 +17,7 @@ import numpy as np
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo, numpy_dtype
 from halfbyte.dialects.base import Array, Container, Dialect, OutputTensor, Written, register_dialect
 from halfbyte.dialects.gguf_blocks import BLOCKS, FORMATS, pack_blocks, row_bytes, unpack_blocks
-from halfbyte.dialects.gguf_file import GgufContainer
+from halfbyte.dialects.gguf_file import GgufContainer, metadata_differences
 from halfbyte.dialects.gguf_models import Model, Place, model_of
 from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
@@ -86,8 +86,11 @@ class GgufModel(GgufDialect):
         names = [place.name for place in self.model.places(weight.name)]
         if len(weight.shape) < 2 or names[0].endswith(_FP32):
             return f"llama.cpp reads {names[0]} in FP32; keep it"
-        if _scaled(fmt) and not names[0].startswith("blk."):
-            return f"llama.cpp takes no tensor scale for {names[0]}; keep it or choose a format without one"
+        if _scaled(fmt) and names[0].split(".")[-2] in self.model.unscaled:
+            return (
+                f"llama.cpp's {self.model.name} applies no tensor scale to {names[0]}; choose a format without one, "
+                "such as mxfp4, q8_0 or nvfp4_unscaled"
+            )
         return self.unfit(weight, fmt)
 
     def unfit(self, weight: Weight, fmt: Format) -> str | None:
@@ -116,7 +119,7 @@ class GgufModel(GgufDialect):
         return found
 
     def stored(self, weight: Weight, fmt: Format, tensors: Any) -> list[OutputTensor]:
-        """The converter of llama.cpp leaves a tensor scale of 1 out."""
+        """The converter of llama.cpp leaves tensor scales of 1 out."""
         return [o for o in self.outputs(weight, fmt) if o.part == "blocks" or o.name in tensors]
 
     def kept(self, weight: Weight, outputs: list[OutputTensor]) -> list[OutputTensor]:
@@ -201,14 +204,19 @@ class GgufModel(GgufDialect):
         shape = (stop - first, *weight.shape[1:])
         blocks = np.empty((*shape[:-1], row_bytes(fmt, shape[-1])), dtype=np.uint8)
         lead = shape[:-2]
-        scale = np.ones(lead, dtype=np.float32) if _scaled(fmt) else None
+        scale: Array | None = None
         for output in outputs:
             if output.part == "tensor_scale":
-                scale = read(output, first, stop).reshape(lead)
+                found = read(output, first, stop).reshape(lead)
+                if scale is not None and not np.array_equal(found, scale):
+                    raise CheckpointError(f"{output.name} differs from the scale of the gate rows; this is not read")
+                scale = found
             elif output.rows is None:
                 blocks[...] = self._unplaced(output.name, output.shape[0], partial(read, output), first, stop)
             else:
                 blocks[..., slice(*output.rows), :] = read(output, first, stop)
+        if scale is None and _scaled(fmt):
+            scale = np.ones(lead, dtype=np.float32)
         codes, scales = unpack_blocks(blocks, fmt, shape)
         return QuantizedTensor(fmt, shape, codes, scales, scale)
 
@@ -277,10 +285,12 @@ class GgufModel(GgufDialect):
                         f"known are {', '.join(FORMATS)}"
                     )
                 block = BLOCKS[FORMATS[kind]]
-                formats[name] = get_format(FORMATS[kind])
+                scales = [f"{place.removesuffix('weight')}scale" for place in places]
+                unscaled = kind == "NVFP4" and not any(scale in found for scale in scales)
+                formats[name] = get_format("nvfp4_unscaled" if unscaled else FORMATS[kind])
                 shape[-1] = shape[-1] // block.nbytes * block.weights
                 dtype = "BF16"
-                seen.update(f"{place.removesuffix('weight')}scale" for place in places)
+                seen.update(scales)
             seen.update(places)
             size = sum(part.nbytes for part in parts)
             tensors[name] = TensorInfo(name, dtype, tuple(shape), parts[0].file, parts[0].offset, size)
@@ -290,6 +300,10 @@ class GgufModel(GgufDialect):
                 f"{strange[0]} in {inventory.source} belongs to no weight of a {self.model.name} model"
             )
         return tensors, formats
+
+    def differences(self, source: Inventory) -> list[str]:
+        """Metadata that is not what the source gives."""
+        return metadata_differences(self.inventory, source, self.model)
 
     def container(
         self, inventory: Inventory, recipe: str, tensors: Sequence[tuple[Weight, Format | None, list[OutputTensor]]]

@@ -31,14 +31,15 @@ class Block(NamedTuple):
 BLOCKS = {
     "mxfp4": Block("MXFP4", 32, 17, 1, 1),
     "nvfp4": Block("NVFP4", 64, 36, 4, 1),
+    "nvfp4_unscaled": Block("NVFP4", 64, 36, 4, 1),
     "q4_0": Block("Q4_0", 32, 18, 1, 2),
     "iq4_nl_g32": Block("IQ4_NL", 32, 18, 1, 2),
     "q8_0": Block("Q8_0", 32, 34, 1, 2),
 }
 """By format."""
 
-FORMATS = {block.ggml: name for name, block in BLOCKS.items()}
-"""The format of each ggml type."""
+FORMATS = {block.ggml: name for name, block in BLOCKS.items() if name != "nvfp4_unscaled"}
+"""The format of each ggml type; NVFP4 is unscaled where no tensor scale lies beside it."""
 
 
 def row_bytes(fmt: Format, k: int) -> int:

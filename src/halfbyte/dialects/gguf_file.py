@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.checkpoint import Inventory, Layout, nbytes
+from halfbyte.checkpoint import Inventory, Layout, Reader, nbytes
 from halfbyte.dialects.base import Container, OutputTensor
 from halfbyte.dialects.gguf_metadata import describe, general, rope_factors
 from halfbyte.dialects.gguf_models import Model, library
@@ -116,6 +116,35 @@ def metadata(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, inventory)
     return writer
+
+
+def metadata_differences(output: Inventory, source: Inventory, model: Model) -> list[str]:
+    """Keys of an output that are not what the source gives; names, descriptions and splits do not matter."""
+    found = output.meta["gguf"]
+    wanted = metadata(source, model, "F32", []).kv_data[0]
+    problems = []
+    for key, value in wanted.items():
+        if key.startswith("general.") and key != "general.architecture":
+            continue
+        if key not in found:
+            problems.append(f"the metadata lacks {key}")
+        elif not _alike(found[key], value.value):
+            problems.append(f"{key} of the metadata is not what the source gives")
+    rope = rope_factors(source.config, model)
+    info = output.tensors.get(_ROPE)
+    if (rope is None) != (info is None):
+        problems.append(f"{_ROPE} is {'missing' if info is None else 'there'}, which does not fit the source")
+    elif rope is not None:
+        with Reader(output) as reader:
+            if not np.array_equal(reader.read(_ROPE), rope):
+                problems.append(f"{_ROPE} is not what the source gives")
+    return problems
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, float) or (isinstance(wanted, list) and wanted and isinstance(wanted[0], float)):
+        return np.array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
+    return bool(found == wanted)
 
 
 def main_type(types: dict[str, str], outputs: Sequence[OutputTensor]) -> str:

@@ -36,7 +36,8 @@ class Model:
     """An architecture: its name in GGUF, in config.json, and the tensors of a layer.
 
     ``rotated``: q and k rows lie in llama.cpp's order, in which the two halves of a head alternate.
-    ``interleaved``: gate and up rows alternate in the source's stacks of experts.
+    ``interleaved``: gate and up rows alternate in the source's stacks of experts. ``unscaled``: tensors
+    whose tensor scale llama.cpp's graph does not apply.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Model:
     layer: tuple[str, ...]
     rotated: bool = False
     interleaved: bool = False
+    unscaled: tuple[str, ...] = ("token_embd", "output")
 
     @cached_property
     def _map(self) -> Any:
@@ -126,6 +128,7 @@ MODELS = (
             *(f"{name}_bias" for name in _EXPERTS),
         ),
         interleaved=True,
+        unscaled=("token_embd", "output", *(f"ffn_{part}_exps" for part in ("gate", "up", "down"))),
     ),
 )
 
