@@ -24,7 +24,7 @@ from halfbyte.quantized import REQUANTIZED, claim, respelled, settle_input_scale
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.search import get_search
 from halfbyte.shards import Item, Shard, make_index, make_shards
-from halfbyte.slices import MEMORY, Limits, cores, peak_bytes
+from halfbyte.slices import Limits, Resources, find_resources
 from halfbyte.summary import summarize, to_dict
 from halfbyte.view import FLOATS, Checkpoint
 from halfbyte.weighting import Weighting, is_tied, optional_note, settle
@@ -96,6 +96,11 @@ class Plan:
         return [name for name in self.checkpoint.inventory.side_files if name not in replaced]
 
     @property
+    def config_files(self) -> list[str]:
+        """Files of this plan's own beside the weights, without further ones of dialects."""
+        return [PROVENANCE] if self.config is None else [CONFIG, PROVENANCE]
+
+    @property
     def parameters(self) -> int:
         """Elements of all weights that the output holds."""
         return sum(item.parameters for item in self.items if item.action != "drop")
@@ -110,14 +115,11 @@ class Plan:
         """Number of output tensors."""
         return sum(len(item.outputs) for item in self.items)
 
-    def memory_bytes(self, threads: int | None = None, memory: int | None = None) -> int:
-        """Memory that a conversion takes at its peak, the process with this plan included.
-
-        ``threads``: default one per core; ``memory``: the bytes that slices may take together, default 2 GiB.
-        """
+    def resources(self, limits: Limits | None = None) -> Resources:
+        """Threads and memory of a conversion within these limits, the process with this plan included."""
         units = (unit for shard in self.shards for unit in shard.units)
         tensors = len(self.checkpoint.inventory.tensors) + self.tensors
-        return peak_bytes(units, self.checkpoint.formats, tensors, Limits(threads or cores(), memory or MEMORY))
+        return find_resources(units, self.checkpoint.formats, tensors, limits or Limits())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -42,20 +42,22 @@ def run(args: argparse.Namespace) -> int:
 
 def document(made: Plan, args: argparse.Namespace) -> dict[str, Any]:
     """A plan as one JSON object."""
+    resources = made.resources(options.limits(args))
     return {
         "source": made.checkpoint.inventory.source,
         "recipe": made.recipe.name,
         "dialect": made.dialect.name,
         "fingerprint": made.fingerprint,
         "shards": [{"name": shard.name, "bytes": shard.layout.total} for shard in made.shards],
-        "memory_bytes": made.memory_bytes(args.threads, args.memory),
+        "memory_bytes": resources.memory,
+        "threads": resources.threads,
         **made.summary(),
     }
 
 
 def show(made: Plan, args: argparse.Namespace) -> None:
     """Print a plan: a line per class of weights, the totals, what is worth knowing."""
-    summary = made.summary()
+    summary, resources = made.summary(), made.resources(options.limits(args))
     source = made.checkpoint.inventory
     say(f"{source.source}: recipe {made.recipe.name}, dialect {made.dialect.name}", "")
     table(
@@ -78,11 +80,11 @@ def show(made: Plan, args: argparse.Namespace) -> None:
         f"tensors     {exact(parts['data'])}, from {exact(source.total_bytes)} in the source",
         f"headers     {exact(parts['header'])} in {len(made.shards)} weight file(s)",
         *([f"index       {exact(parts['index'])}"] if parts["index"] else []),
-        f"config      {exact(written)} in config.json, halfbyte.json{''.join(f', {n}' for n in made.extra_files)}",
+        f"config      {exact(written)} in {', '.join([*made.config_files, *made.extra_files])}",
         *([f"scales      {exact(parts['fold'])} of AWQ folding, for verify"] if parts["fold"] else []),
-        f"side files  {exact(parts['side_file'])}, copied unchanged",
+        *([] if made.dialect.standalone else [f"side files  {exact(parts['side_file'])}, copied unchanged"]),
         f"repository  {exact(summary['repository_bytes'])} in all",
-        f"memory      {exact(made.memory_bytes(args.threads, args.memory))} at most while quantizing",
+        f"memory      {exact(resources.memory)} at most while quantizing, with {resources.threads} thread(s)",
     )
     for note in summary["notes"]:
         say(f"note        {note}")

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory
-from halfbyte.dialects.gguf_models import Model, library
+from halfbyte.dialects.gguf_models import Model, library, model_of
 from halfbyte.errors import PlanError
 
 # what llama.cpp's graphs take for granted: key -> value where config.json says nothing
 _FIXED: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "partial_rotary_factor": 1.0},
-    "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+    "qwen3": {"hidden_act": "silu", "partial_rotary_factor": 1.0, "use_sliding_window": False, "attention_bias": False},
     "qwen3moe": {
         "hidden_act": "silu",
         "use_sliding_window": False,
@@ -114,6 +114,20 @@ def head_size(inventory: Inventory) -> int:
     return _rows(inventory, "model.layers.0.self_attn.q_proj.weight") // _int(inventory.config, "num_attention_heads")
 
 
+def remarks(inventory: Inventory) -> list[str]:
+    """Where llama.cpp computes a little otherwise than config.json asks for."""
+    found = []
+    window = inventory.config.get("sliding_window")
+    if model_of(inventory.config).name == "llama" and window:
+        found.append(f"llama.cpp attends to the whole context, not to sliding_window = {window}")
+    if rope_parameters(inventory.config).get("truncate") is False:
+        found.append(
+            "llama.cpp rounds the boundaries of YaRN to whole dimensions (rope_parameters.truncate is false here), "
+            "so its log-probs differ slightly"
+        )
+    return found
+
+
 def _rows(inventory: Inventory, name: str) -> int:
     module = name.removesuffix(".weight")
     found = next(
@@ -147,8 +161,9 @@ def _rope(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 def _check(config: Mapping[str, Any], model: Model, source: str) -> None:
+    given = {"partial_rotary_factor": rope_parameters(config).get("partial_rotary_factor", 1.0), **config}
     for key, wanted in _FIXED[model.name].items():
-        found = config.get(key, _MISSING.get(key, wanted))
+        found = given.get(key, _MISSING.get(key, wanted))
         if found != wanted and not (wanted == [] and not found):
             raise PlanError(
                 f"config.json of {source} says {key} = {found!r}, but llama.cpp's {model.name} computes with "

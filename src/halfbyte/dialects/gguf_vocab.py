@@ -119,10 +119,15 @@ def pre_tokenizer(table: Mapping[str, Any], source: str) -> str:
     return known
 
 
-def normalizes(table: Mapping[str, Any]) -> str | None:
-    """The Unicode normal form that a byte-level tokenizer brings text into, and llama.cpp does not."""
+def tokenizer_remarks(inventory: Inventory) -> list[str]:
+    """Where llama.cpp may split text into other tokens."""
+    assert inventory.root is not None
+    table = json.loads((inventory.root / "tokenizer.json").read_bytes())
     kinds = [step.get("type") for step in _steps(table.get("normalizer"), "normalizers")]
-    return next((kind for kind in kinds if kind in ("NFC", "NFD", "NFKC", "NFKD")), None)
+    form = next((kind for kind in kinds if kind in ("NFC", "NFD", "NFKC", "NFKD")), None)
+    if form is None:
+        return []
+    return [f"the tokenizer brings text into the form {form} and llama.cpp does not: other text may get other tokens"]
 
 
 def _steps(part: Any, inner: str = "pretokenizers") -> list[dict[str, Any]]:
