@@ -13,13 +13,13 @@ from halfbyte.evaluate.windows import Protocol, Window, windows
 
 if TYPE_CHECKING:
     from halfbyte.evaluate.run import Settings, evaluate, measure
-    from halfbyte.evaluate.sensitivity import sensitivity
+    from halfbyte.evaluate.by_group import sensitivity
 
 __all__ = ["Protocol", "Settings", "Window", "evaluate", "measure", "sensitivity", "tensor_errors", "windows"]
 
 _HOME = {
     **dict.fromkeys(("Settings", "evaluate", "measure"), "halfbyte.evaluate.run"),
-    "sensitivity": "halfbyte.evaluate.sensitivity",
+    "sensitivity": "halfbyte.evaluate.by_group",
 }
 
 
@@ -28,7 +28,5 @@ def __getattr__(name: str) -> Any:
         from halfbyte.runtime import need_torch
 
         need_torch()
-        found = getattr(import_module(_HOME[name]), name)
-        globals()[name] = found  # a module of this package may have the same name
-        return found
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

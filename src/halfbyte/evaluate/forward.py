@@ -10,7 +10,8 @@ import torch
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.divergence import Scores, TokenScores, log_softmax
 from halfbyte.evaluate.models import vocabulary
-from halfbyte.evaluate.reference import Reference, Writer
+from halfbyte.evaluate.reference import Cache, Reference, Writer
+from halfbyte.evaluate.results import environment
 from halfbyte.evaluate.text import Passage
 from halfbyte.evaluate.windows import batches
 
@@ -40,6 +41,37 @@ def score(
             writer.add(log_probs)
         position += len(targets)
     return scores.arrays()
+
+
+def reference_key(
+    model: str, passage: Passage, dtype: str, device: Any, dequantize: bool, **more: Any
+) -> dict[str, Any]:
+    """What the source's log-probabilities depend on; ``model`` is the hash of its contents."""
+    versions = environment()["versions"]
+    protocol = passage.protocol
+    return {
+        "model": model,
+        "tokens": protocol.sha256,
+        "cut": [protocol.kind, protocol.length, protocol.stride],
+        "dtype": dtype,
+        "device": str(device or "cpu"),
+        "dequantize": dequantize,
+        "versions": {name: versions.get(name) for name in ("halfbyte", "torch", "transformers")},
+        **more,
+    }
+
+
+def store_reference(
+    cache: Cache, key: dict[str, Any], model: Any, passage: Passage, progress: Progress | None = None
+) -> Reference:
+    """Run the source over a passage and keep its log-probabilities."""
+    with cache.write(key, vocabulary(model), passage.protocol.tokens) as writer:
+        scores = score(model, passage, writer=writer, progress=progress)
+        writer.close(key, nll=scores.nll, window=scores.window)
+    found = cache.find(key)
+    if found is None:
+        raise HalfbyteError(f"the reference in {cache.folder} vanished while it was in use; run again")
+    return found
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ import torch
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import conversations as chat
 from halfbyte.evaluate.divergence import TokenScores
-from halfbyte.evaluate.forward import score
+from halfbyte.evaluate.forward import reference_key, score, store_reference
 from halfbyte.evaluate.models import check_length, content_hash, loaded_by, opened, vocabulary
 from halfbyte.evaluate.reference import Cache, Reference
 from halfbyte.evaluate.results import PACKAGES, VERSION, command, describe, distinct_names, environment, now
@@ -236,18 +236,8 @@ class _Run:
     # --- the source ---
 
     def _key(self, passage: Passage, **more: Any) -> dict[str, Any]:
-        versions = environment(self.settings.device)["versions"]
-        protocol = passage.protocol
-        return {
-            "model": self.hashes[0],
-            "tokens": protocol.sha256,
-            "cut": [protocol.kind, protocol.length, protocol.stride],
-            "dtype": self.settings.dtype,
-            "device": str(self.settings.device or "cpu"),
-            "dequantize": self.settings.dequantize,
-            "versions": {name: versions.get(name) for name in ("halfbyte", "torch", "transformers")},
-            **more,
-        }
+        s = self.settings
+        return reference_key(self.hashes[0], passage, s.dtype, s.device, s.dequantize, **more)
 
     def _keeps(self, passage: Passage) -> bool:
         """Whether the log-probabilities of this passage are needed, and not the likelihoods only."""
@@ -273,15 +263,9 @@ class _Run:
             scores = score(model, passage, progress=report)
             self.cache.store_scores(self._key(passage, only="scores"), scores)
             return _of_source(scores.nll, scores.window)
-        key = self._key(passage)
-        with self.cache.write(key, vocabulary(model), passage.protocol.tokens) as writer:
-            scores = score(model, passage, writer=writer, progress=report)
-            writer.close(key, nll=scores.nll, window=scores.window)
-        reference = self.cache.find(key)
-        if reference is None:
-            raise HalfbyteError(f"the reference in {self.cache.folder} vanished while it was in use; run again")
-        self.references[id(passage)] = reference
-        return _of_source(scores.nll, scores.window)
+        found = store_reference(self.cache, self._key(passage), model, passage, report)
+        self.references[id(passage)] = found
+        return _of_source(found.nll, found.window)
 
     def _noise_floor(self) -> Scored:
         """The source in another dtype against itself: what differs without any quantization."""

@@ -1,0 +1,252 @@
+"""Which weights hurt: the divergence when one group of them is quantized and everything else is not.
+
+The recipe is carried out once, by the usual conversion, into a folder beside the result; its weights are then put into
+the source's model group by group, decoded. So a group's numbers are those of the bytes that ``quantize`` writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from halfbyte.checkpoint import Reader, nbytes
+from halfbyte.convert import convert
+from halfbyte.errors import OutputError, PlanError
+from halfbyte.evaluate.forward import reference_key, score, store_reference
+from halfbyte.evaluate.models import check_length, content_hash, opened
+from halfbyte.evaluate.placement import places
+from halfbyte.evaluate.reference import Cache, Reference
+from halfbyte.evaluate.text import Passage, passage_of
+from halfbyte.evaluate.weight_errors import WeightError, compare_weights
+from halfbyte.models import Weight
+from halfbyte.models.roles import bare_role, is_under
+from halfbyte.plan import Plan, make_plan
+from halfbyte.recipes import Recipe, load_recipe
+from halfbyte.runtime.loading import load_tokenizer
+from halfbyte.view import Checkpoint
+from halfbyte.weighting import stored_folds
+
+VERSION = 1
+ALL = "all"
+By = Literal["group", "role", "weight"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Unit:
+    """Weights that are quantized together."""
+
+    name: str
+    weights: list[Weight]
+
+
+def units_of(weights: list[Weight], by: By) -> list[Unit]:
+    """Weights in groups: ``group``: what engines fuse, and all experts of a layer; ``role``: a role of a layer;
+    ``weight``: each by itself.
+    """
+    found: dict[str, Unit] = {}
+    for weight in weights:
+        name = weight.name
+        if by == "role":
+            name = weight.role if weight.layer is None else f"layers.{weight.layer}.{weight.role}"
+        elif by == "group" and is_under(bare_role(weight.role), "experts"):
+            name = f"{weight.name.partition('.experts.')[0]}.experts"
+        elif by == "group":
+            name = weight.group or weight.name
+        found.setdefault(name, Unit(name, [])).weights.append(weight)
+    return list(found.values())
+
+
+def sensitivity(
+    source: str | Path,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    text: str | Path | None = None,
+    *,
+    by: By = "group",
+    preset: str | None = None,
+    length: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    dtype: str = "float32",
+    device: Any = None,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure every group of weights that a recipe quantizes; the sensitivity file's header with ``groups``.
+
+    ``out``: the sensitivity file (JSON lines, docs/evaluation.md). A run that was interrupted continues there; a file
+    of another measurement is an OutputError. In memory are the source's model and the quantized weights in 4 bit.
+    ``text``, ``preset``, ``length``, ``stride``, ``max_tokens``, ``dtype``, ``device`` and ``cache`` are those of
+    ``evaluate``. ``progress`` is called with the number of groups done and their total.
+    """
+    checkpoint = Checkpoint.open(source)
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    plan = make_plan(checkpoint, loaded, "halfbyte")
+    passage = passage_of(
+        text, checkpoint.inventory.root, load_tokenizer(source), dtype, preset, length, stride, max_tokens
+    )
+    key = [plan.fingerprint, content_hash(checkpoint), passage.protocol.as_dict(), by, str(device or "cpu"), VERSION]
+    header = {
+        "halfbyte": "sensitivity",
+        "version": VERSION,
+        "source": str(source),
+        "recipe": loaded.name,
+        "by": by,
+        "protocol": passage.protocol.as_dict(),
+        "key": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(),
+    }
+    path = Path(out)
+    groups = _continue(path, header)
+    folder = path.with_name(f"{path.name}.{plan.fingerprint[:12]}.work")
+    done = {group["group"] for group in groups}
+    place = nullcontext(str(cache)) if cache else tempfile.TemporaryDirectory(prefix="halfbyte-")
+    if ALL not in done:
+        with place as stored:
+            job = _Job(checkpoint, source, folder, passage, dtype, device, Cache(str(stored)))
+            for group in job.run(plan, by, done, progress or (lambda *_: None)):
+                _append(path, group)
+                groups.append(group)
+    shutil.rmtree(folder, ignore_errors=True)
+    return {**header, "groups": groups}
+
+
+def read_sensitivity(path: str | Path) -> dict[str, Any]:
+    """A sensitivity file as one object: the header with ``groups``. OutputError if it is none."""
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")
+    header = _object(lines[0])
+    if header is None or header.get("halfbyte") != "sensitivity" or header.get("version") != VERSION:
+        raise OutputError(f"{path} is no sensitivity file of this version; choose another name")
+    # a line that was torn when its process was killed is measured again
+    return {**header, "groups": [group for line in lines[1:] if (group := _object(line)) is not None]}
+
+
+def _continue(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups that an earlier run has measured; a new file where there is none."""
+    if not path.exists():
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return []
+    found = read_sensitivity(path)
+    if found["key"] != header["key"]:
+        raise OutputError(
+            f"{path} holds another measurement (of {found['source']} with {found['recipe']}); choose another name "
+            "or remove it"
+        )
+    groups: list[dict[str, Any]] = found["groups"]
+    return groups
+
+
+def _append(path: Path, group: dict[str, Any]) -> None:
+    with path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+            file.write(b"\n" if torn else b"")
+        file.write(json.dumps(group).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+@dataclass
+class _Job:
+    """One source, one recipe, one passage."""
+
+    checkpoint: Checkpoint
+    source: str | Path
+    folder: Path
+    passage: Passage
+    dtype: str
+    device: Any
+    cache: Cache
+
+    def run(self, plan: Plan, by: By, done: set[str], progress: Progress) -> Iterator[dict[str, Any]]:
+        """The groups that are still to be measured, then all together."""
+        if not (self.folder / "config.json").exists():
+            convert(plan, self.folder)
+        quantized = Checkpoint.open(self.folder)
+        with Reader(self.checkpoint.inventory) as reader:
+            if stored_folds(self.folder, self.checkpoint, reader):
+                raise PlanError(
+                    f"recipe {plan.recipe.name} folds scales into norms, so its weights make no sense one at a time; "
+                    "leave the folding out"
+                )
+        errors = {weight.name: error for weight, error in compare_weights(self.folder, self.source)}
+        weights = [w for w in self.checkpoint.weights if w.name in quantized.formats]
+        with (
+            opened(self.source, self.dtype, True, self.device) as model,
+            opened(self.folder, self.dtype, False, self.device) as codes,
+        ):
+            check_length(model, self.source, self.passage.protocol.length)
+            reference = self._reference(model)
+            found = places(model, weights)
+            weights = [w for w in weights if w.name in found]
+            units = [*units_of(weights, by), Unit(ALL, weights)]
+            for number, unit in enumerate(units):
+                if unit.name not in done:
+                    with _quantized(model, codes, sorted({found[w.name] for w in unit.weights})):
+                        scores = score(model, self.passage, reference)
+                    yield {
+                        **self._about(unit, errors),
+                        "perplexity": scores.perplexity,
+                        "kl": scores.divergence,
+                    }
+                progress(number + 1, len(units))
+
+    def _about(self, unit: Unit, errors: dict[str, WeightError]) -> dict[str, Any]:
+        mine = [errors[w.name] for w in unit.weights]
+        formats = {entry.error.format for entry in mine}
+        squares = sum(entry.error.squares for entry in mine)
+        return {
+            "group": unit.name,
+            "weights": [w.name for w in unit.weights],
+            "roles": sorted({w.role for w in unit.weights}),
+            "layers": sorted({w.layer for w in unit.weights if w.layer is not None}),
+            "format": formats.pop() if len(formats) == 1 else "mixed",
+            "parameters": sum(entry.error.elements for entry in mine),
+            "bytes": sum(entry.stored for entry in mine),
+            "source_bytes": sum(nbytes(w.dtype, (math.prod(w.shape),)) for w in unit.weights),
+            "relmse": sum(entry.error.squared_error for entry in mine) / squares if squares else 0.0,
+        }
+
+    def _reference(self, model: Any) -> Reference:
+        """The source's log-probabilities, from the cache or measured now."""
+        key = reference_key(content_hash(self.checkpoint), self.passage, self.dtype, self.device, True)
+        return self.cache.find(key) or store_reference(self.cache, key, model, self.passage)
+
+
+@contextmanager
+def _quantized(model: Any, codes: Any, names: list[str]) -> Iterator[None]:
+    """Put the decoded parameters ``names`` of the model ``codes`` in place of the model's own, for a while."""
+    before: list[tuple[Any, torch.Tensor]] = []
+    try:
+        for name in names:
+            parameter = model.get_parameter(name)
+            path, _, last = name.rpartition(".")
+            values = codes.get_submodule(path).decoded(last)
+            before.append((parameter, parameter.data))
+            parameter.data = values.to(parameter.dtype).contiguous()
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
