@@ -9,7 +9,20 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from halfbyte import __version__
-from halfbyte.cli import allocate, calibrate, demo, evaluate, formats, inspect, plan, quantize, recipes, verify
+from halfbyte.cli import (
+    allocate,
+    calibrate,
+    demo,
+    errors,
+    evaluate,
+    formats,
+    inspect,
+    plan,
+    quantize,
+    recipes,
+    sensitivity,
+    verify,
+)
 from halfbyte.errors import HalfbyteError
 
 OK, FOUND_PROBLEMS, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -33,7 +46,9 @@ COMMANDS: dict[str, Command] = {
     "plan": plan,
     "quantize": quantize,
     "verify": verify,
+    "errors": errors,
     "evaluate": evaluate,
+    "sensitivity": sensitivity,
     "calibrate": calibrate,
     "allocate": allocate,
     "recipes": recipes,
