@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,17 @@ def test_text_names_what_engines_lose_and_how_much(run_text: Callable[..., str],
     assert line.split(None, 2)[1:] == ["loses", "MTP [19 tensors, 1.04 MB]"]
     assert "nothing is known to be lost in SGLang, llama.cpp" in text
     assert "transformers 5.23.0 with compressed-tensors 0.20.0" in text
+
+
+def test_engines_that_nobody_tried_are_named_apart(run_text: Callable[..., str], tmp_path: Any) -> None:
+    tensors = {"model.layers.0.mlp.experts.gate_up_proj_blocks": ["U8", [2, 64, 1, 16]]}
+    tensors["model.layers.0.mlp.experts.gate_up_proj_scales"] = ["U8", [2, 64, 1]]
+    config = {"model_type": "gpt_oss", "hidden_size": 32, "quantization_config": {"quant_method": "mxfp4"}}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"config": config, "tensors": tensors}))
+    text = run_text("inspect", "--inventory", str(path))
+    assert "not tried with this dialect: mlx-lm, llama.cpp" in text
+    assert "nothing is known to be lost in halfbyte, transformers, vLLM, SGLang" in text
 
 
 def test_roles_are_listed_on_demand(run_text: Callable[..., str], demo_model: str) -> None:

@@ -20,7 +20,6 @@ EFFECTS = {
     "loses": "loses",
     "rounds": "rounds",
     "needs": "needs",
-    "unknown": "not known",
 }
 EXAMPLES = """\
   halfbyte inspect ./Qwen3.5-35B-A3B
@@ -101,13 +100,16 @@ def _bits(nbytes: int, parameters: int, found: Overview) -> tuple[str, str]:
 
 
 def _engines(found: Overview) -> None:
-    """What is lost where; engines of which nothing is known to be lost share a line."""
-    if rows := [_row(f) for each in found.engines.values() for f in each]:
+    """What is lost where; engines that nothing is known of share a line."""
+    each = found.engines.items()
+    if rows := [_row(f) for _, known in each for f in known if f.effect != "unknown"]:
         table(("engine", "effect", "~what is known"), rows)
         say("")
-    if silent := [name for name, each in found.engines.items() if not each]:
+    if silent := [name for name, known in each if not known]:
         say(f"nothing is known to be lost in {', '.join(silent)}")
-    say("versions    " + "; ".join(f"{name} {version}" for name, version in _versions(found)))
+    if untried := [name for name, known in each if any(f.effect == "unknown" for f in known)]:
+        say(f"not tried with this dialect: {', '.join(untried)}")
+    say("", "versions    " + "; ".join(f"{name} {version}" for name, version in _versions(found)))
 
 
 def _row(found: Finding) -> tuple[str, str, str]:
