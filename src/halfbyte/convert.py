@@ -22,7 +22,7 @@ from halfbyte.checkpoint import (
 from halfbyte.errors import OutputError, PlanError
 from halfbyte.fold_search import FoldReport, sample_bytes, settle_folds
 from halfbyte.measure import TensorError
-from halfbyte.pipeline import Pipeline, Stages, Task
+from halfbyte.pipeline import Pipeline, Stages
 from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Plan
 from halfbyte.shards import Shard
 from halfbyte.slices import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
@@ -67,9 +67,10 @@ def convert(
 ) -> Conversion:
     """Write the plan's output to the folder ``out``, or continue there after an interruption.
 
-    ``workers`` threads (default: one per core) encode slices of together at most ``memory`` bytes (default:
-    2 GiB) side by side, while finished files are made durable in the background; the bytes written depend on
-    neither. Raises OutputError for an unusable folder or a full disk, CheckpointError for a damaged source.
+    ``workers`` threads (default: one per core; fewer where ``memory``, by default 2 GiB, does not allow so many)
+    work on slices of weights side by side, while finished files are made durable in the background. The bytes
+    written depend on neither. Raises OutputError for an unusable folder or a full disk, CheckpointError for a
+    damaged source.
     """
     began = time.monotonic()
     inventory = plan.checkpoint.inventory
@@ -84,10 +85,11 @@ def convert(
         if shard.name in journal.done:
             report(sum(map(item_bytes, shard.items)))
     limits = Limits(workers or cores(), memory or MEMORY)
+    threads = plan.resources(limits).threads
     with Reader(inventory) as reader:
-        with ThreadPoolExecutor(limits.threads) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             folds, chosen = settle_folds(plan, out, journal, reader, pool, report)
-        _write_shards(Context(plan, reader, folds, report, limits), todo, out, journal)
+        _write_shards(Context(plan, reader, folds, report, limits), threads, todo, out, journal)
     _finish(plan, out, inventory.root)
     errors: dict[str, TensorError] = {}
     for shard in plan.shards:
@@ -114,14 +116,13 @@ class _OpenShard:
         journal.record(self.shard.name, self.shard.layout.total, {"errors": errors})
 
 
-def _write_shards(context: Context, todo: Sequence[Shard], out: Path, journal: Journal) -> None:
+def _write_shards(context: Context, threads: int, todo: Sequence[Shard], out: Path, journal: Journal) -> None:
     """All files, one after the other: while one is made durable, the next one is written already."""
-    limits = context.limits
     opened: list[_OpenShard] = []
     resident: list[Unit] = []
     lock = threading.Lock()
     try:
-        with Pipeline(limits.threads, limits.running_bytes) as pipeline:
+        with Pipeline(threads) as pipeline:
 
             def commit(file: _OpenShard) -> None:
                 file.commit(journal)
@@ -141,7 +142,7 @@ def _write_shards(context: Context, todo: Sequence[Shard], out: Path, journal: J
                 pipeline.wait(lambda: len(opened) < OPEN_FILES)
                 file = _OpenShard(context, shard, out)
                 opened.append(file)
-                jobs = list(_jobs(file.units, limits.slice_bytes))
+                jobs = list(_jobs(file.units, context.limits.slice_bytes))
                 file.left = len(jobs) or 1
                 for units in jobs:
                     if units[0].resident:
@@ -181,7 +182,7 @@ def _stages(units: Sequence[Unit]) -> Stages:
         for unit in units:
             unit.run()
 
-    return iter([[Task(max(unit.need for unit in units), run)]])
+    return iter([[run]])
 
 
 def _check_disk(plan: Plan, out: Path, todo: Sequence[Shard]) -> None:

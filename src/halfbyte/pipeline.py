@@ -1,23 +1,14 @@
-"""Jobs on threads: their tasks side by side, within a bound of memory; what follows a job in the background."""
+"""Jobs on threads: their tasks side by side, what follows a job in the background."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
 
-
-class Task(NamedTuple):
-    """Something to do that needs ``need`` bytes of memory while it runs."""
-
-    need: int
-    run: Callable[[], None]
-
-
+Task = Callable[[], None]
 Stages = Iterator[list[Task]]
 """The tasks of one list may run side by side; the next list is asked for when all of them are done."""
 
@@ -30,15 +21,14 @@ class _Job:
 
 
 class Pipeline:
-    """Runs the tasks of jobs on ``threads`` threads, in order, together within ``memory`` bytes.
+    """Runs the tasks of jobs on ``threads`` threads, in order.
 
-    A task that needs more than that runs alone. The first exception of any task stops everything: tasks that have
-    not begun are skipped, and ``add``, ``wait`` and ``finish`` raise it.
+    The first exception of any task stops everything: tasks that have not begun are skipped, and ``add``, ``wait``
+    and ``finish`` raise it.
     """
 
-    def __init__(self, threads: int, memory: int) -> None:
+    def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._memory = self._free = memory
         self._pool = ThreadPoolExecutor(threads, "halfbyte")
         self._behind = ThreadPoolExecutor(1, "halfbyte-commit")
         self._changed = threading.Condition()
@@ -104,9 +94,8 @@ class Pipeline:
 
     def _run(self, job: _Job, task: Task) -> None:
         try:
-            with self._granted(task.need):
-                if self._failure is None:
-                    task.run()
+            if self._failure is None:
+                task()
         except BaseException as error:
             self._fail(error)
         with self._changed:
@@ -123,19 +112,6 @@ class Pipeline:
         with self._changed:
             self._pending -= 1
             self._changed.notify_all()
-
-    @contextmanager
-    def _granted(self, need: int) -> Iterator[None]:
-        need = min(need, self._memory)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= need or self._failure is not None)
-            self._free -= need
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += need
-                self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from halfbyte import kernels
 from halfbyte.checkpoint import nbytes
@@ -18,7 +19,7 @@ MEMORY = 2 << 30
 # units whose slices are held between amax and encoding: one is encoded while the next one is read
 RESIDENT_UNITS = 2
 # Python with its libraries, and what is held of every source and output tensor
-_PROCESS_BYTES = 96 << 20
+_PROCESS_BYTES = 80 << 20
 _TENSOR_BYTES = 1500
 # the reference encoder's FP32 copies, blocks and codes, per weight
 _REFERENCE_BYTES = 20
@@ -31,10 +32,7 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """``threads``, and the bytes of ``memory`` that slices of weights may take together.
-
-    One slice is always worked on, even where an expert of a stack, which is not cut, is larger than that.
-    """
+    """``threads`` that a conversion may have, and the bytes of ``memory`` that the slices in work may take."""
 
     threads: int = field(default_factory=cores)
     memory: int = MEMORY
@@ -49,10 +47,16 @@ class Limits:
         """The largest unit that stays in memory between the search for its amax and its encoding."""
         return self.memory // 8
 
-    @property
-    def running_bytes(self) -> int:
-        """What is left for slices beside such units."""
-        return self.memory - RESIDENT_UNITS * self.resident_bytes
+
+class Resources(NamedTuple):
+    """``threads`` that a conversion has, and all ``memory`` of its process at the peak, in bytes.
+
+    There are fewer threads than allowed where their slices would not fit into the memory: an expert of a stack is
+    not cut. One thread there always is, also where its slice is larger than the memory allowed.
+    """
+
+    threads: int
+    memory: int
 
 
 def item_bytes(item: Item) -> int:
@@ -103,27 +107,24 @@ def need(item: Item, count: int, quantized: bool) -> int:
     return total + 2 * item.nbytes * count // max(len(item.indices), 1)
 
 
-def unit_need(unit: Iterable[Item], quantized: Container[str]) -> int:
-    """Bytes of memory for the work on all of a unit at once; ``quantized``: names of weights that the source has so."""
-    return sum(need(i, len(i.indices), i.weight.name in quantized) if i.weight.shape else 16 for i in unit)
-
-
-def peak_bytes(units: Iterable[Sequence[Item]], quantized: Iterable[str], tensors: int, limits: Limits) -> int:
-    """Memory that a conversion of these units takes at its peak; ``tensors``: of source and output together."""
-    codes = set(quantized)
-    needs: list[int] = []
+def find_resources(
+    units: Iterable[Sequence[Item]], quantized: Container[str], tensors: int, limits: Limits
+) -> Resources:
+    """What the work on these units takes; ``quantized``: names of weights that the source has as codes;
+    ``tensors``: of source and output together."""
+    needs = [0]
     resident: list[int] = []
     for unit in units:
         size = sum(map(item_bytes, unit))
         if size <= limits.slice_bytes:
-            needs.append(unit_need(unit, codes))
+            needs.append(sum(need(i, len(i.indices), i.weight.name in quantized) for i in unit if i.weight.shape))
             continue
         for item in unit:
-            pieces = cuts(item, whole_rows(item.format), limits.slice_bytes) if item.weight.shape else [(0, 1)]
-            one = need(item, pieces[0][1] - pieces[0][0], item.weight.name in codes) if pieces else 0
-            needs += [one] * min(len(pieces), limits.threads)
+            first, stop = cuts(item, whole_rows(item.format), limits.slice_bytes)[0]
+            needs.append(need(item, stop - first, item.weight.name in quantized))
         if unit[0].format is not None and shares_amax(unit) and size <= limits.resident_bytes:
             resident.append(size)
-    largest = heapq.nlargest(limits.threads, needs)
-    running = min(sum(largest), max(limits.running_bytes, largest[0] if largest else 0))
-    return _PROCESS_BYTES + _TENSOR_BYTES * tensors + running + sum(heapq.nlargest(RESIDENT_UNITS, resident))
+    held = sum(heapq.nlargest(RESIDENT_UNITS, resident))
+    largest = max(needs)
+    threads = max(1, min(limits.threads, (limits.memory - held) // max(largest, 1)))
+    return Resources(threads, _PROCESS_BYTES + _TENSOR_BYTES * tensors + threads * largest + held)

@@ -25,7 +25,7 @@ from halfbyte.pipeline import Stages, Task
 from halfbyte.plan import Plan
 from halfbyte.search import encode, get_search, tensor_scale
 from halfbyte.shards import Item
-from halfbyte.slices import Limits, cuts, item_bytes, need, shares_amax, unit_need, whole_rows
+from halfbyte.slices import Limits, cuts, item_bytes, shares_amax, whole_rows
 from halfbyte.view import FLOATS
 
 Folds = Mapping[str, Fold]
@@ -69,11 +69,6 @@ class Unit:
         self._errors: dict[tuple[int, int], TensorError] = {}
 
     @property
-    def need(self) -> int:
-        """Bytes of memory for all of the unit at once."""
-        return unit_need(self.items, self.plan.checkpoint.formats)
-
-    @property
     def errors(self) -> list[TensorError]:
         """One for every quantized item, its slices counted in their order."""
         found = [self._error(item) for item in self._chosen]
@@ -85,7 +80,7 @@ class Unit:
         """All of the unit in this thread."""
         for stage in self.stages():
             for task in stage:
-                task.run()
+                task()
 
     def stages(self) -> Stages:
         """The work in lists of tasks; those of one list may run side by side."""
@@ -95,30 +90,25 @@ class Unit:
             return
         pieces = [(k, *cut) for k, item in enumerate(self._chosen) for cut in self._cuts(item)]
         if any(item.action == "transcode" for item in self._chosen):
-            yield [Task(self._need(self._chosen[0], pieces[0]), partial(self._prepare, pieces))]
+            yield [partial(self._prepare, pieces)]
         if self._together and not (self._carrier and self._carrier.ready):
-            yield [Task(self._need(self._chosen[k], (k, a, b)), partial(self._look, k, a, b)) for k, a, b in pieces]
+            yield [partial(self._look, *piece) for piece in pieces]
             self._shared = np.max(list(self._amax.values()))
         places = [dict(zip([o.name for o in i.outputs], i.offsets, strict=True)) for i in self._chosen]
-        convert = [partial(self._convert, k, a, b, places[k]) for k, a, b in pieces]
-        needs = [self._need(self._chosen[piece[0]], piece) for piece in pieces]
-        yield others + list(map(Task, needs, convert))
+        yield [*others, *(partial(self._convert, *piece, places[piece[0]]) for piece in pieces)]
 
     def _cuts(self, item: Item) -> list[tuple[int, int]]:
         return cuts(item, whole_rows(item.format), self.limits.slice_bytes)
 
-    def _need(self, item: Item, piece: tuple[int, int, int]) -> int:
-        return need(item, piece[2] - piece[1], item.weight.name in self.plan.checkpoint.formats)
-
     def _unquantized(self, item: Item) -> Iterator[Task]:
         places = dict(zip([o.name for o in item.outputs], item.offsets, strict=True))
         if item.action != "keep":
-            yield Task(0, partial(self._respell, item))
+            yield partial(self._respell, item)
         elif item.outputs[0].part != "copy":
             for a, b in self._cuts(item):
-                yield Task(self._need(item, (0, a, b)), partial(self._spell, item, a, b, places))
+                yield partial(self._spell, item, a, b, places)
         elif item.weight.name in self.folds:
-            yield Task(4 * self.limits.slice_bytes, partial(self._refold, item, places))
+            yield partial(self._refold, item, places)
         else:
             yield from self._copies(item)
 
@@ -131,11 +121,11 @@ class Unit:
             for start in range(0, total, limit):
                 count = min(limit, total - start)
                 if some and size + count > limit:
-                    yield Task(size, partial(self._copy, item, some))
+                    yield partial(self._copy, item, some)
                     some, size = [], 0
                 some.append((output, start, count, offset + start))
                 size += count
-        yield Task(size, partial(self._copy, item, some, True))
+        yield partial(self._copy, item, some, True)
 
     def _copy(self, item: Item, some: Sequence[tuple[OutputTensor, int, int, int]], last: bool = False) -> None:
         for output, start, count, offset in some:

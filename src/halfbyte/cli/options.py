@@ -9,6 +9,7 @@ from halfbyte.cli.units import parse_size, positive
 
 if TYPE_CHECKING:
     from halfbyte.plan import Plan
+    from halfbyte.slices import Limits
     from halfbyte.view import Checkpoint
 
 SOURCE = "a local folder, a .safetensors file, or a hub id owner/name"
@@ -65,6 +66,13 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
         type=parse_size,
         help="most memory for slices of weights, such as 512MiB (default: 2GiB); the plan says what all takes together",
     )
+
+
+def limits(args: argparse.Namespace) -> Limits:
+    """The limits that ``add_resources`` sets."""
+    from halfbyte.slices import MEMORY, Limits, cores
+
+    return Limits(args.threads or cores(), args.memory or MEMORY)
 
 
 def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
