@@ -1,23 +1,21 @@
 """Small trained models in every recipe: size, weight error, perplexity and KL divergence on held-out text.
 
-    python benchmarks/models.py ../shared/data [-o benchmarks/results/models.json] [--docs docs/results.md]
+    python benchmarks/models.py ../shared/data [-o benchmarks/results/models] [--docs docs/results.md]
 
 The folder holds ``models/NAME`` and ``text/...``; models named ``*-wiki`` are measured on ``enwiki2015/valid.txt``,
 the others on ``calibration/tiny.utf8``. Formats that no recipe uses are applied to all linear weights with ``sweep``.
-Recipes that do not fit a model are left out. The tables between the markers in the document are written anew.
+Recipes that do not fit a model are left out. One results file per model (docs/evaluation.md; what `halfbyte errors`
+says of each weight is included without the histograms of its scales). The tables between the markers in the document
+are written anew.
 Needs ``halfbyte[transformers]``; takes about ten minutes on two cores. ``--only`` names models.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import re
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VER
 
 import halfbyte
 from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate import Settings
+from halfbyte.evaluate import measure as evaluate
 from halfbyte.recipes import Recipe, parse_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -45,8 +45,8 @@ def recipes() -> list[Recipe]:
 
 
 def measure(model: Path, text: Path, folder: Path) -> dict[str, Any]:
-    """All recipes on one model."""
-    rows, outputs = [], []
+    """All recipes on one model: the results document."""
+    outputs = []
     for recipe in recipes():
         try:
             plan = halfbyte.plan(model, recipe, dialect="halfbyte")
@@ -58,81 +58,82 @@ def measure(model: Path, text: Path, folder: Path) -> dict[str, Any]:
         checked = halfbyte.verify(out, model)
         if not checked.ok:
             raise SystemExit(f"{model.name}, {recipe.name}: {checked.problems[0]}")
-        classes = [c for c in plan.summary()["classes"] if c["action"] == "quantize"]
-        parameters = sum(c["parameters"] for c in classes)
-        rows.append(
-            {
-                "recipe": recipe.name,
-                "bytes": plan.data_bytes,
-                "bits_per_weight": plan.bits_per_weight,
-                "quantized_parameters": parameters,
-                "quantized_bits": 8 * sum(c["bytes"] for c in classes) / parameters,
-                "relmse": done.relmse,
-            }
-        )
         outputs.append(out)
         print(f"{model.name}: {recipe.name} relMSE {done.relmse:.5f}", flush=True)
-    source, *found = halfbyte.evaluate(
-        outputs, against=model, text=text, length=LENGTH, max_tokens=TOKENS, dequantize=True
-    )
-    for row, values in zip(rows, found, strict=True):
-        row.update(perplexity=values["perplexity"], kl=values["kl"])
-        print(f"{model.name}: {row['recipe']} perplexity {row['perplexity']:.3f}, KL {row['kl']['mean']:.5f}")
-    return {
-        "model": model.name,
-        "bytes": source["bytes"],
-        "perplexity": source["perplexity"],
-        "protocol": source["protocol"],
-        "rows": rows,
-    }
+    settings = Settings(text=text, length=LENGTH, max_tokens=TOKENS, dequantize=True, noise_floor=True, errors=True)
+    document = evaluate(outputs, model, settings)
+    for row in document["rows"]:
+        row["path"] = row["name"]
+        row["seconds"] = None  # of a machine that may do other things
+        if row["errors"]:
+            row["errors"] |= {"out": row["name"], "against": model.name}
+            for weight in row["errors"]["weights"]:
+                weight["scales"] = None
+        print(f"{model.name}: {row['name']} perplexity {row['perplexity']:.3f}, KL {row['kl']['mean']:.5f}")
+    return document
 
 
-def machine() -> dict[str, Any]:
-    cpu, info = platform.machine(), Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"model name\s*: (.+)", info.read_text())):
-        cpu = found.group(1)
-    packages = ("numpy", "ml_dtypes", "torch", "transformers")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "versions": {
-            "halfbyte": halfbyte.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-        },
-    }
+def quantized_bits(row: dict[str, Any]) -> float:
+    """Bits of the quantized weights, scales included."""
+    return row["errors"]["total"]["bits"]
 
 
-def tables(results: dict[str, Any]) -> str:
+def rounded(value: Any) -> Any:
+    """Floats to seven digits, so that files stay small."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def tables(documents: dict[str, dict[str, Any]]) -> str:
     """Markdown: KL divergence, then perplexity, a column per model."""
-    models = results["models"]
     by_recipe: dict[str, dict[str, dict[str, Any]]] = {}
-    for model in models:
-        for row in model["rows"]:
-            by_recipe.setdefault(row["recipe"], {})[model["model"]] = row
-    names = [model["model"] for model in models]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    tokens = ", ".join(f"{m['model']} {m['protocol']['tokens']:,}" for m in models)
+    for name, document in documents.items():
+        for row in document["rows"][1:]:
+            by_recipe.setdefault(row["name"], {})[name] = row
+    names = list(documents)
+    first = documents[names[0]]
+    about = first["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    tokens = ", ".join(f"{name} {d['rows'][0]['tokens']:,}" for name, d in documents.items())
     lines = [
-        f"{results['date']}, {results['cpu']} ({results['cores']} cores), {versions}. "
+        f"{first['created'][:10]}, {about['machine']} ({about['cores']} cores), {versions}. "
         f"Windows of {LENGTH} tokens, FP32; tokens scored: {tokens}.",
         "",
-        "KL divergence from the source, nats per token × 1000. Bits: of the quantized weights, scales included.",
+        "KL divergence from the source, nats per token × 1000, and in parentheses half the width of its 95 % interval, "
+        "resampling windows. Bits: of the quantized weights, scales included.",
         "",
         f"| recipe | bits | {' | '.join(names)} |",
         f"|---|---:|{'---:|' * len(names)}",
     ]
     for recipe, found in by_recipe.items():
-        bits = max(row["quantized_bits"] for row in found.values())
-        cells = [f"{1000 * found[n]['kl']['mean']:.2f}" if n in found else "–" for n in names]
+        bits = max(quantized_bits(row) for row in found.values())
+        cells = [divergence(found[n]) if n in found else "–" for n in names]
         lines.append(f"| {recipe} | {bits:.3g} | {' | '.join(cells)} |")
-    lines += ["", "Perplexity.", "", f"| recipe | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    lines.append("| source | " + " | ".join(f"{m['perplexity']:.3f}" for m in models) + " |")
+    cells = [divergence(documents[n]["noise_floor"]) for n in names]
+    lines.append(f"| *source in bfloat16* | | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Perplexity. *: not distinguishable from the source's (the paired 95 % interval of the ratio holds 1).",
+    ]
+    lines += ["", f"| recipe | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    lines.append("| source | " + " | ".join(f"{documents[n]['rows'][0]['perplexity']:.3f}" for n in names) + " |")
     for recipe, found in by_recipe.items():
-        cells = [f"{found[n]['perplexity']:.3f}" if n in found else "–" for n in names]
+        cells = [perplexity(found[n]) if n in found else "–" for n in names]
         lines.append(f"| {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def divergence(row: dict[str, Any]) -> str:
+    low, high = row["kl_ci"]["mean"]
+    return f"{1000 * row['kl']['mean']:.3g} ({500 * (high - low):.2g})"
+
+
+def perplexity(row: dict[str, Any]) -> str:
+    low, high = row["perplexity_ratio"]["ci"]
+    return f"{row['perplexity']:.3f}{'*' if low <= 1 <= high else ''}"
 
 
 def write_docs(path: Path, text: str) -> None:
@@ -144,20 +145,27 @@ def write_docs(path: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=REPOSITORY / "benchmarks/results/models.json")
+    parser.add_argument("-o", "--output", type=Path, default=REPOSITORY / "benchmarks/results/models")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/results.md")
     parser.add_argument("--only", nargs="*", metavar="MODEL")
     args = parser.parse_args()
-    results: dict[str, Any] = {**machine(), "models": []}
+    documents: dict[str, dict[str, Any]] = {}
+    args.output.mkdir(parents=True, exist_ok=True)
     for model in sorted(p for p in (args.data / "models").iterdir() if (p / "config.json").exists()):
         if args.only and model.name not in args.only:
             continue
         wiki = model.name.endswith("-wiki")
         text = args.data / "text" / ("enwiki2015/valid.txt" if wiki else "calibration/tiny.utf8")
         with tempfile.TemporaryDirectory(prefix="halfbyte-models-") as folder:
-            results["models"].append(measure(model, text, Path(folder)))
-    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_docs(args.docs, tables(results))
+            found = rounded(measure(model, text, Path(folder)))
+        found["command"] = f"python benchmarks/models.py DATA --only {model.name}"
+        path = args.output / f"{model.name}.json"
+        path.write_text(
+            json.dumps(found, separators=(",", ":")).replace('{"name":', '\n{"name":') + "\n", encoding="utf-8"
+        )
+    for path in sorted(args.output.glob("*.json")):
+        documents[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    write_docs(args.docs, tables(documents))
 
 
 if __name__ == "__main__":
