@@ -65,7 +65,7 @@ const hb_kernels* kernels(int isa) {
 
 extern "C" {
 
-int hb_interface(void) { return 1000003 + (int)(sizeof(hb_codec) + sizeof(hb_task) + sizeof(hb_gptq_task)); }
+int hb_interface(void) { return 2 * 1000003 + (int)(sizeof(hb_codec) + sizeof(hb_task) + sizeof(hb_gptq_task)); }
 
 int hb_has_isa(int isa) { return isa >= HB_BASELINE && isa <= largest_isa(); }
 
@@ -97,5 +97,11 @@ int hb_gptq(int isa, const hb_codec* codec, const hb_gptq_task* task) {
   const StandardArithmetic guard;
   const hb_kernels* k = kernels(isa);
   return k ? k->gptq(codec, task) : 2;
+}
+
+int hb_factor(int isa, int64_t count, int64_t k, double* m, double* inverse, double* gain) {
+  const StandardArithmetic guard;
+  const hb_kernels* kernel = kernels(isa);
+  return kernel ? kernel->factor(count, k, m, inverse, gain) : 2;
 }
 }

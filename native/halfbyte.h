@@ -127,4 +127,8 @@ HB_EXPORT int hb_decode(int isa, const hb_codec* codec, const hb_task* task);
 HB_EXPORT int hb_compare(int isa, const hb_codec* codec, const hb_task* task);
 // Rounds with error feedback. Weights must be finite. Returns 0, 2 for a codec it does not know, 3 without memory.
 HB_EXPORT int hb_gptq(int isa, const hb_codec* codec, const hb_gptq_task* task);
+// Factors `count` symmetric FP64 matrices m [k, k], k a multiple of 8, m = L L^T: m becomes L^T with its rows over
+// their diagonals, inverse [k, k] the inverse of L with its columns over their diagonals, gain [k] the squares of
+// the diagonals. Returns 0, 1 where a matrix is not positive definite, 2 for another k.
+HB_EXPORT int hb_factor(int isa, int64_t count, int64_t k, double* m, double* inverse, double* gain);
 }

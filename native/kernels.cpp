@@ -3,6 +3,7 @@
 
 #include "affine.h"
 #include "decode.h"
+#include "factor.h"
 #include "gptq.h"
 #include "hif4.h"
 #include "wide.h"
@@ -89,9 +90,20 @@ int gptq(const hb_codec* codec, const hb_gptq_task* task) {
   return Gptq(*codec, *task).run();
 }
 
+int factor(int64_t count, int64_t k, double* m, double* inverse, double* gain) {
+  if (k % Factor::P) return 2;
+  const Factor f{k};
+  for (int64_t i = 0; i < count; ++i) {
+    if (!f.cholesky(m + i * k * k)) return 1;
+    f.normalise(m + i * k * k, gain + i * k);
+    f.invert(m + i * k * k, inverse + i * k * k);
+  }
+  return 0;
+}
+
 }  // namespace
 
 extern "C" {
 extern const hb_kernels HB_NAME;
-const hb_kernels HB_NAME = {amax, encode, decode, compare, gptq};
+const hb_kernels HB_NAME = {amax, encode, decode, compare, gptq, factor};
 }

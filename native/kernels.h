@@ -8,6 +8,7 @@ struct hb_kernels {
   int (*decode)(const hb_codec* codec, const hb_task* task);
   int (*compare)(const hb_codec* codec, const hb_task* task);
   int (*gptq)(const hb_codec* codec, const hb_gptq_task* task);
+  int (*factor)(int64_t count, int64_t k, double* m, double* inverse, double* gain);
 };
 
 extern "C" {

@@ -33,6 +33,7 @@ __all__ = [
     "compare",
     "decode_into",
     "encode_into",
+    "factor_into",
     "gptq_into",
     "supports",
     "supports_gptq",
@@ -160,6 +161,17 @@ def gptq_into(
     codec = describe(fmt, search)
     assert _native is not None and codec is not None
     _native.gptq(_current, codec, x, judge_feedback, arrays)
+
+
+def factor_into(matrices: NDArray[np.float64], inverse: NDArray[np.float64], gain: NDArray[np.float64]) -> bool | None:
+    """Factor symmetric matrices [L, K, K] (K a multiple of 8) as L L^T, each L column over its diagonal, in place.
+
+    ``matrices`` become the transposes of those L, ``inverse`` their inverses, ``gain`` [L, K] the squares of the
+    diagonals; the same bits on every machine. False where one is not positive definite, None without kernels.
+    """
+    if _current == _REFERENCE or _native is None or matrices.shape[-1] % 8:
+        return None
+    return _native.factor(_current, matrices, inverse, gain)
 
 
 def decode_into(tensor: QuantizedTensor, out: NDArray[Any]) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from halfbyte.kernels.codec import NativeCodec, NativeGptq, NativeStats, NativeTask
 
-_INTERFACE = 1
+_INTERFACE = 2
 _ISAS = {"avx512": 2, "avx2": 1, "baseline": 0}
 _TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
@@ -33,6 +33,7 @@ class Native:
         for name in ("hb_encode", "hb_decode", "hb_compare", "hb_gptq"):
             getattr(library, name).argtypes = (c_int, c_void_p, c_void_p)
         library.hb_amax.argtypes = (c_int, c_void_p, c_int32, c_int64, c_int64, c_void_p)
+        library.hb_factor.argtypes = (c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
         self._library = library
         self.isas = tuple(name for name, number in _ISAS.items() if library.hb_has_isa(number))
 
@@ -68,6 +69,14 @@ class Native:
         if status > 1:
             raise RuntimeError(f"the native kernel hb_{name} refused its arguments (status {status})")
         return bool(status == 0)
+
+    def factor(
+        self, isa: str, matrices: NDArray[np.float64], inverse: NDArray[np.float64], gain: NDArray[np.float64]
+    ) -> bool:
+        """Run hb_factor on matrices [L, K, K], in place; False where one is not positive definite."""
+        count, k, _ = matrices.shape
+        pointers = (matrices.ctypes.data, inverse.ctypes.data, gain.ctypes.data)
+        return bool(self._library.hb_factor(_ISAS[isa], count, k, *pointers) == 0)
 
     def gptq(
         self,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from halfbyte import kernels
 from halfbyte.errors import FormatError
 
 Floats = NDArray[np.float32]
@@ -74,34 +75,43 @@ def factor(hessian: Doubles, damping: float) -> Factors:
         raise FormatError(f"damping is {damping}, but must lie between 0 and 1, relative to the mean of the diagonal")
     for step in range(_RETRIES + 1):
         now = max(damping, 1e-6 if step else 0.0) * 10**step
-        try:
-            # H = R R^T with R upper triangular: the Cholesky factor of H with rows and columns turned around
-            turned = np.ascontiguousarray(damped(hessian, now)[..., ::-1, ::-1])
-            root = np.linalg.cholesky(turned)[..., ::-1, ::-1]
-        except np.linalg.LinAlgError:
-            continue
-        diagonal = np.diagonal(root, axis1=-2, axis2=-1)
-        if np.isfinite(diagonal).all() and (diagonal > 0).all():
-            unfold = np.ascontiguousarray(root / diagonal[..., None, :])
-            return Factors(inverse_triangular(unfold), unfold, np.square(diagonal), now)
+        # H = R R^T with R upper triangular: the Cholesky factor of H with rows and columns turned around
+        turned = np.ascontiguousarray(damped(hessian, now)[..., ::-1, ::-1])
+        inverse, gain = np.empty_like(turned), np.empty(turned.shape[:-1])
+        if _cholesky(turned, inverse, gain):
+            unfold = np.swapaxes(turned, -1, -2)[..., ::-1, ::-1]
+            return Factors(inverse[..., ::-1, ::-1], unfold, gain[..., ::-1], now)
     raise FormatError(
         f"the Hessian is not positive definite with a damping of {damping}, nor with {_RETRIES} tenfold ones; "
         "calibrate with more tokens or give a larger damping"
     )
 
 
-def inverse_triangular(matrix: Doubles) -> Doubles:
-    """Inverse of upper triangular matrices [..., K, K], by halves."""
-    size = matrix.shape[-1]
-    if size <= 32:
-        return np.asarray(np.triu(np.linalg.inv(matrix)))
-    half = size // 2
-    result = np.zeros_like(matrix)
-    first = inverse_triangular(matrix[..., :half, :half])
-    last = inverse_triangular(matrix[..., half:, half:])
-    result[..., :half, :half], result[..., half:, half:] = first, last
-    result[..., :half, half:] = -(first @ matrix[..., :half, half:]) @ last
-    return result
+def _cholesky(matrices: Doubles, inverse: Doubles, gain: Doubles) -> bool:
+    """``halfbyte.kernels.factor_into``, by NumPy where there are no kernels."""
+    size = matrices.shape[-1]
+    flat = [a.reshape(-1, *a.shape[matrices.ndim - 2 :]) for a in (matrices, inverse, gain)]
+    found = kernels.factor_into(*flat)
+    if found is not None:
+        return found
+    return all(factor_reference(*(a[i] for a in flat)) for i in range(len(flat[0]))) if size else True
+
+
+def factor_reference(m: Doubles, inverse: Doubles, gain: Doubles) -> bool:
+    """One matrix [K, K], in the order of operations that makes every machine's bits the same: rank after rank."""
+    size = len(m)
+    for k in range(size):
+        pivot = m[k, k]
+        if not 0 < pivot < np.inf:
+            return False
+        m[k, k:] /= np.sqrt(pivot)
+        m[k + 1 :, k + 1 :] -= np.multiply.outer(m[k, k + 1 :], m[k, k + 1 :])
+    gain[:] = np.square(np.diagonal(m))
+    m[:] = np.triu(m / np.diagonal(m)[:, None].copy())
+    inverse[:] = np.eye(size)
+    for k in range(size):
+        inverse[k + 1 :, : k + 1] -= np.multiply.outer(m[k, k + 1 :], inverse[k, : k + 1])
+    return True
 
 
 def diagonal_blocks(matrix: Doubles, size: int) -> Doubles:
