@@ -1,7 +1,8 @@
 """halfbyte: 4-bit language models, any format exactly, straight from file to file.
 
-The words of the command line are functions here: ``inspect``, ``plan``, ``quantize``, ``verify``, ``evaluate``; and
-``load`` gives a transformers model, ``encode`` quantizes an array. Nothing is imported before it is used.
+The words of the command line are functions here: ``inspect``, ``plan``, ``quantize``, ``convert``, ``verify``,
+``evaluate``; and ``load`` gives a transformers model, ``encode`` quantizes an array. Nothing is imported before it is
+used.
 """
 
 import sys
@@ -10,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.api import encode, evaluate, inspect, load, plan, quantize, verify
+    from halfbyte.api import convert, encode, evaluate, inspect, load, plan, quantize, verify
     from halfbyte.checkpoint import Inventory
     from halfbyte.errors import HalfbyteError
     from halfbyte.formats import QuantizedTensor, get_format, list_formats
@@ -23,6 +24,7 @@ __all__ = [
     "Inventory",
     "QuantizedTensor",
     "__version__",
+    "convert",
     "encode",
     "evaluate",
     "get_format",
@@ -36,7 +38,7 @@ __all__ = [
     "verify",
 ]
 
-_WORDS = ("encode", "evaluate", "inspect", "load", "plan", "quantize", "verify")
+_WORDS = ("convert", "encode", "evaluate", "inspect", "load", "plan", "quantize", "verify")
 _HOME = {
     **dict.fromkeys(_WORDS, "halfbyte.api"),
     "HalfbyteError": "halfbyte.errors",

@@ -9,13 +9,15 @@ from typing import Any
 from halfbyte.calibrate import Importance, calibration_of
 from halfbyte.checkpoint import Inventory
 from halfbyte.checkpoint.files import collector_paused
-from halfbyte.convert import Conversion, Progress, convert
+from halfbyte.convert import Conversion, Progress
+from halfbyte.convert import convert as run_conversion
 from halfbyte.dialects import get_dialect
 from halfbyte.dialects.halfbyte import HALFBYTE
 from halfbyte.errors import PlanError
 from halfbyte.overview import Overview, overview
 from halfbyte.plan import Plan, make_plan
 from halfbyte.recipes import Recipe, load_recipe
+from halfbyte.respell import recipe_for
 from halfbyte.search import encode
 from halfbyte.verify import MAX_RELMSE, Verification
 from halfbyte.verify import verify as verify_output
@@ -96,7 +98,39 @@ def quantize(
         )
     elif recipe is not None or dialect is not None or remote_code or importance is not None:
         raise TypeError("quantize(plan, out): recipe, dialect, remote code and importance are part of the plan")
-    return convert(source, out, workers, progress)
+    return run_conversion(source, out, workers, progress)
+
+
+def convert(
+    source: Source,
+    out: str | Path,
+    dialect: str,
+    *,
+    requantize: str | None = None,
+    revision: str | None = None,
+    max_shard_bytes: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write a quantized checkpoint in another dialect with the same codes and scales.
+
+    PlanError names the weights whose format the dialect cannot spell; they get the format ``requantize`` where one is
+    given, and the result says with which error.
+    """
+    return run_conversion(respelling(source, dialect, requantize, revision, max_shard_bytes), out, workers, progress)
+
+
+def respelling(
+    source: Source,
+    dialect: str,
+    requantize: str | None = None,
+    revision: str | None = None,
+    max_shard_bytes: int | None = None,
+) -> Plan:
+    """The plan of ``convert``."""
+    checkpoint = _open(source, revision)
+    spelling = get_dialect(dialect).for_model(checkpoint.inventory)
+    return make_plan(checkpoint, recipe_for(checkpoint, spelling, requantize), spelling, max_shard_bytes)
 
 
 def verify(
@@ -163,4 +197,4 @@ def _open(source: Source, revision: str | None) -> Checkpoint:
     return Checkpoint(source if isinstance(source, Inventory) else Inventory.open(source, revision))
 
 
-__all__ = ["encode", "evaluate", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["convert", "encode", "evaluate", "inspect", "load", "plan", "quantize", "verify"]

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import halfbyte.api
-import halfbyte.convert
 from folded import importance_of
 from halfbyte.calibrate import write_importance
 from halfbyte.convert import convert
@@ -64,7 +63,7 @@ def test_interruption_says_how_to_go_on_and_the_same_command_does(
         return convert(plan, out, 1, report)
 
     command = ("quantize", demo_model, str(tmp_path / "out"), "--recipe", "mxfp4", "--max-shard-size", "400kB")
-    monkeypatch.setattr(halfbyte.convert, "convert", interrupted)
+    monkeypatch.setattr(sys.modules["halfbyte.convert"], "convert", interrupted)
     message = refusal(*command, code=130)
     assert message == (
         f"halfbyte: interrupted; what is finished stays in {tmp_path / 'out'}: run the same command again, "

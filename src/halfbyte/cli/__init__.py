@@ -12,6 +12,7 @@ from halfbyte import __version__
 from halfbyte.cli import (
     allocate,
     calibrate,
+    convert,
     demo,
     errors,
     evaluate,
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "plan": plan,
     "quantize": quantize,
+    "convert": convert,
     "verify": verify,
     "errors": errors,
     "evaluate": evaluate,
@@ -67,6 +69,17 @@ exit codes: 0 done; 1 verify found problems; 2 the input or the usage is wrong; 
 """
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Leaves room for the names of commands, which argparse forgets are indented."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Measure a command's name where it stands."""
+        super().add_argument(action)
+        indent = self._current_indent + self._indent_increment
+        names = (sub.metavar or sub.dest for sub in getattr(action, "_get_subactions", list)())
+        self._action_max_length = max([self._action_max_length, *(indent + len(str(name)) for name in names)])
+
+
 class _Parser(argparse.ArgumentParser):
     """One sentence for a wrong usage, as for every other error."""
 
@@ -80,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="halfbyte",
         description="Quantize language models to 4 bits, straight from file to file.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"halfbyte {__version__}")
