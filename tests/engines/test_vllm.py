@@ -127,7 +127,7 @@ def test_a_checkpoint_that_lacks_a_tensor_does_not_load(load: Any, tmp_path: Pat
     tensors = load_file(tmp_path / "packed" / "model.safetensors")
     del tensors[next(n for n in tensors if n.endswith("self_attn.o_proj.weight") and not n.startswith("mtp."))]
     save_file(tensors, tmp_path / "packed" / "model.safetensors")
-    with pytest.raises(ValueError, match="not initialized from checkpoint.*o_proj"):
+    with pytest.raises(ValueError, match=r"not initialized from checkpoint.*o_proj"):
         load(tmp_path / "packed")
 
 
