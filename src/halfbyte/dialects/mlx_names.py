@@ -101,6 +101,10 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in _older(part).items():
             if part.get(key) == value:
                 del part[key]
+        rope = part.get("rope_parameters")
+        if isinstance(rope, dict) and "type" in rope and "rope_type" not in rope:
+            # mlx_lm.convert renames it
+            part["rope_parameters"] = {"rope_type" if key == "type" else key: value for key, value in rope.items()}
     return found
 
 
