@@ -59,7 +59,7 @@ def test_missing_source_is_one_sentence_without_a_traceback() -> None:
 def test_an_os_error_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str], demo_model: str, tmp_path: Path
 ) -> None:
-    def no_space(*_: object) -> None:
+    def no_space(*_: object, **more: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
     monkeypatch.setattr(sys.modules["halfbyte.convert"], "convert", no_space)
