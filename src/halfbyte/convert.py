@@ -20,7 +20,7 @@ from halfbyte.checkpoint import (
     write_file_atomic,
 )
 from halfbyte.errors import OutputError, PlanError
-from halfbyte.fold_search import FoldReport, sample_bytes, settle_folds
+from halfbyte.fold_search import FOLD_BYTES, FoldReport, sample_bytes, settle_folds
 from halfbyte.measure import TensorError
 from halfbyte.pipeline import Pipeline, Stages
 from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Plan
@@ -87,7 +87,7 @@ def convert(
     limits = Limits(workers or cores(), memory or MEMORY)
     threads = plan.resources(limits).threads
     with Reader(inventory) as reader:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(min(threads, max(1, limits.memory // FOLD_BYTES))) as pool:
             folds, chosen = settle_folds(plan, out, journal, reader, pool, report)
         _write_shards(Context(plan, reader, folds, report, limits), threads, todo, out, journal)
     _finish(plan, out, inventory.root)

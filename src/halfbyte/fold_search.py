@@ -20,6 +20,8 @@ from halfbyte.shards import Item
 
 SAMPLE = 1 << 20
 """Elements of a weight that the exponent is chosen on."""
+FOLD_BYTES = 128 << 20
+"""Memory that the choice for one group takes at most."""
 _RUNS = 16
 
 
@@ -72,8 +74,9 @@ def _choose_all(
             for job, group, offset in zip(jobs, plan.folds, planned.offsets, strict=True):
                 choice = job.result()
                 shape = (group.channels,) if group.experts is None else (group.experts, group.channels)
-                scale = np.ones(shape, np.float32) if choice.asked is None else choice.asked
-                writer.write_at(offset, scale)
+                scale = np.float32(1) if choice.asked is None else choice.asked
+                # importance that is the same for all experts makes one scale for all
+                writer.write_at(offset, np.ascontiguousarray(np.broadcast_to(scale, shape)))
                 entries.append(
                     {
                         "group": group.name,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.checkpoint import Layout, Reader, build_header, nbytes, numpy_dtype
+from halfbyte.checkpoint import Layout, Reader, build_header, nbytes
 from halfbyte.checkpoint.header import read_header
 from halfbyte.errors import CheckpointError
 from halfbyte.models import Piece, Weight
@@ -51,6 +51,11 @@ class Fold:
             rows = self.rows[first : first + len(array)]
             wide /= rows[..., None] if array.ndim > rows.ndim else rows
         return wide
+
+    def kept(self, array: Array, first: int = 0) -> Array:
+        """The same in the type of ``array``: what becomes of a weight that is not quantized."""
+        with np.errstate(over="ignore"):
+            return self.apply(array, first).astype(array.dtype)
 
     def part(self, piece: Piece) -> Fold:
         """The fold of one expert's projection, where a stack lies in many tensors."""
@@ -129,9 +134,7 @@ def refolded(
         step = max(1, size // max(nbytes(info.dtype, info.shape[1:]), 1))
         for first in range(0, info.shape[0], step):
             array = reader.read(piece.source, first, min(first + step, info.shape[0]))
-            folded = mine.apply(np.swapaxes(array, -1, -2) if turned else array, first)
-            with np.errstate(over="ignore"):
-                stored = folded.astype(numpy_dtype(info.dtype))
+            stored = mine.kept(np.swapaxes(array, -1, -2) if turned else array, first)
             yield piece.source, first, np.ascontiguousarray(np.swapaxes(stored, -1, -2) if turned else stored)
 
 

@@ -119,7 +119,8 @@ class Plan:
         """Threads and memory of a conversion within these limits, the process with this plan included."""
         units = (unit for shard in self.shards for unit in shard.units)
         tensors = len(self.checkpoint.inventory.tensors) + self.tensors
-        return find_resources(units, self.checkpoint.formats, tensors, limits or Limits())
+        folded = {w.name for g in self.folds for w in (*g.consumers, *(p.weight for p in g.producers))}
+        return find_resources(units, self.checkpoint.formats, tensors, limits or Limits(), folded)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -89,41 +89,50 @@ def shares_amax(unit: Sequence[Item]) -> bool:
     )
 
 
-def need(item: Item, count: int, quantized: bool) -> int:
-    """Bytes of memory for the work on ``count`` leading indices; ``quantized``: the source holds codes.
+def need(item: Item, count: int, quantized: bool, folded: bool = False) -> int:
+    """Bytes of memory for the work on ``count`` leading indices; ``quantized``: the source holds codes; ``folded``:
+    the weight is scaled in FP32.
 
     The slice as it is read, FP32 where it has to be converted, the codes and scales, and these as they are packed.
     """
     if item.format is None and item.outputs[0].part == "copy":
-        return min(item_bytes(item), SLICE_BYTES)
+        return min(item_bytes(item), SLICE_BYTES) * (4 if folded else 1)
     weight = item.weight
     elements = count * math.prod(weight.shape[1:])
     wide = 4 * elements
     total = nbytes(weight.dtype, (elements,)) * (2 if weight.transposed else 1)
     total += wide if weight.dtype == "F64" else 0
-    total += 2 * wide if quantized else 0
+    total += 2 * wide if quantized else wide if folded else 0
     if item.format is not None and not kernels.supports(item.format):
         total += _REFERENCE_BYTES * elements
     return total + 2 * item.nbytes * count // max(len(item.indices), 1)
 
 
 def find_resources(
-    units: Iterable[Sequence[Item]], quantized: Container[str], tensors: int, limits: Limits
+    units: Iterable[Sequence[Item]],
+    quantized: Container[str],
+    tensors: int,
+    limits: Limits,
+    folded: Container[str] = (),
 ) -> Resources:
     """What the work on these units takes; ``quantized``: names of weights that the source has as codes;
-    ``tensors``: of source and output together."""
+    ``folded``: of those that are scaled; ``tensors``: of source and output together."""
+
+    def one(item: Item, count: int) -> int:
+        return need(item, count, item.weight.name in quantized, item.weight.name in folded)
+
     needs = [0]
     resident: list[int] = []
     for unit in units:
         size = sum(map(item_bytes, unit))
         if size <= limits.slice_bytes:
-            needs.append(sum(need(i, len(i.indices), i.weight.name in quantized) for i in unit if i.weight.shape))
+            needs.append(sum(one(i, len(i.indices)) for i in unit if i.weight.shape))
             continue
         for item in unit:
             first, stop = cuts(item, whole_rows(item.format), limits.slice_bytes)[0]
-            needs.append(need(item, stop - first, item.weight.name in quantized))
+            needs.append(one(item, stop - first))
         if unit[0].format is not None and shares_amax(unit) and size <= limits.resident_bytes:
-            resident.append(size)
+            resident.append(size * (2 if unit[0].weight.name in folded else 1))
     held = sum(heapq.nlargest(RESIDENT_UNITS, resident))
     largest = max(needs)
     threads = max(1, min(limits.threads, (limits.memory - held) // max(largest, 1)))

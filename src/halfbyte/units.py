@@ -156,7 +156,9 @@ class Unit:
 
     def _spell(self, item: Item, first: int, stop: int, places: Mapping[str, int]) -> None:
         """Part of a kept weight that the dialect stores in another type, order or tensor."""
-        values = _read(self.plan, self.reader, item, first, stop, self.folds)[0]
+        values = _read(self.plan, self.reader, item, first, stop, {})[0]
+        if item.weight.name in self.folds:
+            values = self.folds[item.weight.name].kept(values, first)
         self._write(self.plan.dialect.spell(item.outputs, values, first), places)
         self._report(item, first, stop)
 

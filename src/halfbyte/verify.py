@@ -192,7 +192,8 @@ class _Pair:
             ours = self.ours.read(self.left, twin, first, stop).astype(np.float32)
             dense = self.source.read(self.right, weight, first, stop)
             if weight.name in self.folds:
-                dense = self.folds[weight.name].apply(dense, first)
+                wide = dense.astype(np.float32) if dense.dtype.itemsize > 4 else dense
+                dense = self.folds[weight.name].kept(wide, first)
             if ours.shape != dense.shape or not np.array_equal(ours, dense.astype(np.float32)):
                 problems.append(f"{weight.name} was to be kept, but its values differ from the source")
                 return
