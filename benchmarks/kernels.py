@@ -1,20 +1,18 @@
-"""Speed of the kernels on one core: GB/s of BF16 weights, for every format and search on every instruction set.
+"""Speed of the kernels on one core: GB/s of BF16 weights, for every format and search.
 
-    python benchmarks/kernels.py -o benchmarks/results/kernels.json
+    python benchmarks/kernels.py [--rows N] [--runs N] [-o benchmarks/results/kernels.json]
 
-Matrices are 4096x4096 (``--rows`` for less), Gaussian and Student-t with 4 degrees of freedom. A figure is the median
-over several runs of the CPU time of this process, the tensor's amax included. ``encode`` is BF16 to codes and scales,
-``measured`` the same with the error statistics, ``weighted`` with importance weights; ``decode`` goes to BF16 and
-``decode_fp32`` to FP32. The NumPy reference is timed on fewer rows.
+Matrices are 4096x4096, Gaussian and Student-t with 4 degrees of freedom, and a stack of 16 experts of 1024x2048. The
+formats of the table in docs/kernels.md are measured on all of them and on every instruction set, the others on the
+Gaussian matrix with the fastest one. A figure is the median over several runs of the CPU time of this process, the
+tensor's amax included. ``encode`` is BF16 to codes and scales, ``measured`` the same with the error statistics,
+``weighted`` with importance weights; ``decode`` goes to BF16 and ``decode_fp32`` to FP32. The NumPy reference is
+timed on fewer rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-import halfbyte
+from common import RESULTS, head, write_results
 from halfbyte import kernels
 from halfbyte.formats import get_format, list_formats
 from halfbyte.kernels import ErrorStats
@@ -35,38 +33,50 @@ K = 4096
 REFERENCE_ROWS = 64
 
 
+# the rows of the table in docs/kernels.md
+TABLE = {
+    "nvfp4": ("absmax", "four_over_six", "sweep"),
+    "mxfp4": ("absmax", "sweep"),
+    "mixfp4": ("absmax", "four_over_six", "sweep", "exhaustive"),
+    "if4": ("sweep",),
+    "razer": ("sweep",),
+    "iq4_nl": ("sweep",),
+    "int4_g128": ("absmax", "sweep"),
+    "int4_asym_g128": ("sweep",),
+    "affine4_g64": ("sweep",),
+    "hif4": ("sweep",),
+    "fp8_channel": ("absmax", "sweep"),
+    "fp8_block128": ("sweep",),
+    "mxfp8": ("sweep",),
+}
+# seconds that the runs of one figure take together, about
+ENOUGH = 0.4
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--out", type=Path, help="write the figures as JSON")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "kernels.json")
     parser.add_argument("--rows", type=int, default=K)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--formats", nargs="*", default=list_formats())
-    parser.add_argument("--isas", nargs="*", default=list(kernels.backends()))
+    parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
-    found = {
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {"halfbyte": halfbyte.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        "date": datetime.date.today().isoformat(),
-        "rows": options.rows,
-        "unit": "GB/s of BF16 weights per core",
-        "results": [],
-    }
-    print(f"{'format':23}{'search':21}{'matrix':10}{'isa':10}encode  measured  weighted  decode  decode_fp32")
-    for isa in options.isas:
-        for kind, x in matrices(options.rows if isa != "reference" else REFERENCE_ROWS).items():
-            for name in options.formats:
+    write_results(options.output, run_all(options.rows, options.runs), "results")
+
+
+def run_all(rows: int, runs: int) -> dict[str, Any]:
+    """All figures, with the machine."""
+    found = head("ml_dtypes") | {"rows": rows, "unit": "GB/s of BF16 weights per core"}
+    results = []
+    for isa in kernels.backends():
+        for kind, x in matrices(rows if isa != "reference" else REFERENCE_ROWS).items():
+            first = isa == kernels.backends()[0] and kind == "gaussian"
+            for name in list_formats() if first else TABLE:
                 for search in searches(name, isa):
+                    if not first and search not in TABLE[name]:
+                        continue
                     with kernels.use_backend(isa):
-                        row = measure(x, name, search, options.runs)
-                    result = {"isa": isa, "matrix": kind, "format": name, "search": search, **row}
-                    found["results"].append(result)
-                    figures = "  ".join(f"{row[c]:{len(c)}.3f}" for c in row)
-                    print(f"{name:23}{search:21}{kind:10}{isa:10}{figures}", flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n  ".join(json.dumps(result) for result in found.pop("results"))
-        head = json.dumps(found, indent=1)[:-2]
-        options.out.write_text(f'{head},\n "results": [\n  {lines}\n ]\n}}\n')
+                        row = measure(x, name, search, runs)
+                    results.append({"isa": isa, "matrix": kind, "format": name, "search": search, **row})
+    return found | {"results": results}
 
 
 def searches(name: str, isa: str) -> list[str]:
@@ -80,7 +90,10 @@ def matrices(rows: int) -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(7)
     normal = rng.standard_normal((rows, K), dtype=np.float32) * np.float32(0.02)
     heavy = (rng.standard_t(4, (rows, K)) * 0.02).astype(np.float32)
-    return {"gaussian": normal.astype(ml_dtypes.bfloat16), "student_t": heavy.astype(ml_dtypes.bfloat16)}
+    experts = max(1, rows * K // (1024 * 2048) * 2)
+    stack = np.resize(heavy.astype(ml_dtypes.bfloat16), (experts, 1024, 2048))
+    found = {"gaussian": normal.astype(ml_dtypes.bfloat16), "student_t": heavy.astype(ml_dtypes.bfloat16)}
+    return found | ({"experts": stack} if rows > REFERENCE_ROWS else {})
 
 
 def measure(x: NDArray[Any], name: str, search: str, runs: int) -> dict[str, float]:
@@ -110,14 +123,9 @@ def seconds(run: Callable[[], Any], runs: int) -> float:
         began = time.process_time()
         run()
         times.append(time.process_time() - began)
+        if sum(times) > ENOUGH:
+            break
     return statistics.median(times)
-
-
-def cpu() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

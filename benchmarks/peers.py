@@ -1,12 +1,12 @@
 """Encoding speed of other quantizers on one matrix and one thread, each in the Python that has it.
 
-    python benchmarks/peers.py --engines DIR -o benchmarks/results/peers.json
+    python benchmarks/peers.py --engines DIR [-o benchmarks/results/peers.json]
 
-DIR holds virtual environments named transformers (with compressed-tensors), torchao, modelopt, mlx, llamacpp and
-fouroversix (numpy in each; modelopt also wants requests); those that are missing are left out. Every peer gets
-the same 4096x4096 BF16 matrices (Gaussian and
-Student-t with 4 degrees of freedom) and is timed by the CPU time of its process, median of several runs after a
-warm-up. Also run by ``benchmarks/run.py``.
+DIR holds virtual environments named transformers (with compressed-tensors; the Python that runs this where there is
+none), torchao, modelopt, mlx, llamacpp and fouroversix (numpy in each; modelopt also wants requests); those that are
+missing are left out. Every peer gets the same 4096x4096 BF16 matrices (Gaussian and Student-t with 4 degrees of
+freedom) and is timed by the CPU time of its process, median of several runs after a warm-up, fewer where one takes
+seconds. halfbyte is measured in the same way, its errors not counted. Also run by ``benchmarks/run.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common import RESULTS, head, write_results
+
 N = K = 4096
+# halfbyte's formats and searches beside the peers'
+OURS = (
+    ("nvfp4", "absmax"),
+    ("nvfp4", "four_over_six"),
+    ("nvfp4", "sweep"),
+    ("mxfp4", "absmax"),
+    ("mixfp4", "sweep"),
+    ("if4", "absmax"),
+    ("int4_g128", "absmax"),
+    ("affine4_g64", "absmax"),
+)
+# seconds that the runs of one case take together, about
+ENOUGH = 4.0
 Case = tuple[str, Callable[[], Any]]
 
 
@@ -152,8 +167,21 @@ def fouroversix(path: Path) -> Iterator[Case]:
         yield f"fouroversix {name}", lambda c=config: library.quantize_to_fp4(w, c)
 
 
-PEERS = {f.__name__: f for f in (transformers, torchao, modelopt, mlx, llamacpp, fouroversix)}
+def halfbyte(path: Path) -> Iterator[Case]:
+    """halfbyte itself."""
+    import ml_dtypes
+    import numpy as np
+
+    from halfbyte.search import encode
+
+    w = np.load(path).view(ml_dtypes.bfloat16)
+    for name, search in OURS:
+        yield f"halfbyte {name} {search}", lambda n=name, s=search: encode(w, n, s)
+
+
+PEERS = {f.__name__: f for f in (halfbyte, transformers, torchao, modelopt, mlx, llamacpp, fouroversix)}
 LIBRARIES = {
+    "halfbyte": ["halfbyte", "numpy"],
     "transformers": ["compressed-tensors", "torch"],
     "torchao": ["torchao", "torch"],
     "modelopt": ["nvidia-modelopt", "torch"],
@@ -176,6 +204,8 @@ def measure(peer: str, path: Path, runs: int) -> dict[str, Any]:
                 began = time.process_time()
                 call()
                 times.append(time.process_time() - began)
+                if sum(times) > ENOUGH:
+                    break
             rows[name] = {"seconds": statistics.median(times), "gb_per_s": N * K * 2 / statistics.median(times) / 1e9}
         except Exception as error:
             rows[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
@@ -189,6 +219,8 @@ def run_all(engines: Path, runs: int = 5) -> dict[str, Any]:
         for kind, path in matrices(Path(folder)).items():
             for peer in PEERS:
                 python = engines / peer / "bin" / "python"
+                if peer == "halfbyte" or (peer == "transformers" and not python.exists()):
+                    python = Path(sys.executable)
                 if not python.exists():
                     print(f"{peer}: not installed, left out", file=sys.stderr)
                     continue
@@ -205,20 +237,16 @@ def run_all(engines: Path, runs: int = 5) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", type=Path)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--engines", type=Path, help="folder of virtual environments")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "peers.json")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--matrix", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure, args.matrix, args.runs)))
         return
-    found = run_all(args.engines, args.runs)
-    text = json.dumps(found, indent=2)
-    if args.output:
-        args.output.write_text(text + "\n")
-    print(text)
+    write_results(args.output, head() | {"matrices": run_all(args.engines or Path("engines"), args.runs)})
 
 
 if __name__ == "__main__":

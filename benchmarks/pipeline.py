@@ -1,11 +1,13 @@
-"""Time and memory of whole conversions: against the disk and the encoder, against size, against tensor count.
+"""Time and memory of whole conversions: against disk and encoder, against size, against the number of tensors.
 
-    python benchmarks/pipeline.py [--big GB] [--scratch DIR] -o benchmarks/results/pipeline.json
+    python benchmarks/pipeline.py [--big GB] [--runs N] [--scratch DIR] [-o benchmarks/results/pipeline.json]
 
-Makes mixture-of-experts checkpoints with the shapes of Qwen3.6-35B-A3B (BF16, Student-t values from a repeated
-tile), converts each with ``halfbyte quantize`` in a process of its own, and measures wall time, CPU time and peak
-memory. Beside each stands a plain copy: the source read in order and as many bytes as the output has written and
-flushed. Source pages are dropped from the cache before each run.
+Converts mixture-of-experts checkpoints with the shape of a part of Qwen3.6-35B-A3B (fused stacks of 256 experts of
+2048x512; BF16, Student-t values from a repeated tile) with ``halfbyte quantize`` in a process of its own. Beside each
+conversion, in the same run and alternating with it, stands a plain copy: the source read in order, as many bytes as
+the output has written, then flushed. What is read is dropped from the page cache before each run, and by both sides
+on the way. ``encode`` is the speed of the encoder on slices in memory, on as many threads as there are cores.
+A file of the output's size and the output need room beside the source: 1.6 times ``--big``.
 """
 
 from __future__ import annotations
@@ -13,21 +15,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common import RESULTS, head, write_results
 from halfbyte.checkpoint import ShardWriter, build_header, numpy_dtype
+from halfbyte.kernels import ErrorStats
+from halfbyte.plan import make_plan
+from halfbyte.search import encode
+from halfbyte.slices import SLICE_BYTES, Limits, cores
+from halfbyte.view import Checkpoint
 
-CHUNK = 32 << 20
-HIDDEN, INTERMEDIATE = 2048, 512
+HIDDEN, INTERMEDIATE, EXPERTS = 2048, 512, 256
+RECIPES = ("nvfp4-absmax", "nvfp4", "mixfp4")
+SIZES = (0.1, 0.3, 1, 3, 10)
+COUNTS = (100, 1_000, 10_000, 100_000)
+# bytes of the tensors of Qwen3.6-35B-A3B, for the extrapolation
+WHOLE = 71_903_645_408
 MEASURED = """
 import sys
 from halfbyte.cli import main
@@ -77,9 +90,8 @@ def write(folder: Path, tensors: dict[str, list[int]], config: dict[str, Any], s
 
 def experts_model(folder: Path, gigabytes: float) -> int:
     """Fused expert layers of about this many GB."""
-    per_expert = 3 * HIDDEN * INTERMEDIATE * 2
-    count = max(8, round(gigabytes * 1e9 / per_expert))
-    layers = max(1, -(-count // 256))
+    count = max(8, round(gigabytes * 1e9 / (3 * HIDDEN * INTERMEDIATE * 2)))
+    layers = max(1, -(-count // EXPERTS))
     experts = -(-count // layers)
     config = {
         "model_type": "qwen3_5_moe_text",
@@ -98,7 +110,7 @@ def experts_model(folder: Path, gigabytes: float) -> int:
 
 def many_tensors(folder: Path, count: int) -> int:
     """Small experts, one tensor per projection, ``count`` tensors in all."""
-    experts = min(256, max(2, count // 12))
+    experts = min(EXPERTS, max(2, count // 12))
     layers = max(1, count // (3 * experts))
     config = {"model_type": "qwen3_moe", "num_experts": experts, "hidden_size": 64, "num_hidden_layers": layers}
     tensors = {}
@@ -108,6 +120,19 @@ def many_tensors(folder: Path, count: int) -> int:
             tensors[f"{base}.gate_proj.weight"] = [32, 64]
             tensors[f"{base}.up_proj.weight"] = [32, 64]
             tensors[f"{base}.down_proj.weight"] = [64, 32]
+    write(folder, tensors, config)
+    return len(tensors)
+
+
+def many_matrices(folder: Path, count: int) -> int:
+    """Small dense layers, seven matrices each, ``count`` tensors in all: every one is a weight of its own."""
+    shapes = {
+        **{f"self_attn.{name}_proj": [64, 64] for name in "qkvo"},
+        **{f"mlp.{name}_proj": [64, 64] for name in ("gate", "up", "down")},
+    }
+    layers = max(1, count // len(shapes))
+    config = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": layers}
+    tensors = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in shapes.items()}
     write(folder, tensors, config)
     return len(tensors)
 
@@ -125,105 +150,139 @@ def plain_copy(source: Path, out_bytes: int, scratch: Path) -> float:
     """Seconds to read the source in order and write and flush ``out_bytes`` bytes, one after the other."""
     forget(source)
     total = sum(p.stat().st_size for p in source.glob("*.safetensors"))
-    buffer = bytearray(CHUNK)
+    buffer = bytearray(SLICE_BYTES)
     written = done = 0
     target = scratch / "copy.bin"
     began = time.perf_counter()
     with target.open("wb", buffering=0) as out:
         for path in sorted(source.glob("*.safetensors")):
             with path.open("rb", buffering=0) as file:
+                place = 0
                 while n := file.readinto(buffer):
-                    done += n
+                    os.posix_fadvise(file.fileno(), place, n, os.POSIX_FADV_DONTNEED)
+                    place, done = place + n, done + n
                     due = min(out_bytes, done * out_bytes // total) - written
-                    while due > 0:
-                        step = min(due, CHUNK)
-                        out.write(memoryview(buffer)[:step])
-                        written, due = written + step, due - step
+                    written += out.write(memoryview(buffer)[:due])
+                    os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.fsync(out.fileno())
     seconds = time.perf_counter() - began
     target.unlink()
     return seconds
 
 
-def convert(source: Path, scratch: Path, recipe: str, dialect: str, workers: int | None = None) -> dict[str, Any]:
-    """One ``halfbyte quantize``: wall and CPU seconds, peak memory in bytes, output bytes."""
+def convert(source: Path, scratch: Path, recipe: str, dialect: str) -> dict[str, Any]:
+    """One ``halfbyte quantize``: seconds of the command and of the conversion, CPU, memory, output bytes."""
     out = scratch / "out"
     shutil.rmtree(out, ignore_errors=True)
     forget(source)
     # the kernel's maximum survives exec and would be this process's, so the child reports its own
     status_file = scratch / "status"
     command = [sys.executable, "-c", MEASURED, str(status_file), "quantize", str(source), str(out)]
-    command += ["--recipe", recipe, "--dialect", dialect, "--json", *(["--workers", str(workers)] if workers else [])]
+    command += ["--recipe", recipe, "--dialect", dialect, "--json"]
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    with (scratch / "told.json").open("w") as told:
+        process = subprocess.Popen(command, stdout=told)
+        _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
+    document = json.loads((scratch / "told.json").read_text())
     peak = next(line for line in status_file.read_text().splitlines() if line.startswith("VmHWM"))
-    found = {
+    shutil.rmtree(out)
+    return {
         "seconds": seconds,
+        "convert_seconds": document["seconds"],
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_bytes": int(peak.split()[1]) * 1024,
-        "out_bytes": sum(p.stat().st_size for p in out.glob("*.safetensors")),
+        "stated_bytes": document["memory_bytes"],
+        "out_bytes": sum(shard["bytes"] for shard in document["shards"]),
     }
-    shutil.rmtree(out)
-    return found
 
 
-def sizes(scratch: Path, gigabytes: list[float], recipes: list[str]) -> list[dict[str, Any]]:
-    """Conversions of growing size, each with its plain copy."""
+def encode_speed(recipe: str, source: Path, seconds: float = 1.0) -> float:
+    """Bytes of BF16 per second that all cores together encode, errors measured, from slices in memory."""
+    item = next(i for i in make_plan(Checkpoint.open(source), recipe).items if i.format)
+    assert item.format is not None
+    fmt, threads = item.format, Limits().threads
+    x = tile(SLICE_BYTES).view(numpy_dtype("BF16")).reshape(-1, 2 * INTERMEDIATE, HIDDEN)
+    done = [0] * threads
+    until = time.perf_counter() + seconds
+
+    def work(k: int) -> None:
+        while time.perf_counter() < until:
+            encode(x, fmt, item.search, stats=ErrorStats())
+            done[k] += x.nbytes
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(threads)]
+    began = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(done) / (time.perf_counter() - began)
+
+
+def sizes(scratch: Path, big: float, runs: int) -> list[dict[str, Any]]:
+    """Conversions of growing size, each with its plain copy; medians."""
     rows = []
-    for size in gigabytes:
+    for size in (s for s in SIZES if s <= big):
         source = scratch / "source"
-        shutil.rmtree(source, ignore_errors=True)
         source.mkdir()
         total = experts_model(source, size)
-        for recipe in recipes:
-            row: dict[str, Any] = {"bytes": total, "recipe": recipe, **convert(source, scratch, recipe, "halfbyte")}
-            row["copy_seconds"] = plain_copy(source, row["out_bytes"], scratch)
+        for recipe in RECIPES:
+            speeds, copies, found = [], [], []
+            for _ in range(runs):
+                speeds.append(encode_speed(recipe, source))
+                found.append(convert(source, scratch, recipe, "halfbyte"))
+                copies.append(plain_copy(source, found[-1]["out_bytes"], scratch))
+            row: dict[str, Any] = {"bytes": total, "recipe": recipe, "runs": runs}
+            row |= {key: statistics.median(f[key] for f in found) for key in found[0]}
+            row["peak_bytes"] = max(f["peak_bytes"] for f in found)
+            row["copy_seconds"] = statistics.median(copies)
+            row["encode_seconds"] = total / statistics.median(speeds)
+            row["of_limit"] = max(row["copy_seconds"], row["encode_seconds"]) / row["convert_seconds"]
             rows.append(row)
-            print(json.dumps(row), file=sys.stderr)
+            print(json.dumps(row), file=sys.stderr, flush=True)
         shutil.rmtree(source)
     return rows
 
 
-def counts(scratch: Path, numbers: list[int]) -> list[dict[str, Any]]:
-    """Conversions of many small tensors."""
+def counts(scratch: Path, numbers: list[int], runs: int) -> list[dict[str, Any]]:
+    """Conversions of many small tensors; medians."""
     rows = []
-    for number in numbers:
-        source = scratch / "source"
-        shutil.rmtree(source, ignore_errors=True)
-        source.mkdir()
-        tensors = many_tensors(source, number)
-        row = {"tensors": tensors, **convert(source, scratch, "nvfp4-absmax", "compressed-tensors")}
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr)
-        shutil.rmtree(source)
+    for kind, make in (("experts", many_tensors), ("matrices", many_matrices)):
+        for number in numbers:
+            source = scratch / "source"
+            source.mkdir()
+            tensors = make(source, number)
+            found = [convert(source, scratch, "nvfp4-absmax", "compressed-tensors") for _ in range(runs)]
+            row: dict[str, Any] = {"kind": kind, "tensors": tensors, "runs": runs}
+            row |= {key: statistics.median(f[key] for f in found) for key in found[0]}
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            shutil.rmtree(source)
     return rows
+
+
+def measure(scratch: Path | None, big: float, runs: int, most: int = COUNTS[-1]) -> dict[str, Any]:
+    """All of the benchmark in a temporary folder of ``scratch``."""
+    found = head() | {"threads": cores(), "whole_bytes": WHOLE}
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        found["sizes"] = sizes(Path(folder), big, runs)
+        found["counts"] = counts(Path(folder), [n for n in COUNTS if n <= most], runs)
+    return found
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--big", type=float, default=10, help="largest size in GB (default 10)")
+    parser.add_argument("--big", type=float, default=SIZES[-1], help="largest size in GB (default 10)")
+    parser.add_argument("--most", type=int, default=COUNTS[-1], help="largest number of tensors (default 100000)")
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="folder for the checkpoints (default: a temporary one)")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "pipeline.json")
     args = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-        scratch = Path(folder)
-        found = {
-            "size": sizes(scratch, [s for s in (0.1, 0.3, 1, 3, 10) if s <= args.big], ["nvfp4-absmax"]),
-            "recipes": sizes(
-                scratch, [min(2.0, args.big)], ["nvfp4-four-over-six", "mixfp4-absmax", "mixfp4", "mxfp4"]
-            ),
-            "tensors": counts(scratch, [100, 1_000, 10_000, 100_000]),
-        }
-    text = json.dumps(found, indent=2)
-    if args.output:
-        args.output.write_text(text + "\n")
-    print(text)
+    write_results(args.output, measure(args.scratch, args.big, args.runs, args.most))
 
 
 if __name__ == "__main__":
