@@ -102,6 +102,19 @@ def test_verify_accepts_it_without_the_importance_file(tmp_path: Path, dialect: 
     assert written == plan.repository_bytes
 
 
+@pytest.mark.parametrize(("dialect", "fmt"), [("mlx", "affine4_g32"), ("gguf", "q4_0")])
+def test_dialects_that_respell_kept_weights_write_the_folded_ones(
+    shared: Path, tmp_path: Path, dialect: str, fmt: str
+) -> None:
+    pytest.importorskip("gguf")
+    source = shared / "data" / "models" / "qwen3-tiny-wiki"
+    some = ["attention.q", "attention.k", "attention.v", "mlp.down"]
+    what = recipe({"match": some, "format": fmt, "search": "absmax", "transform": "awq"})
+    done = convert(plan_with(source, what, dialect), tmp_path / "out")
+    found = verify(tmp_path / "out", source)
+    assert found.problems == [] and found.folded == 36 and all(fold.alpha > 0 for fold in done.folds)
+
+
 def test_both_spellings_of_experts_are_folded_alike(moe: Path, folded: Path, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", moe_tensors(per_expert=True), MOE_CONFIG)
     convert(plan_with(source), tmp_path / "out")
