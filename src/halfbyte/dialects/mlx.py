@@ -73,7 +73,7 @@ class MlxDialect(Dialect):
         if len(weight.shape) == 2:
             return list(_outputs(weight.name.removesuffix(".weight"), weight.shape, None, fmt))
         experts, _, k = weight.shape
-        found = []
+        found: list[OutputTensor] = []
         for module, rows, n in self.model.projections(weight):
             found += _outputs(module, (experts, n, k), rows, fmt)
         return found
@@ -221,8 +221,10 @@ def _global_scale(scale: Array) -> Array:
 def _check_intervals(config: Mapping[str, Any], model: Model) -> None:
     """mlx-lm derives the kind of each layer of Qwen3.5 from one number."""
     text = config.get("text_config") if model.nested else config
-    types = text.get("layer_types") if isinstance(text, dict) else None
-    if model.kind not in ("qwen3_5", "qwen3_5_moe") or not isinstance(types, list):
+    if model.kind not in ("qwen3_5", "qwen3_5_moe") or not isinstance(text, Mapping):
+        return
+    types = text.get("layer_types")
+    if not isinstance(types, list):
         return
     interval = text.get("full_attention_interval") or _INTERVAL
     wanted = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(len(types))]
