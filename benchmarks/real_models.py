@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import halfbyte
+from common import head, replace_part, write_results
 from halfbyte.recipes import list_recipes
-from models import machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QWEN, KIMI = "qwen36_35b_a3b.json", "kimi_k2_thinking.patterns.json"
 MEMORY_LIMIT, PLAN_LIMIT = 4 * 10**9, 5.0
-START, END = "<!-- table of benchmarks/real_models.py -->", "<!-- end of table -->"
+PART = "benchmarks/real_models.py"
 # the kernel's maximum of a child survives exec and would be this process's, so it reports its own
 MEASURED = """
 import sys, time
@@ -141,7 +141,7 @@ def table(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     source, plan = results["source"], results["kimi_k2_plan"]
     lines = [
-        f"{results['date']}, {results['cpu']} ({results['cores']} cores), {versions}.",
+        f"{results['date']}, {results['machine']['cpu']} ({results['machine']['cores']} cores), {versions}.",
         f"Source: {source['tensors']:,} tensors, {source['bytes'] / 1e9:.2f} GB in BF16; random heavy-tailed values "
         f"with the names and shapes of Qwen3.6-35B-A3B: {source['layers']} of its 40 layers, embeddings, vision, MTP.",
         "",
@@ -170,12 +170,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_docs(path: Path, text: str) -> None:
-    """Put the table between its markers."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(START)
-    path.write_text(f"{before}{START}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inventories", type=Path)
@@ -194,7 +188,7 @@ def main() -> None:
             command = [sys.executable, script, args.inventories / QWEN, source, "--layers", str(args.layers)]
             subprocess.run([str(word) for word in command], check=True)
         results = measure_all(args, source, scratch)
-    write_docs(args.docs, table(results))
+    replace_part(args.docs, PART, table(results))
     failed = [row for row in (*results["recipes"], results["kimi_k2_plan"]) if row["problems"]]
     sys.exit(f"{len(failed)} failed" if failed else 0)
 
@@ -203,7 +197,11 @@ def measure_all(args: argparse.Namespace, source: Path, scratch: Path) -> dict[s
     """All recipes that have no result of this source yet."""
     found = halfbyte.inspect(source)
     about = {"tensors": found.tensors, "bytes": found.data_bytes, "layers": args.layers}
-    results: dict[str, Any] = {**machine(), "source": {**about, "fingerprint": found.fingerprint}, "recipes": []}
+    results: dict[str, Any] = {
+        **head("safetensors", "torch"),
+        "source": {**about, "fingerprint": found.fingerprint},
+        "recipes": [],
+    }
     if args.output.exists():
         before = json.loads(args.output.read_text())
         if before["source"]["fingerprint"] == found.fingerprint:
@@ -215,7 +213,7 @@ def measure_all(args: argparse.Namespace, source: Path, scratch: Path) -> dict[s
             results["recipes"].append(row := measure(source, scratch, recipe))
             print(json.dumps(row), flush=True)
         results["recipes"].sort(key=lambda row: row["recipe"])
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_results(args.output, results, "recipes")
     return results
 
 
