@@ -32,6 +32,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
 
+CT = "compressed-tensors"
 FORMATS = [
     "nvfp4",
     "mxfp4",
@@ -170,3 +171,34 @@ def test_every_linear_module_is_matched_by_its_own_group_and_kept_ones_by_none(
     for name, groups in groups_of(wanted, config).items():
         fmt = wanted[name]
         assert [formats[key] for key in groups] == ([spelled[fmt]] if fmt else []), name
+
+
+def test_scales_and_scheme_of_a_quantized_kv_cache_stay_and_the_library_reads_the_scheme(tmp_path: Path) -> None:
+    run(write_checkpoint(tmp_path / "dense", dense_tensors(), DENSE_CONFIG), tmp_path / "a", linear("nvfp4"), CT)
+    tensors = read_file(tmp_path / "a")
+    caches = {f"model.layers.0.self_attn.{part}_scale": np.array([0.5], np.float32) for part in ("k", "v")}
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    source = write_checkpoint(tmp_path / "b", {**tensors, **caches}, config)
+    run(source, tmp_path / "out", linear("nvfp4"), CT)
+    stored = read_file(tmp_path / "out")
+    assert all(stored[name].tobytes() == array.tobytes() for name, array in caches.items())
+    parsed = QuantizationConfig.model_validate(config_of(tmp_path / "out"))
+    assert parsed.kv_cache_scheme.num_bits == 8 and parsed.kv_cache_scheme.type == "float"
+    assert not [pattern for pattern in parsed.ignore if "_scale" in pattern]
+
+
+@pytest.mark.parametrize(("fmt", "kind"), [("mxfp4", "dynamic"), ("mxfp8", "dynamic"), ("fp8_channel", "none")])
+def test_activations_do_not_change_what_the_library_decompresses(tmp_path: Path, fmt: str, kind: str) -> None:
+    source = write_checkpoint(tmp_path / "source", dense_tensors(), DENSE_CONFIG)
+    run(source, tmp_path / "usual", linear(fmt), CT)
+    run(source, tmp_path / "asked", linear(fmt, activations=kind), CT)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("usual", "asked")]
+    assert files[0] == files[1]
+    schemes = [QuantizationConfig.model_validate(config_of(tmp_path / name)) for name in ("usual", "asked")]
+    assert (
+        schemes[0].config_groups["group_0"].weights.model_dump()
+        == schemes[1].config_groups["group_0"].weights.model_dump()
+    )
+    assert config_of(tmp_path / "usual") != config_of(tmp_path / "asked")
