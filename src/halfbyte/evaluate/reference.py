@@ -146,7 +146,7 @@ class Cache:
         """The stored reference, or None where there is none or it is damaged."""
         try:
             found = Reference(self.path(key))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
             return None
         return found if found.key == json.loads(json.dumps(dict(key))) else None
 
