@@ -50,7 +50,7 @@ def test_nvfp4_experts_are_wrong_in_transformers_and_dense_nvfp4_is_not(tmp_path
     assert len(wrong) == 1 and wrong[0].link == "huggingface/transformers#48371"
     assert wrong[0].tensors == 2 * 4 * 3 * 3  # layers, experts, projections, arrays
     assert effects(tmp_path / "dense-ct", "transformers") == []
-    assert effects(tmp_path / "dense-ct", "vLLM") == [("refuses", "CPU")]
+    assert effects(tmp_path / "dense-ct", "vLLM") == [("needs", "CPU")]
 
 
 def test_fused_and_single_experts_are_not_the_same_to_mlx(tmp_path: Path) -> None:
