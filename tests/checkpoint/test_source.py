@@ -59,9 +59,9 @@ def test_an_impossible_path_is_refused(text: str) -> None:
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"neither a folder nor a \.safetensors file"):
-        resolve(tmp_path / "model.gguf")
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"neither a folder nor a \.safetensors or \.gguf file"):
+        resolve(tmp_path / "model.bin")
 
 
 def test_a_revision_of_a_local_path_is_refused(tmp_path: Path) -> None:

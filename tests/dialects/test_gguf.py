@@ -12,6 +12,7 @@ import pytest
 
 from dialects.gguf_models import CONFIGS, EXPERTS, HEAD, HEADS, INTER, KEYS, checkpoint, tensors
 from halfbyte.checkpoint import Inventory, Reader
+from halfbyte.convert import convert, source_bytes
 from halfbyte.dialects.gguf import GgufModel
 from halfbyte.dialects.gguf_blocks import BLOCKS, pack_blocks, unpack_blocks
 from halfbyte.errors import CheckpointError, HalfbyteError, PlanError
@@ -194,6 +195,26 @@ def test_a_split_model_verifies_and_names_its_parts(tmp_path: Path) -> None:
         Inventory.open(tmp_path / "out")
 
 
+def test_an_interrupted_conversion_continues_with_the_same_bytes(tmp_path: Path) -> None:
+    plan = make_plan(
+        Checkpoint.open(checkpoint(tmp_path / "m", "llama")), linear("mxfp4"), "gguf", max_shard_bytes=100_000
+    )
+    convert(plan, tmp_path / "whole", workers=1)
+    left = source_bytes(plan) // 2
+
+    def stop(done: int) -> None:
+        nonlocal left
+        left -= done
+        if left < 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(plan, tmp_path / "out", workers=1, progress=stop)
+    assert not (tmp_path / "out" / "halfbyte.json").exists()
+    assert 0 < convert(plan, tmp_path / "out", workers=1).resumed_shards < len(plan.shards)
+    assert hashes(tmp_path / "whole") == hashes(tmp_path / "out")
+
+
 def test_quantized_experts_of_gpt_oss_keep_their_codes(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "m", "gpt-oss")
     run(source, tmp_path / "mx", recipe({"match": "experts", "format": "mxfp4", "search": "absmax"}), "gpt-oss")
@@ -203,6 +224,21 @@ def test_quantized_experts_of_gpt_oss_keep_their_codes(tmp_path: Path) -> None:
     result = verify(tmp_path / "out", tmp_path / "mx")
     assert result.ok, result.problems
     assert result.lossless == 4
+
+
+@pytest.mark.parametrize("dialect", ["halfbyte", "compressed-tensors", "modelopt"])
+@pytest.mark.parametrize("model", ["llama", "qwen3moe"])
+def test_quantized_sources_keep_their_codes(model: str, dialect: str, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "m", model)
+    run(source, tmp_path / "nv", linear("nvfp4"), dialect)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "nv" / name).write_bytes((source / name).read_bytes())
+    run(tmp_path / "nv", tmp_path / "out", linear("nvfp4"), "gguf")
+    result = verify(tmp_path / "out", tmp_path / "nv")
+    assert result.ok, result.problems
+    # the reciprocal of a divisor is rounded
+    assert result.relmse < (1e-12 if dialect == "compressed-tensors" else 1e-30)
+    assert verify(tmp_path / "out", source).ok
 
 
 def test_rope_factors_are_those_of_transformers(tmp_path: Path) -> None:

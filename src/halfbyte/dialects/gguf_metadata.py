@@ -66,7 +66,7 @@ def describe(writer: Any, inventory: Inventory, model: Model) -> None:
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
     if model.name == "llama":
-        writer.add_vocab_size(_rows(inventory, "model.embed_tokens.weight"))
+        writer.add_vocab_size(rows_of(inventory, "model.embed_tokens.weight"))
         writer.add_rope_dimension_count(head)
     if model.name in ("qwen3moe", "gpt-oss"):
         key = "num_experts" if "num_experts" in config else "num_local_experts"
@@ -111,7 +111,7 @@ def rope_factors(config: Mapping[str, Any], model: Model) -> NDArray[np.float32]
 
 def head_size(inventory: Inventory) -> int:
     """Rows of a head of q, as the first layer has it."""
-    return _rows(inventory, "model.layers.0.self_attn.q_proj.weight") // _int(inventory.config, "num_attention_heads")
+    return rows_of(inventory, "model.layers.0.self_attn.q_proj.weight") // _int(inventory.config, "num_attention_heads")
 
 
 def remarks(inventory: Inventory) -> list[str]:
@@ -128,13 +128,13 @@ def remarks(inventory: Inventory) -> list[str]:
     return found
 
 
-def _rows(inventory: Inventory, name: str) -> int:
-    module = name.removesuffix(".weight")
-    found = next(
-        (t for n, t in inventory.tensors.items() if n == name or n.startswith(f"{module}.weight_packed")), None
-    )
-    if found is None or not found.shape:
-        raise PlanError(f"{inventory.source} has no tensor {name}, so its sizes are not known")
+def rows_of(inventory: Inventory, name: str) -> int:
+    """Rows of a matrix, in whatever dialect the source spells it."""
+    # codes have as many rows as the weight
+    spelled = (name, f"{name}_packed", f"{name}_codes")
+    found = next((t for n in spelled if (t := inventory.tensors.get(n))), None)
+    if found is None or len(found.shape) != 2:
+        raise PlanError(f"{inventory.source} has no matrix {name}, so its sizes are not known")
     return found.shape[0]
 
 

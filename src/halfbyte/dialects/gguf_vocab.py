@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
+from halfbyte.dialects.gguf_metadata import rows_of
 from halfbyte.dialects.gguf_models import library
 from halfbyte.errors import PlanError
 
@@ -67,7 +68,7 @@ def add_tokenizer(writer: Any, inventory: Inventory) -> None:
         raise PlanError(f"tokenizer.json of {inventory.source} is no BPE tokenizer, which GGUF needs here") from error
     if model.get("type", "BPE") != "BPE":
         raise PlanError(f"the tokenizer of {inventory.source} is {model['type']}; GGUF is written for BPE tokenizers")
-    count = _vocabulary(inventory)
+    count = rows_of(inventory, "model.embed_tokens.weight")
     if tokens and max(tokens) >= count:
         raise PlanError(f"the tokenizer of {inventory.source} has more tokens than the embedding has rows ({count})")
     sentencepiece = bool(model.get("byte_fallback")) and not _has_bytes(table)
@@ -171,10 +172,3 @@ def _scores(texts: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
         ranks.setdefault("".join(pair), rank)
     last = len(pairs)
     return [-float(ranks.get(text, last)) for text in texts]
-
-
-def _vocabulary(inventory: Inventory) -> int:
-    names = [n for n in inventory.tensors if n.startswith("model.embed_tokens.")]
-    if not names:
-        raise PlanError(f"{inventory.source} has no model.embed_tokens.weight")
-    return inventory.tensors[names[0]].shape[0]
