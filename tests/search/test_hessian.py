@@ -38,6 +38,13 @@ def test_every_backend_gives_the_bits_of_the_reference(size: int) -> None:
             assert np.array_equal(getattr(other, name), getattr(found[0], name)), name
 
 
+def test_hessians_of_any_memory_layout_are_factored_alike() -> None:
+    h = hessian(48)
+    expected = factor(checked(h, 48), 0.01).feedback
+    for other in (np.asfortranarray(h), h[::-1, ::-1].copy()[::-1, ::-1], np.repeat(h, 2, axis=1)[:, ::2]):
+        assert np.array_equal(factor(checked(other, 48), 0.01).feedback, expected)
+
+
 def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
     h = np.diag([1.0, 3.0])
     assert np.allclose(damped(1000 * h, 0.01), np.diag([0.51, 1.51]))

@@ -75,6 +75,7 @@ class Native:
     ) -> bool:
         """Run hb_factor on matrices [L, K, K], in place; False where one is not positive definite."""
         count, k, _ = matrices.shape
+        assert all(a.flags.c_contiguous for a in (matrices, inverse, gain))
         pointers = (matrices.ctypes.data, inverse.ctypes.data, gain.ctypes.data)
         return bool(self._library.hb_factor(_ISAS[isa], count, k, *pointers) == 0)
 

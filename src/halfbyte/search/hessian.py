@@ -47,7 +47,7 @@ def checked(hessian: ArrayLike, columns: int) -> Doubles:
         raise FormatError("the Hessian has a negative diagonal, so it is no sum of squares; calibrate again")
     largest = diagonal.max(initial=0)
     flipped = np.swapaxes(h, -1, -2)
-    if np.abs(h - flipped).max(initial=0) > 1e-3 * largest:
+    if not np.allclose(h, flipped, rtol=0, atol=1e-3 * largest):
         raise FormatError("the Hessian is not symmetric; it must be the sum of x x^T over the inputs x")
     return np.asarray((h + flipped) / 2)
 
@@ -57,12 +57,12 @@ def damped(hessian: Doubles, damping: float) -> Doubles:
 
     Columns that no input reached keep the damping alone, so they are rounded to nearest and count little.
     """
-    size = hessian.shape[-1]
-    mean = np.trace(hessian, axis1=-2, axis2=-1)[..., None, None] / size
-    scaled = np.where(mean > 0, hessian / np.where(mean > 0, mean, 1), np.eye(size))
-    scaled = scaled + damping * np.eye(size)
-    dead = np.diagonal(scaled, axis1=-2, axis2=-1) <= 0
-    return np.asarray(scaled + np.eye(size) * dead[..., None, :])
+    mean = np.trace(hessian, axis1=-2, axis2=-1)[..., None, None] / hessian.shape[-1]
+    result = np.divide(hessian, np.where(mean > 0, mean, 1), order="C")
+    diagonal = np.einsum("...ii->...i", result)  # a view
+    diagonal += np.where(mean[..., 0] > 0, damping, 1)
+    diagonal[diagonal <= 0] = 1
+    return np.asarray(result)
 
 
 def factor(hessian: Doubles, damping: float) -> Factors:
@@ -76,7 +76,7 @@ def factor(hessian: Doubles, damping: float) -> Factors:
     for step in range(_RETRIES + 1):
         now = max(damping, 1e-6 if step else 0.0) * 10**step
         # H = R R^T with R upper triangular: the Cholesky factor of H with rows and columns turned around
-        turned = np.ascontiguousarray(damped(hessian, now)[..., ::-1, ::-1])
+        turned = damped(hessian[..., ::-1, ::-1], now)
         inverse, gain = np.empty_like(turned), np.empty(turned.shape[:-1])
         if _cholesky(turned, inverse, gain):
             unfold = np.swapaxes(turned, -1, -2)[..., ::-1, ::-1]
