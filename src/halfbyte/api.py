@@ -77,12 +77,14 @@ def quantize(
     remote_code: bool = False,
     importance: str | Path | Importance | None = None,
     workers: int | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Quantize a checkpoint to the folder ``out``, or continue there after an interruption.
 
-    Give a source and a recipe, or a Plan (then everything but ``workers`` and ``progress`` is already decided).
-    ``workers`` threads, default one per core; ``progress`` is called with numbers of source bytes dealt with.
+    Give a source and a recipe, or a Plan (then only ``workers``, ``memory`` and ``progress`` are left to choose).
+    ``workers`` threads, default one per core, hold slices of ``memory`` bytes at most, default 2 GiB;
+    ``progress`` is called with numbers of source bytes dealt with.
     """
     if not isinstance(source, Plan):
         if recipe is None:
@@ -98,7 +100,7 @@ def quantize(
         )
     elif recipe is not None or dialect is not None or remote_code or importance is not None:
         raise TypeError("quantize(plan, out): recipe, dialect, remote code and importance are part of the plan")
-    return run_conversion(source, out, workers, progress)
+    return run_conversion(source, out, workers, progress, memory)
 
 
 def convert(

@@ -96,6 +96,56 @@ def test_chunks_are_the_raw_bytes_in_order(inventory: Inventory, size: int) -> N
     assert b"".join(chunks) == ARRAYS["bf16"].tobytes()
 
 
+@pytest.mark.parametrize("start, size", [(0, 48), (5, 7), (48, 0)])
+def test_a_chunk_is_any_part_of_the_raw_bytes(inventory: Inventory, start: int, size: int) -> None:
+    with Reader(inventory) as r:
+        assert r.chunk("bf16", start, size) == ARRAYS["bf16"].tobytes()[start : start + size]
+
+
+@pytest.mark.parametrize("start, size", [(-1, 4), (40, 9), (49, 0)])
+def test_a_chunk_outside_of_the_tensor_is_refused(inventory: Inventory, start: int, size: int) -> None:
+    with Reader(inventory) as r, pytest.raises(CheckpointError, match="outside tensor bf16 of 48 bytes"):
+        r.chunk("bf16", start, size)
+
+
+def test_a_tensor_is_read_into_a_part_of_an_array(inventory: Inventory) -> None:
+    array = np.zeros((2, *ARRAYS["bf16"].shape), ml_dtypes.bfloat16)
+    with Reader(inventory) as r:
+        r.read_into("bf16", array[1])
+    assert not array[0].any() and array[1].tobytes() == ARRAYS["bf16"].tobytes()
+
+
+def test_a_tensor_is_read_into_arrays_of_other_types_and_strides(inventory: Inventory) -> None:
+    wide, strided = np.zeros((4, 3, 2), np.float32), np.zeros((4, 3, 4), ml_dtypes.bfloat16)
+    with Reader(inventory) as r:
+        r.read_into("bf16", wide)
+        r.read_into("bf16", strided[..., ::2])
+    assert (wide == ARRAYS["bf16"].astype(np.float32)).all()
+    assert strided[..., ::2].tobytes() == ARRAYS["bf16"].tobytes() and not strided[..., 1::2].any()
+
+
+def test_a_tensor_is_not_read_into_an_array_of_another_shape(inventory: Inventory) -> None:
+    with Reader(inventory) as r, pytest.raises(ValueError):
+        r.read_into("bf16", np.zeros((2, 3, 4), ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_only_a_file_that_was_not_cached_is_dropped_from_the_cache(
+    tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = build_header([("large", "U8", (3 << 20,)), ("small", "U8", (100,))])
+    with ShardWriter(tmp_path / "model.safetensors", layout) as writer:
+        writer.write_at(layout.offsets[0], np.ones(3 << 20, np.uint8))
+        writer.write_at(layout.offsets[1], np.ones(100, np.uint8))
+        writer.commit()
+    dropped: list[tuple[int, int]] = []
+    monkeypatch.setattr(reader, "is_cached", lambda *_: cached)
+    monkeypatch.setattr(reader, "forget_pages", lambda _, offset, size: dropped.append((offset, size)))
+    with Reader(Inventory.open(tmp_path)) as r:
+        assert r.read("large").all() and r.read("small").all()
+    assert dropped == ([] if cached else [(layout.offsets[0], 3 << 20)])
+
+
 def test_a_tensor_without_bytes_has_no_chunks(inventory: Inventory) -> None:
     with Reader(inventory) as r:
         assert list(r.chunks("empty", 8)) == []
