@@ -48,10 +48,10 @@ def settled(checkpoint: Checkpoint, items: Sequence[Item], dialect: Dialect) -> 
             found[item.weight.name] = item.activations
         elif checkpoint.dialect is dialect and checkpoint.formats.get(item.weight.name) == fmt:
             stated = dialect.activations_of(checkpoint.inventory, item.weight)
-            calibrated = bool(stated) and stated.get("dynamic") is not True
-            if stated is not None and not (
-                calibrated and any(name not in names for name in _scales(item.weight, fmt, dialect))
-            ):
+            if stated is None:
+                continue
+            scales = _scales(item.weight, fmt, dialect) if stated and stated.get("dynamic") is not True else []
+            if all(name in names for name in scales):
                 found[item.weight.name] = stated
     return found
 

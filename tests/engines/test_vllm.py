@@ -131,6 +131,14 @@ def test_a_checkpoint_that_lacks_a_tensor_does_not_load(load: Any, tmp_path: Pat
         load(tmp_path / "packed")
 
 
+def test_worker_processes_can_be_sent_the_configuration() -> None:
+    import pickle
+
+    from halfbyte.engines.vllm_method import HalfbyteConfig
+
+    assert pickle.loads(pickle.dumps(HalfbyteConfig.from_config({}))).get_name() == "halfbyte"
+
+
 def test_the_plugin_refuses_what_is_not_quantized(load: Any) -> None:
     with pytest.raises(Exception, match="is not quantized; leave the choice"):
         load(DEMO, quantization="halfbyte")

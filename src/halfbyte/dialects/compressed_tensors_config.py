@@ -151,12 +151,12 @@ class Schemes:
 
     def _group(self, module: str) -> tuple[Format, dict[str, Any]]:
         """By target pattern or name, then by the class ``Linear``; as the library does it."""
-        for targets, *found in self.groups:
+        for targets, fmt, inputs in self.groups:
             if any(_matches(target, module) for target in targets):
-                return found[0], found[1]
-        for targets, *found in self.groups:
+                return fmt, inputs
+        for targets, fmt, inputs in self.groups:
             if "Linear" in targets:
-                return found[0], found[1]
+                return fmt, inputs
         raise CheckpointError(f"no config group of {self.source} has {module} as a target; its scheme is unknown")
 
 

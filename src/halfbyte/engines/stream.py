@@ -73,11 +73,11 @@ def experts_of(family: Family, weight: Weight) -> tuple[Piece, ...]:
         if weight.name.endswith(ending):
             start = weight.name.removesuffix(ending)
             spelled = [start + part.replace("{layer}", str(weight.layer)) for part in layout.parts.values()]
-            rows = [(first, stop) for _, first, stop in weight.row_parts] or [None]
+            rows: list[tuple[int, int] | None] = [(first, stop) for _, first, stop in weight.row_parts]
             return tuple(
                 Piece(name.replace("{expert}", str(expert)), expert, part)
                 for expert in range(weight.shape[0])
-                for name, part in zip(spelled, rows, strict=True)
+                for name, part in zip(spelled, rows or [None], strict=True)
             )
     return weight.pieces
 

@@ -33,7 +33,8 @@ class HalfbyteModelLoader(DefaultModelLoader):
         if model_config.quantization != METHOD:
             yield from super().get_all_weights(model_config, model)
             return
-        self.counter_before_loading_weights = self.counter_before_loading_weights or time.perf_counter()
+        # what vLLM logs as the time of loading begins here
+        self.counter_before_loading_weights: float = time.perf_counter()
         checkpoint = Checkpoint.open(_folder(model_config.model, model_config.revision, self.load_config.download_dir))
         _say(checkpoint)
         unused = getattr(model, "is_unused_checkpoint_weight", lambda name: False)
@@ -43,7 +44,7 @@ class HalfbyteModelLoader(DefaultModelLoader):
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """As ever; with the method ``halfbyte`` a parameter that got no tensor is an error."""
-        if model_config.quantization == METHOD and self.enable_weights_track is None:
+        if model_config.quantization == METHOD and getattr(self, "enable_weights_track", None) is None:
             self.enable_weights_track = True
         super().load_weights(model, model_config)
 

@@ -21,44 +21,10 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def register() -> None:
     """Tell vLLM of the method and of the loaders; harmless when called again."""
-    import torch
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization import register_quantization_config
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-    from vllm.platforms import current_platform
 
     from halfbyte.engines.vllm_loader import install
-
-    class HalfbyteConfig(QuantizationConfig):
-        """All layers are unquantized: their weights are decoded before they arrive."""
-
-        def get_name(self) -> str:
-            return METHOD
-
-        def get_supported_act_dtypes(self) -> list[torch.dtype]:
-            return [torch.bfloat16, torch.float16, torch.float32]
-
-        @classmethod
-        def get_min_capability(cls) -> int:
-            return 0
-
-        @staticmethod
-        def get_config_filenames() -> list[str]:
-            return []
-
-        @classmethod
-        def from_config(cls, config: dict[str, Any]) -> HalfbyteConfig:
-            return cls()
-
-        @classmethod
-        def override_quantization_method(
-            cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
-        ) -> str | None:
-            return METHOD if takes_over(hf_quant_cfg, user_quant, hf_config, current_platform.is_cpu()) else None
-
-        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-            # None is "unquantized" to every other kind of layer
-            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+    from halfbyte.engines.vllm_method import HalfbyteConfig
 
     register_quantization_config(METHOD)(HalfbyteConfig)
     install()

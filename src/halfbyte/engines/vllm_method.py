@@ -1,0 +1,51 @@
+"""vLLM's quantization method ``halfbyte``: every layer is an unquantized one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.platforms import current_platform
+
+from halfbyte.engines.vllm_plugin import METHOD, takes_over
+
+
+class HalfbyteConfig(QuantizationConfig):
+    """Weights are decoded before they arrive at the layers, so that nothing is left to do for these."""
+
+    def get_name(self) -> str:
+        """As in ``quantization="halfbyte"``."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """What models compute in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Any GPU, or none."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """config.json says it all."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> HalfbyteConfig:
+        """The loader reads the configuration itself."""
+        return cls()
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim a checkpoint of another method, or not."""
+        return METHOD if takes_over(hf_quant_cfg, user_quant, hf_config, current_platform.is_cpu()) else None
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """That of unquantized layers; None stands for it where the layer is not linear."""
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
