@@ -1,6 +1,6 @@
-"""What storing the source's log-probabilities costs in accuracy: KL divergences from FP32, FP16, BF16 and uint16 copies.
+"""What storing the source's log-probabilities costs: KL divergences from FP32, FP16, BF16 and uint16 copies of them.
 
-    python benchmarks/reference_storage.py ../shared/data/models/qwen3-tiny-wiki ../shared/data/text/enwiki2015/valid.txt
+    D=../shared/data; python benchmarks/reference_storage.py $D/models/qwen3-tiny-wiki $D/text/enwiki2015/valid.txt
 
 The model is compared with its own copies in three recipes, from nearly none to much divergence. Printed: the error of
 the mean, and the largest error of a token, in nats.
