@@ -248,3 +248,15 @@ def test_extra_files_replace_side_files_and_are_counted(moe: Path, tmp_path: Pat
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"new"
     assert (tmp_path / "out" / "README.md").read_bytes() == b"card"
     assert sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) == plan.repository_bytes
+
+
+def test_a_vector_of_a_role_that_is_quantized_is_kept_or_refused(tmp_path: Path) -> None:
+    tensors = {**dense_tensors(), "model.layers.0.self_attn.q_proj.bias": np.ones(128, np.float32)}
+    source = write_checkpoint(tmp_path / "source", tensors, DENSE_CONFIG)
+    what = {"match": "re:q_proj|k_proj|v_proj", "format": "int4_g32", "search": "absmax"}
+    with pytest.raises(PlanError, match=r"q_proj\.bias \(F32 \[128\]\), which is no floating-point matrix"):
+        make_plan(Checkpoint.open(source), recipe(what))
+    plan = run(source, tmp_path / "out", recipe(what | {"indivisible": "keep"}))
+    kept = next(item for item in plan.items if item.weight.name.endswith("q_proj.bias"))
+    assert (kept.action, kept.reason, kept.declined) == ("keep", "it is a vector and no matrix", "int4_g32")
+    assert verify(tmp_path / "out", source).ok

@@ -129,6 +129,11 @@ def test_weights_without_importance_are_named(dense: Path) -> None:
     assert plan.summary()["importance"]["unweighted"] == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
 
 
+def test_embeddings_have_no_input_and_need_no_importance(dense: Path) -> None:
+    plan = plan_with(dense, recipe({"match": ["linear", "embedding"], "format": "nvfp4"}))
+    assert plan.summary()["importance"]["unweighted"] == [] and "model.embed_tokens.weight" not in weighted(plan)
+
+
 def test_entries_that_fit_no_weight_are_named(dense: Path) -> None:
     more = importance_of(dense)
     more.values["odd"], more.counts["odd"] = np.ones(3, np.float32), np.asarray(1)

@@ -20,7 +20,7 @@ from halfbyte.folding import FOLDS, layout
 from halfbyte.formats import get_format
 from halfbyte.models import Weight
 from halfbyte.models.folds import FoldGroup
-from halfbyte.quantized import REQUANTIZED, claim, respelled, settle_input_scales, shares_scale
+from halfbyte.quantized import REQUANTIZED, claim, misfit, respelled, settle_input_scales, shares_scale
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.search import get_search
 from halfbyte.shards import Item, Shard, make_index, make_shards
@@ -262,13 +262,13 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
     assert decision.format is not None and decision.search is not None
     fmt = dialect.format_for(weight, get_format(decision.format))
     get_search(decision.search, fmt)
-    if weight.dtype not in FLOATS or len(weight.shape) < 2:
+    problem = misfit(weight, fmt, dialect)
+    if weight.dtype not in FLOATS or (len(weight.shape) < 2 and decision.indivisible == "error"):
         raise PlanError(
             f"rule {decision.rule} of the recipe wants to quantize {weight.name} "
             f"({weight.dtype} {list(weight.shape)}), which is no floating-point matrix; "
             "narrow the rule or keep this tensor"
         )
-    problem = fmt.problem(weight.shape) or dialect.unfit(weight, fmt)
     if problem and decision.indivisible == "keep":
         kept = _kept(checkpoint, weight, problem, dialect)
         kept.declined = fmt.name

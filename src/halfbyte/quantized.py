@@ -44,6 +44,13 @@ def claim(weight: Weight, before: Format, after: Format, source: Dialect, target
     return WHERE_SHARED if weight.group or weight.row_parts else LOSSLESS
 
 
+def misfit(weight: Weight, fmt: Format, dialect: Dialect) -> str | None:
+    """Why a weight's shape does not fit a format as the dialect has it; a recipe may keep such a weight."""
+    if len(weight.shape) < 2:
+        return "it is a vector and no matrix"
+    return fmt.problem(weight.shape) or dialect.unfit(weight, fmt)
+
+
 def shares_scale(fmt: Format | None) -> bool:
     """Whether matrices that engines fuse must have one scale in this format."""
     return isinstance(fmt, BlockFormat) and (fmt.has_tensor_scale or fmt.block == (-1, -1))

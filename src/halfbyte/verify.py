@@ -19,7 +19,7 @@ from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
 from halfbyte.measure import TensorError
 from halfbyte.models import Weight
-from halfbyte.quantized import INPUT_SCALE, LOSSLESS, claim, input_scales
+from halfbyte.quantized import INPUT_SCALE, LOSSLESS, claim, input_scales, misfit
 from halfbyte.recipes import Decision
 from halfbyte.search.blocks import to_blocks
 from halfbyte.slices import SLICE_BYTES
@@ -141,8 +141,7 @@ class _Pair:
             stated = get_format(decision.format) if decision.format else None
             wanted = self.ours.dialect.format_for(weight, stated) if stated else before
             keep = decision.action == "keep"
-            unfit = wanted and (wanted.problem(twin.shape) or self.ours.dialect.unfit(weight, wanted))
-            if unfit and decision.indivisible == "keep":
+            if wanted and misfit(twin, wanted, self.ours.dialect) and decision.indivisible == "keep":
                 wanted, keep = before, True
         if fmt != wanted:
             said = [f.name if f else "unquantized" for f in (fmt, wanted)]

@@ -13,6 +13,7 @@ from halfbyte.errors import CheckpointError, PlanError, RecipeError
 from halfbyte.folding import FOLDS, Fold, make_folds, read_scales
 from halfbyte.models.folds import FoldGroup, find_groups
 from halfbyte.models.patterns import normalise
+from halfbyte.models.roles import bare_role
 from halfbyte.recipes import Decision, Recipe
 from halfbyte.search import get_search
 from halfbyte.shards import Item
@@ -101,6 +102,8 @@ def settle(
     known = calibration.matched.values
     for item, decision in chosen:
         assert item.format is not None
+        if bare_role(item.weight.role) == "embedding":  # rows are looked up, so no input meets its columns
+            continue
         if decision.weight == "none" or not get_search(item.search).chooses(item.format):
             continue
         item.weighted = item.weight.name in known
