@@ -43,9 +43,12 @@ class Search:
         if self.only == "e8m0" and scale != "e8m0":
             return f"search {self.name!r} is a rule for power-of-two scales and does not apply to {fmt.name}"
         if self.only == "four_over_six" and not (
-            isinstance(fmt, BlockFormat) and scale == "e4m3" and any(t.kind == "e2m1" for t in fmt.tables)
+            isinstance(fmt, BlockFormat)
+            and (scale, fmt.has_tensor_scale) == ("e4m3", True)
+            and any(t.kind == "e2m1" for t in fmt.tables)
         ):
-            return f"search {self.name!r} needs E2M1 elements and E4M3 scales, which {fmt.name} does not have"
+            needs = "E2M1 elements, E4M3 scales and a tensor scale"
+            return f"search {self.name!r} needs {needs}, which {fmt.name} does not have"
         return None
 
     def chooses(self, fmt: Format) -> bool:
