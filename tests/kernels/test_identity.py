@@ -14,6 +14,10 @@ from halfbyte.search import encode
 from kernels.cases import NATIVE, TYPES, cast, differences, inputs, reference
 
 
+# odd widths, which MLX alone reads
+NUMPY_ONLY = {f"affine{bits}_g{group}" for bits in (2, 3, 5, 6) for group in (32, 64, 128)}
+
+
 @pytest.mark.parametrize(("name", "search"), QUICK)
 def test_every_instruction_set_encodes_as_the_reference(name: str, search: str) -> None:
     fmt = get_format(name)
@@ -26,7 +30,7 @@ def test_every_instruction_set_encodes_as_the_reference(name: str, search: str) 
                 expected = reference(narrow, fmt, search, weight)
                 for isa in NATIVE:
                     with kernels.use_backend(isa):
-                        assert kernels.supports(fmt, None)
+                        assert kernels.supports(fmt, None) == (name not in NUMPY_ONLY)
                         found = encode(narrow, fmt, search, weight)
                     assert not differences(found, expected), (kind, type_name, isa, weight is not None)
 
