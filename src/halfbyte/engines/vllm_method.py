@@ -46,6 +46,12 @@ class HalfbyteConfig(QuantizationConfig):
         """Claim a checkpoint of another method, or not."""
         return METHOD if takes_over(hf_quant_cfg, user_quant, hf_config, current_platform.is_cpu()) else None
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Model classes that load their own packed weights, as gpt-oss does, look for the method's name here."""
+        settings = getattr(hf_config, "quantization_config", None)
+        if isinstance(settings, dict):
+            settings["quant_method"] = METHOD
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """That of unquantized layers; None stands for it where the layer is not linear."""
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
