@@ -57,7 +57,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", metavar="T", default="float32", help="torch dtype to compute in (default float32)")
     how.add_argument("--dequantize", action="store_true", help="decode weights once: faster, but takes more memory")
     how.add_argument("--no-noise-floor", action="store_true", help="do not measure the source against itself")
-    how.add_argument("--cache", metavar="DIR", help="where the source's log-probabilities are kept (see below)")
+    how.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where the source's log-probabilities are kept (default: $HALFBYTE_CACHE, else ~/.cache/halfbyte)",
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the JSON document to this file")
 
 

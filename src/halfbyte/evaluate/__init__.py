@@ -12,13 +12,15 @@ from halfbyte.evaluate.errors import tensor_errors
 from halfbyte.evaluate.windows import Protocol, Window, windows
 
 if TYPE_CHECKING:
-    from halfbyte.evaluate.run import Settings, evaluate, measure
     from halfbyte.evaluate.by_group import sensitivity
+    from halfbyte.evaluate.run import evaluate, measure
+    from halfbyte.evaluate.settings import Settings
 
 __all__ = ["Protocol", "Settings", "Window", "evaluate", "measure", "sensitivity", "tensor_errors", "windows"]
 
 _HOME = {
-    **dict.fromkeys(("Settings", "evaluate", "measure"), "halfbyte.evaluate.run"),
+    "Settings": "halfbyte.evaluate.settings",
+    **dict.fromkeys(("evaluate", "measure"), "halfbyte.evaluate.run"),
     "sensitivity": "halfbyte.evaluate.by_group",
 }
 
