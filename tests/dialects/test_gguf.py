@@ -297,7 +297,7 @@ def test_plans_say_what_is_left_out(tmp_path: Path) -> None:
         ("qwen3", {"architectures": ["Gemma3ForCausalLM"]}, {}, "LlamaForCausalLM.*this checkpoint is Gemma3"),
         ("qwen3", {}, {"format": "mixfp4"}, "no type for mixfp4"),
         ("qwen3moe", {}, {"match": "router", "format": "q8_0"}, "ffn_gate_inp.weight in FP32"),
-        ("qwen3", {}, {"match": "lm_head", "format": "nvfp4"}, "no tensor scale to output.weight"),
+        ("qwen3", {}, {"match": "embedding", "format": "nvfp4"}, "no tensor scale to token_embd.weight"),
         ("gpt-oss", {}, {"match": "experts", "format": "nvfp4"}, "applies no tensor scale to blk.0.ffn"),
         ("qwen3moe", {"norm_topk_prob": False}, {}, "norm_topk_prob"),
         ("llama", {"hidden_act": "gelu"}, {}, "hidden_act"),

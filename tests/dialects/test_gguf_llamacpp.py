@@ -183,6 +183,23 @@ def test_quantized_weights_give_near_log_probs(name: str, fmt: str, shared: Path
     assert np.mean([engine.difference(text) for text in TEXTS]) < 0.15
 
 
+@pytest.mark.parametrize("name", ["llama3", "qwen3moe", "gpt-oss"])
+def test_tensor_scales_are_applied_where_plans_allow_them(name: str, shared: Path, tmp_path: Path) -> None:
+    source = made(name, shared, tmp_path / name)
+    matrices = recipe({"match": ["attention", "lm_head"], "format": "nvfp4", "search": "absmax"})
+    run(source, tmp_path / "out", matrices, "gguf")
+    engine = Engine(source, tmp_path / "out")
+    assert np.mean([engine.difference(text) for text in TEXTS]) < 0.15
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4_unscaled", "mxfp4", "q4_0", "iq4_nl_g32"])
+def test_quantized_embeddings_load(fmt: str, shared: Path, tmp_path: Path) -> None:
+    source = made("llama3", shared, tmp_path / "llama3")
+    run(source, tmp_path / "out", recipe({"match": "embedding", "format": fmt, "search": "absmax"}), "gguf")
+    engine = Engine(source, tmp_path / "out")
+    assert max(map(engine.difference, TEXTS)) < 5e-5
+
+
 @pytest.mark.parametrize("fmt", ["mxfp4", "q8_0"])
 def test_quantized_experts_of_gpt_oss_give_near_log_probs(fmt: str, shared: Path, tmp_path: Path) -> None:
     source = made("gpt-oss", shared, tmp_path / "gpt-oss")

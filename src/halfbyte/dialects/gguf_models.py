@@ -45,7 +45,7 @@ class Model:
     layer: tuple[str, ...]
     rotated: bool = False
     interleaved: bool = False
-    unscaled: tuple[str, ...] = ("token_embd", "output")
+    unscaled: tuple[str, ...] = ("token_embd",)
 
     @cached_property
     def _map(self) -> Any:
@@ -128,7 +128,7 @@ MODELS = (
             *(f"{name}_bias" for name in _EXPERTS),
         ),
         interleaved=True,
-        unscaled=("token_embd", "output", *(f"ffn_{part}_exps" for part in ("gate", "up", "down"))),
+        unscaled=("token_embd", *(f"ffn_{part}_exps" for part in ("gate", "up", "down"))),
     ),
 )
 
