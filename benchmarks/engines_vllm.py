@@ -273,14 +273,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["qwen3-tiny-wiki", "qwen35moe-tiny-wiki", "demo_model"])
     parser.add_argument("--only", nargs="+", default=[], help="formats, or 'recipe NAME'")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("-o", "--out", type=Path, help="rows of models that are not measured now stay in this file")
     parser.add_argument("--docs", type=Path)
     args = parser.parse_args()
 
     from tokenizers import Tokenizer
 
     text = args.data / "text" / "enwiki2015" / "valid.txt"
-    rows = []
+    rows = json.loads(args.out.read_text())["rows"] if args.out and args.out.exists() else []
+    rows = [row for row in rows if row["model"] not in args.models]
     for name in args.models:
         bundled = REPOSITORY / "src" / "halfbyte" / name
         model = bundled if bundled.exists() else args.data / "models" / name
@@ -296,6 +297,7 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.docs:
+        # what lies between the markers is written anew
         before, rest = args.docs.read_text().split(START)
         args.docs.write_text(f"{before}{START}\n\n{table(result)}\n\n{END}{rest.split(END)[1]}")
 

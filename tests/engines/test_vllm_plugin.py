@@ -44,6 +44,7 @@ def test_its_own_dialect_and_mixfp4_are_decoded_everywhere(dense: Path, on_cpu: 
         ("mxfp4", True),
         ("mxfp8", True),
         ("fp8_block128", True),
+        ("fp8_tensor", True),
         ("int4_g32", False),
         ("fp8_channel", False),
     ],

