@@ -20,10 +20,26 @@ def test_an_unknown_search_names_the_nearest() -> None:
         get_search("qqq")
 
 
-@pytest.mark.parametrize("name", ["nvint4", "mxfp4", "int4_g32", "hif4", "affine4_g64", "razer", "fp8_channel", "nvfp4_unscaled"])
+@pytest.mark.parametrize(
+    "name", ["nvint4", "mxfp4", "int4_g32", "hif4", "affine4_g64", "razer", "fp8_channel", "nvfp4_unscaled"]
+)
 def test_four_over_six_needs_e2m1_with_e4m3_scales(name: str) -> None:
-    with pytest.raises(FormatError, match=f"needs E2M1 elements, E4M3 scales and a tensor scale, which {name} does not have"):
+    problem = f"needs E2M1 elements, E4M3 scales and a tensor scale, which {name} does not have"
+    with pytest.raises(FormatError, match=problem):
         get_search("four_over_six", get_format(name))
+
+
+@pytest.mark.parametrize(
+    ("search", "chooses", "stands"),
+    [
+        ("sweep", "nvfp4 mxfp4 int4_g32 affine4_g64 hif4 fp8_channel fp8_block128 mixfp4", "fp8_tensor"),
+        ("absmax", "mixfp4 if4 razer", "nvfp4 mxfp4 int4_g32 affine4_g64 hif4 fp8_channel fp8_tensor"),
+        ("four_over_six", "nvfp4", ""),
+    ],
+)
+def test_errors_decide_only_where_there_is_a_choice(search: str, chooses: str, stands: str) -> None:
+    found = {name: get_search(search).chooses(get_format(name)) for name in f"{chooses} {stands}".split()}
+    assert found == dict.fromkeys(chooses.split(), True) | dict.fromkeys(stands.split(), False)
 
 
 @pytest.mark.parametrize("search", ["mx_even", "mx_rceil"])
