@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -101,18 +101,23 @@ def convert(
 
 
 class _OpenShard:
-    """A file that is being written: its units, and how many of its jobs are still to end."""
+    """A file that is being written: the errors of its jobs, in order, and how many of them are still to end."""
 
-    def __init__(self, context: Context, shard: Shard, out: Path) -> None:
+    def __init__(self, shard: Shard, out: Path) -> None:
         self.shard = shard
         self.writer = ShardWriter(out / shard.name, shard.layout)
-        self.units = [Unit(context, items, self.writer) for items in shard.units]
-        self.left = 0
+        self.errors: list[list[TensorError]] = []
+        # one more until all of them are known
+        self.left = 1
+
+    def units(self, context: Context) -> Iterator[Unit]:
+        """The units, each made when it is asked for."""
+        return (Unit(context, items, self.writer) for items in self.shard.units)
 
     def commit(self, journal: Journal) -> None:
         """Make the file durable and note that it is finished."""
         self.writer.commit()
-        errors = [asdict(error) for unit in self.units for error in unit.errors]
+        errors = [vars(error) for job in self.errors for error in job]
         journal.record(self.shard.name, self.shard.layout.total, {"errors": errors})
 
 
@@ -128,8 +133,9 @@ def _write_shards(context: Context, threads: int, todo: Sequence[Shard], out: Pa
                 file.commit(journal)
                 opened.remove(file)
 
-            def ended(file: _OpenShard, units: Sequence[Unit]) -> None:
+            def ended(file: _OpenShard, units: Sequence[Unit], errors: list[TensorError]) -> None:
                 for unit in units:
+                    errors += unit.errors
                     if unit.resident:
                         resident.remove(unit)
                 with lock:
@@ -140,17 +146,17 @@ def _write_shards(context: Context, threads: int, todo: Sequence[Shard], out: Pa
 
             for shard in todo:
                 pipeline.wait(lambda: len(opened) < OPEN_FILES)
-                file = _OpenShard(context, shard, out)
+                file = _OpenShard(shard, out)
                 opened.append(file)
-                jobs = list(_jobs(file.units, context.limits.slice_bytes))
-                file.left = len(jobs) or 1
-                for units in jobs:
+                for units in _jobs(file.units(context), context.limits.slice_bytes):
                     if units[0].resident:
                         pipeline.wait(lambda: len(resident) < RESIDENT_UNITS)
                         resident.append(units[0])
-                    pipeline.add(_stages(units), partial(ended, file, units))
-                if not jobs:
-                    ended(file, [])
+                    file.errors.append([])
+                    with lock:
+                        file.left += 1
+                    pipeline.add(_stages(units), partial(ended, file, units, file.errors[-1]))
+                ended(file, [], [])
             pipeline.finish()
     finally:
         for file in opened:
