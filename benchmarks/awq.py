@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=REPOSITORY / "benchmarks/results/awq.json")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
     args = parser.parse_args()
+    builtin = {name: load_recipe(name) for name in BUILTIN}
     packages = ("numpy", "torch", "transformers")
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -151,9 +152,9 @@ def main() -> None:
                     row = bench.measure(recipe(fmt, method), any(wishes))
                     model["rows"].append({"format": fmt, "method": method, **row})
                     print(f"{source.name} {fmt} {method}: {row}", flush=True)
-            for name in BUILTIN:
+            for name, what in builtin.items():
                 for given in (False, True):
-                    row = bench.measure(load_recipe(name), given)
+                    row = bench.measure(what, given)
                     model["builtin"].append({"recipe": name, "importance": given, **row})
                     print(f"{source.name} {name} {'with' if given else 'without'} importance: {row}", flush=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
