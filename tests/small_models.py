@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from halfbyte.checkpoint import build_header, safetensors_name
 from halfbyte.convert import convert
 from halfbyte.plan import Plan, make_plan
-from halfbyte.recipes import Recipe
+from halfbyte.recipes import Recipe, list_recipes, load_recipe
 from halfbyte.view import Checkpoint
 
 Tensors = dict[str, NDArray[Any]]
+
+# built-in recipes that need to know nothing but the weights
+DATA_FREE = [name for name in list_recipes() if not load_recipe(name).needs_calibration]
 
 HIDDEN, INTER, EXPERTS, VOCAB = 128, 128, 4, 64
 MOE_CONFIG: dict[str, Any] = {

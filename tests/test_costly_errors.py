@@ -17,10 +17,11 @@ from halfbyte.checkpoint import Inventory
 from halfbyte.cli import main
 from halfbyte.errors import CheckpointError, FormatError, PlanError
 from halfbyte.plan import Plan, make_plan
-from halfbyte.recipes import list_recipes, load_recipe
+from halfbyte.recipes import load_recipe
 from halfbyte.verify import verify
 from halfbyte.view import Checkpoint
 from small_models import (
+    DATA_FREE,
     DENSE_CONFIG,
     MOE_CONFIG,
     dense_tensors,
@@ -64,7 +65,7 @@ def test_experts_left_in_bf16_unnoticed(tmp_path: Path, dialect: str, per_expert
     assert experts and "BF16" not in experts.values()
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", DATA_FREE)
 def test_experts_left_in_bf16_unnoticed_by_a_built_in_recipe(name: str, qwen36: Checkpoint) -> None:
     items = [i for i in make_plan(qwen36, name, "halfbyte").items if i.weight.role.startswith("experts.")]
     assert len(items) == 80 and all(item.action == "quantize" for item in items)
@@ -89,7 +90,7 @@ def test_gate_and_up_with_different_tensor_scales(tmp_path: Path, dialect: str) 
 
 
 @pytest.mark.parametrize(("part", "prefix", "count"), [("mtp", "mtp.", 19), ("vision", "model.visual.", 333)])
-@pytest.mark.parametrize("name", sorted(set(list_recipes()) - TEXT_ONLY))
+@pytest.mark.parametrize("name", sorted(set(DATA_FREE) - TEXT_ONLY))
 def test_mtp_or_vision_dropped_by_a_built_in_recipe(
     name: str, part: str, prefix: str, count: int, qwen36: Checkpoint
 ) -> None:
@@ -121,7 +122,7 @@ def assert_kept_to_the_byte(prefix: str, moe: Path, tmp_path: Path, dialect: str
     assert any(lost in problem for problem in verify(tmp_path / "out", moe).problems)
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", DATA_FREE)
 def test_router_quantized(name: str, qwen36: Checkpoint) -> None:
     items = make_plan(qwen36, name, "halfbyte").items
     gates = [i for i in items if i.weight.role in ("router", "shared_expert_gate")]
@@ -129,7 +130,7 @@ def test_router_quantized(name: str, qwen36: Checkpoint) -> None:
     assert {i.format.name if i.format else "kept" for i in gates} == {EIGHT_BIT_ROUTER.get(name, "kept")}
 
 
-@pytest.mark.parametrize("name", sorted(set(list_recipes()) - set(EIGHT_BIT_ROUTER)))
+@pytest.mark.parametrize("name", sorted(set(DATA_FREE) - set(EIGHT_BIT_ROUTER)))
 def test_norms_embeddings_and_small_projections_quantized(name: str, qwen36: Checkpoint) -> None:
     items = make_plan(qwen36, name, "halfbyte").items
     quantized = {i.weight.role for i in items if i.action == "quantize"}

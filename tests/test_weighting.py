@@ -66,10 +66,7 @@ def test_a_recipe_that_says_nothing_weighs_every_search_with_a_choice(moe: Path)
     plan = plan_with(moe, SWEEP)
     quantized = {item.weight.name for item in plan.items if item.action == "quantize"}
     assert weighted(plan) == quantized and not plan.folds
-    assert (
-        note(plan, "importance")
-        == f"importance weighs the errors of {len(quantized)} of {len(quantized)} quantized weights"
-    )
+    assert note(plan, "importance") == f"importance weighs the errors of {len(quantized)} of {len(quantized)} searches"
 
 
 def test_weights_are_weighted_in_the_output(moe: Path, tmp_path: Path) -> None:
@@ -117,7 +114,7 @@ def test_a_recipe_that_needs_importance_is_refused_without(moe: Path, key: str, 
 def test_an_optional_wish_is_left_out_and_said(moe: Path) -> None:
     told = linear("nvfp4", weight="importance", transform="awq").model_dump()
     plan = planned(moe, Recipe.model_validate({**told, "calibration": "optional"}), None)
-    assert plan.notes == ["without an importance file AWQ folding and weighting of errors of test are left out"]
+    assert plan.notes == ["without a calibration AWQ folding and weighting of errors of test are left out"]
 
 
 def test_weights_without_importance_are_named(dense: Path) -> None:

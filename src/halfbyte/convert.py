@@ -21,6 +21,7 @@ from halfbyte.checkpoint import (
 )
 from halfbyte.errors import OutputError, PlanError
 from halfbyte.fold_search import FOLD_BYTES, FoldReport, sample_bytes, settle_folds
+from halfbyte.hessians import Hessians
 from halfbyte.measure import TensorError
 from halfbyte.pipeline import Pipeline, Stages
 from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Plan
@@ -89,7 +90,9 @@ def convert(
     with Reader(inventory) as reader:
         with ThreadPoolExecutor(min(threads, max(1, limits.memory // FOLD_BYTES))) as pool:
             folds, chosen = settle_folds(plan, out, journal, reader, pool, report)
-        _write_shards(Context(plan, reader, folds, report, limits), threads, todo, out, journal)
+        known = plan.weighting.calibration if plan.weighting else None
+        hessians = Hessians(known, limits.memory // 8) if known and known.statistics else None
+        _write_shards(Context(plan, reader, folds, report, limits, hessians), threads, todo, out, journal)
     _finish(plan, out, inventory.root)
     errors: dict[str, TensorError] = {}
     for shard in plan.shards:

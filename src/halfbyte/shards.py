@@ -13,6 +13,7 @@ from halfbyte.checkpoint import Layout, nbytes
 from halfbyte.dialects import Container, OutputTensor
 from halfbyte.formats import Format
 from halfbyte.models import Weight
+from halfbyte.recipes import Method
 
 # a header entry without its name: dtype, shape and offsets take fewer bytes than this
 _ENTRY_BYTES = 128
@@ -26,8 +27,8 @@ class Item:
 
     ``experts``: the leading indices that these outputs hold, where a stack is spread over several files; None
     for all. ``offsets``: where each output starts in its file, absolute. ``weighted``: importance weighs the
-    errors of the search. ``declined``: the format that the recipe wants and that cannot hold the weight.
-    ``activations``: how the recipe wants the weight's inputs quantized.
+    errors of the search; ``method``: it is rounded with a Hessian. ``declined``: the format that the recipe wants
+    and that cannot hold the weight. ``activations``: how the recipe wants the weight's inputs quantized.
     """
 
     weight: Weight
@@ -40,6 +41,7 @@ class Item:
     offsets: list[int] = field(default_factory=list)
     experts: tuple[int, int] | None = None
     weighted: bool = False
+    method: Method | None = None
     declined: str = ""
     activations: Literal["none", "dynamic", "static"] | None = None
     nbytes: int = field(init=False)

@@ -23,6 +23,8 @@ _PROCESS_BYTES = 80 << 20
 _TENSOR_BYTES = 1500
 # the reference encoder's FP32 copies, blocks and codes, per weight
 _REFERENCE_BYTES = 20
+# a Hessian in FP32, its factors in FP64 while they are found, and what is kept of them; per column squared
+_HESSIAN_BYTES = 60
 
 
 def cores() -> int:
@@ -105,6 +107,8 @@ def need(item: Item, count: int, quantized: bool, folded: bool = False) -> int:
     total += 2 * wide if quantized else wide if folded else 0
     if item.format is not None and not kernels.supports(item.format):
         total += _REFERENCE_BYTES * elements
+    if item.method is not None:
+        total += _HESSIAN_BYTES * weight.shape[-1] ** 2
     return total + 2 * item.nbytes * count // max(len(item.indices), 1)
 
 

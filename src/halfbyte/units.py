@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,13 +17,15 @@ from halfbyte.checkpoint import Reader, ShardWriter, nbytes, numpy_dtype
 from halfbyte.dialects import OutputTensor, Written
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.folding import Fold, refolded
-from halfbyte.formats import BlockFormat, QuantizedTensor
+from halfbyte.formats import BlockFormat, QuantizedTensor, stacked
+from halfbyte.hessians import Hessians
 from halfbyte.kernels import ErrorStats
 from halfbyte.kernels import amax as largest
 from halfbyte.measure import TensorError
 from halfbyte.pipeline import Stages, Task
 from halfbyte.plan import Plan
 from halfbyte.search import encode, get_search, tensor_scale
+from halfbyte.search.gptq import Prepared, gptq
 from halfbyte.shards import Item
 from halfbyte.slices import Limits, cuts, item_bytes, shares_amax, whole_rows
 from halfbyte.view import FLOATS
@@ -42,6 +44,7 @@ class Context:
     folds: Folds
     report: Progress
     limits: Limits
+    hessians: Hessians | None = None
 
 
 class Unit:
@@ -53,7 +56,7 @@ class Unit:
 
     def __init__(self, common: Context, items: Sequence[Item], writer: ShardWriter) -> None:
         self.plan, self.reader, self.folds = common.plan, common.reader, common.folds
-        self.report, self.limits = common.report, common.limits
+        self.report, self.limits, self.hessians = common.report, common.limits, common.hessians
         self.items = items
         self.writer = writer
         self.bytes = sum(map(item_bytes, items))
@@ -199,7 +202,7 @@ class Unit:
             found = amax if found is None else found
         assert found is not None
         stats = ErrorStats()
-        known = _activations(self.plan, item, first, stop, self.folds)
+        known = _activations(self.plan, item, first, stop, self.folds, self.hessians)
         tensor = encode_slice(self.plan, item, array, found, stats, known)
         error.count(stats)
         error.requantized += array.size if error.source else 0
@@ -242,24 +245,59 @@ def encode_slice(
     """
     fmt = item.format
     assert fmt is not None
-    weights = known.importance if known else None
-    try:
-        if not (isinstance(fmt, BlockFormat) and fmt.has_tensor_scale):
-            return encode(array, fmt, item.search, weights, amax=amax, stats=stats)
+    scales: dict[str, Any] = {"amax": amax}
+    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
         scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two)
-        if plan.dialect.divisor:
-            return encode(array, fmt, item.search, weights, divisor=np.float32(1) / scale, stats=stats)
-        return encode(array, fmt, item.search, weights, tensor_scale=scale, stats=stats)
+        scales = {"divisor": np.float32(1) / scale} if plan.dialect.divisor else {"tensor_scale": scale}
+    prepared = known.prepared if known else None
+    try:
+        if prepared is None or len(array.shape) < 3:
+            return _encode(item, array, known and known.importance, prepared and prepared[0], scales, stats)
+        weights = known.importance if known else None
+        each = [
+            _encode(
+                item,
+                array[i : i + 1],
+                weights if weights is None or weights.ndim == 1 else weights[i : i + 1],
+                one,
+                {name: value if np.ndim(value) == 0 else value[i : i + 1] for name, value in scales.items()},
+                stats,
+            )
+            for i, one in enumerate(prepared)
+        ]
+        return stacked(each)
     except FormatError as error:
         raise CheckpointError(f"{item.weight.name}: {error}") from error
 
 
-def _activations(plan: Plan, item: Item, first: int, stop: int, folds: Folds) -> Activations | None:
+def _encode(
+    item: Item,
+    array: NDArray[Any],
+    weights: NDArray[np.float32] | None,
+    prepared: Prepared | None,
+    scales: dict[str, Any],
+    stats: ErrorStats,
+) -> QuantizedTensor:
+    assert item.format is not None
+    if prepared is None:
+        return encode(array, item.format, item.search, weights, stats=stats, **scales)
+    return gptq(array, item.format, item.search, prepared, stats=stats, **scales)
+
+
+def _activations(
+    plan: Plan, item: Item, first: int, stop: int, folds: Folds, hessians: Hessians | None
+) -> Activations | None:
     """What is known of the inputs of part of a weight, divided as its columns are multiplied."""
-    if plan.weighting is None or not item.weighted:
+    if plan.weighting is None or not (item.weighted or item.method):
         return None
     fold = folds.get(item.weight.name)
-    return plan.weighting.calibration.slice(item.weight.name, first, stop, fold.columns if fold else None)
+    scale = fold.columns if fold else None
+    known = Activations()
+    if item.weighted:
+        known = plan.weighting.calibration.slice(item.weight.name, first, stop, scale)
+    if item.method and hessians:
+        known = replace(known, prepared=hessians.slice(item, first, stop, scale))
+    return known
 
 
 def _read(

@@ -11,11 +11,13 @@ from halfbyte.calibrate import Calibration
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import CheckpointError, PlanError, RecipeError
 from halfbyte.folding import FOLDS, Fold, make_folds, read_scales
+from halfbyte.hessians import MIN_TOKENS, enough
 from halfbyte.models.folds import FoldGroup, find_groups
 from halfbyte.models.patterns import normalise
 from halfbyte.models.roles import bare_role
 from halfbyte.recipes import Decision, Recipe
 from halfbyte.search import get_search
+from halfbyte.search.gptq import problem as gptq_problem
 from halfbyte.shards import Item
 from halfbyte.view import Checkpoint
 
@@ -30,7 +32,9 @@ class Weighting:
 
     ``weighted`` and ``unweighted``: names of the quantized weights whose search does, or for want of data does not,
     weigh errors by importance. ``folds``: groups whose scales the conversion chooses. ``refused``: reason -> names
-    of the weights that were to be folded and are not.
+    of the weights that were to be folded and are not. ``rounded``: names of the weights that are rounded with a
+    Hessian, ``unrounded`` of those that should have been and have none, ``starved`` experts with too few tokens for
+    one: weight -> expert numbers.
     """
 
     calibration: Calibration
@@ -38,13 +42,28 @@ class Weighting:
     unweighted: list[str] = field(default_factory=list)
     folds: list[FoldGroup] = field(default_factory=list)
     refused: dict[str, list[str]] = field(default_factory=dict)
+    rounded: list[str] = field(default_factory=list)
+    unrounded: list[str] = field(default_factory=list)
+    starved: dict[str, list[int]] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """What a user should know, one sentence each."""
         matched, total = self.calibration.matched, len(self.weighted) + len(self.unweighted)
-        notes = [f"importance weighs the errors of {len(self.weighted)} of {total} quantized weights"]
-        if not total:
-            notes = ["no search of the recipe has a choice, so importance weighs no errors"]
+        notes = []
+        if self.rounded:
+            notes.append(f"{len(self.rounded)} weights are rounded with Hessians")
+        if total:
+            notes.append(f"importance weighs the errors of {len(self.weighted)} of {total} searches")
+        elif not self.rounded:
+            notes.append("no search of the recipe has a choice, so importance weighs no errors")
+        if self.unrounded:
+            notes.append(f"no Hessian for {_some(self.unrounded)}: rounded to nearest")
+        if self.starved:
+            count = sum(map(len, self.starved.values()))
+            notes.append(
+                f"fewer than {MIN_TOKENS} tokens reached {count} experts of {_some(list(self.starved))}: rounded to "
+                "nearest, errors weighted by importance where there is any"
+            )
         if self.unweighted:
             notes.append(f"no importance for {_some(self.unweighted)}: plain squared error")
         if matched.unmatched:
@@ -71,6 +90,9 @@ class Weighting:
             "no_data": matched.no_data,
             "weighted": len(self.weighted),
             "unweighted": self.unweighted,
+            "rounded_with_hessian": len(self.rounded),
+            "without_hessian": self.unrounded,
+            "experts_without_hessian": self.starved,
             "folds": [group.name for group in self.folds],
             "not_folded": [{"reason": why, "weights": names} for why, names in self.refused.items()],
         }
@@ -90,19 +112,23 @@ def settle(
     """
     chosen = [(i, d) for i, d in zip(items, decisions, strict=True) if i.action == "quantize"]
     if calibration is None:
-        asked = next((d for _, d in chosen if d.weight == "importance" or d.transform), None)
+        asked = next((d for _, d in chosen if d.weight == "importance" or d.transform or d.method), None)
         if asked and recipe.calibration == "required":
-            wish = "weight: importance" if asked.weight == "importance" else f"transform: {asked.transform}"
+            file = "" if asked.method else "an importance file (--importance FILE) or "
             raise RecipeError(
-                f"rule {asked.rule} of recipe {recipe.name} says `{wish}`, but there is no importance file; "
-                "give one (--importance FILE), or say `calibration: optional` in the recipe"
+                f"rule {asked.rule} of recipe {recipe.name} says `{_wish(asked)}`, but nothing is known of the model's "
+                f"activations; give {file}a text or statistics (--calibration PATH), or say `calibration: optional` in "
+                "the recipe"
             )
         return None
     result = Weighting(calibration)
+    _methods(recipe, chosen, result)
     known = calibration.matched.values
     for item, decision in chosen:
         assert item.format is not None
         if bare_role(item.weight.role) == "embedding":  # rows are looked up, so no input meets its columns
+            continue
+        if item.method and item.weight.name not in result.starved:
             continue
         if decision.weight == "none" or not get_search(item.search).chooses(item.format):
             continue
@@ -110,7 +136,7 @@ def settle(
         (result.weighted if item.weighted else result.unweighted).append(item.weight.name)
     wanted = {i.weight.name for i, d in chosen if d.transform == "awq"}
     _folds(checkpoint, items, wanted, result)
-    if not result.weighted and not result.folds:
+    if not (result.weighted or result.folds or result.rounded):
         raise PlanError(
             f"the importance file {calibration.name} changes nothing with recipe {recipe.name}: no weight that has "
             "importance is quantized by a search with a choice; leave the file out, or use a recipe with "
@@ -119,12 +145,47 @@ def settle(
     return result
 
 
+def _methods(recipe: Recipe, chosen: Sequence[tuple[Item, Decision]], result: Weighting) -> None:
+    """Which items are rounded with a Hessian; RecipeError where a recipe needs them and none was collected."""
+    wanted = [(item, decision) for item, decision in chosen if decision.method]
+    for item, decision in wanted:
+        assert item.format is not None and decision.method is not None
+        problem = gptq_problem(item.format)
+        if problem:
+            raise RecipeError(
+                f"rule {decision.rule} of recipe {recipe.name} says `{_wish(decision)}` for {item.weight.name}, but "
+                f"{problem}; choose another format or leave the method out"
+            )
+        reached = enough(result.calibration, item.weight.name)
+        if reached is None or not any(reached):
+            result.unrounded.append(item.weight.name)
+            continue
+        item.method = decision.method
+        result.rounded.append(item.weight.name)
+        if not all(reached):
+            result.starved[item.weight.name] = [expert for expert, found in enumerate(reached) if not found]
+    if wanted and not result.rounded and recipe.calibration == "required":
+        first = wanted[0][1]
+        raise RecipeError(
+            f"rule {first.rule} of recipe {recipe.name} says `{_wish(first)}`, but {result.calibration.name} holds no "
+            "Hessians for its weights; collect them with `halfbyte calibrate`"
+        )
+
+
+def _wish(decision: Decision) -> str:
+    """What a rule asks of activations."""
+    if decision.method:
+        return "method: gptq" if decision.method.name == "gptq" else "weight: local_hessian"
+    return "weight: importance" if decision.weight == "importance" else f"transform: {decision.transform}"
+
+
 def optional_note(recipe: Recipe, decisions: Iterable[Decision]) -> list[str]:
     """What a recipe leaves out because no importance file is given."""
     left = {"AWQ folding": any(d.transform for d in decisions)}
     left["weighting of errors"] = any(d.weight == "importance" for d in decisions)
+    left["rounding with Hessians"] = any(d.method for d in decisions)
     names = [name for name, asked in left.items() if asked]
-    return [f"without an importance file {' and '.join(names)} of {recipe.name} are left out"] if names else []
+    return [f"without a calibration {' and '.join(names)} of {recipe.name} are left out"] if names else []
 
 
 def groups_of(checkpoint: Checkpoint) -> list[FoldGroup]:

@@ -12,17 +12,16 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import halfbyte.transformers  # noqa: F401
 from halfbyte.checkpoint import Inventory
-from halfbyte.recipes import list_recipes
 from halfbyte.runtime.remote.halfbyte_modules import QuantizedWeights
 from halfbyte.verify import verify
 from halfbyte.view import Checkpoint
-from small_models import read_file
+from small_models import DATA_FREE, read_file
 
 from . import qwen35
 from .qwen35 import FUSED, PER_EXPERT, SPELLINGS, Models, decoded, inputs
 
 Quantized = Callable[..., Path]
-RECIPES = list_recipes()
+RECIPES = DATA_FREE
 # text alone by design: there is no vision tower to load
 TEXT_ONLY = ["makora-mixfp4"]
 MULTIMODAL = [name for name in RECIPES if name not in TEXT_ONLY]

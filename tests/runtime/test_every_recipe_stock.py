@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from dialects.library import decompress, groups_of
 from halfbyte.errors import PlanError
 from halfbyte.plan import make_plan
-from halfbyte.recipes import list_recipes
 from halfbyte.runtime import load
 from halfbyte.verify import verify
 from halfbyte.view import Checkpoint
-from small_models import read_file
+from small_models import DATA_FREE, read_file
 
 from .qwen35 import FUSED, PER_EXPERT, SPELLINGS, Models, decoded, inputs
 
@@ -61,10 +60,10 @@ def spelled(request: pytest.FixtureRequest, models: Models) -> str:
     return str(request.param)
 
 
-every_spelled = pytest.mark.parametrize("spelled", list_recipes(), indirect=True)
+every_spelled = pytest.mark.parametrize("spelled", DATA_FREE, indirect=True)
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", DATA_FREE)
 def test_a_recipe_is_refused_before_any_work_or_verified(name: str, models: Models, quantized: Quantized) -> None:
     if formats(name, models) <= SPELLED:
         for spelling in SPELLINGS:

@@ -3,38 +3,60 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from halfbyte.calibrate.importance import Floats, Importance, Matched, match_importance, read_importance
+from halfbyte.calibrate.statistics import Statistics
 from halfbyte.errors import PlanError
 from halfbyte.models import Weight
+from halfbyte.search.gptq import Prepared
 
 
 @dataclass(frozen=True)
 class Activations:
     """What the encoder may know of the inputs of a slice of a weight.
 
-    ``importance``: FP32 [K], or [E, K] for a slice of E experts; the largest of each row is 1.
+    ``importance``: FP32 [K], or [E, K] for a slice of E experts; the largest of each row is 1. ``prepared``: what
+    GPTQ or the local-Hessian search was given, one for a matrix or one for each expert, None for experts that too
+    few tokens reached.
     """
 
     importance: Floats | None = None
+    prepared: Sequence[Prepared | None] | None = None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """An importance file, matched to a checkpoint.
+    """What is known of a checkpoint's activations: an importance file, or the statistics of a calibration.
 
-    ``name`` and ``digest`` (sha256 of its content, hex) say which file it was, ``entries`` how many it holds.
+    ``name`` and ``digest`` (sha256 of its content, hex) say which it was, ``entries`` how many weights it knows;
+    ``statistics`` holds Hessians, where they were collected.
     """
 
     name: str
     digest: str
     entries: int
     matched: Matched
+    statistics: Statistics | None = None
+
+    def tokens(self, weight: str) -> NDArray[np.int64] | None:
+        """How many tokens a weight's Hessian was summed over, [] or [E]; None where there is no Hessian."""
+        if self.statistics is None or self.statistics.array(weight, "hessian") is None:
+            return None
+        return self.statistics.array(weight, "count")
+
+    def hessian(self, weight: str, expert: int | None = None, scale: Floats | None = None) -> Floats:
+        """Mean of xᵀx, FP32 [K, K]; ``scale`` [K] is what the weight's columns have been multiplied by."""
+        assert self.statistics is not None
+        found = self.statistics.hessian(weight, expert)
+        assert found is not None
+        return found if scale is None else np.asarray(found / np.outer(scale, scale), dtype=np.float32)
 
     def slice(self, weight: str, first: int, stop: int, scale: Floats | None = None) -> Activations:
         """What is known for leading indices first..stop of a stack, or for any rows of a matrix.
@@ -57,6 +79,9 @@ def calibration_of(given: str | Path | Importance, weights: Sequence[Weight]) ->
 
     CheckpointError for a file that cannot be read or whose sizes do not fit, PlanError if nothing in it does.
     """
+    statistics = None
+    if not isinstance(given, Importance) and Path(given).is_dir():
+        statistics = Statistics(given)
     importance = given if isinstance(given, Importance) else read_importance(given)
     name = "" if isinstance(given, Importance) else Path(given).name
     matched = match_importance(importance, weights)
@@ -66,7 +91,10 @@ def calibration_of(given: str | Path | Importance, weights: Sequence[Weight]) ->
             f"the importance file {name or '(in memory)'} fits no weight of this checkpoint (its first entry is "
             f"{first}); it was made for another model"
         )
-    return Calibration(name, digest(importance), len(importance.values), matched)
+    sha = digest(importance)
+    if statistics is not None:
+        sha = hashlib.sha256((sha + json.dumps(statistics.about, sort_keys=True)).encode()).hexdigest()
+    return Calibration(name, sha, len(importance.values), matched, statistics)
 
 
 def digest(importance: Importance) -> str:

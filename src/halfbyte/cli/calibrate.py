@@ -71,26 +71,31 @@ def run(args: argparse.Namespace) -> int:
 def _collect(args: argparse.Namespace) -> Statistics:
     if len(args.paths) != 2 or not args.text:
         raise HalfbyteError("calibration needs a model, an output folder and a text: MODEL OUT --text FILE")
+    return collect(
+        args.paths[0],
+        args.paths[1],
+        args.text,
+        args.json,
+        samples=args.samples,
+        length=args.length,
+        hessians=not args.no_hessians,
+        all_experts=args.all_experts,
+        hessian_bytes=args.hessian_memory,
+        dtype=args.dtype,
+        device=args.device,
+    )
+
+
+def collect(source: str, out: str, texts: list[str], silent: bool, **options: Any) -> Statistics:
+    """Collect statistics under a progress bar; ``options`` are those of ``collect_statistics``."""
     prepare_logs()
     from halfbyte.runtime import need_torch
 
     need_torch()
     from halfbyte.calibrate.collect import collect_statistics
 
-    with steps("calibrating", args.json) as report:
-        return collect_statistics(
-            args.paths[0],
-            args.paths[1],
-            args.text,
-            samples=args.samples,
-            length=args.length,
-            hessians=not args.no_hessians,
-            all_experts=args.all_experts,
-            hessian_bytes=args.hessian_memory,
-            dtype=args.dtype,
-            device=args.device,
-            progress=report,
-        )
+    with steps("calibrating", silent) as report:
+        return collect_statistics(source, out, texts, progress=report, **options)
 
 
 def describe(found: Statistics) -> dict[str, Any]:

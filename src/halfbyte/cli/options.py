@@ -28,7 +28,7 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """What decides the output: --recipe, --dialect, --max-shard-size, --remote-code, --importance."""
+    """What decides the output: --recipe, --dialect, --max-shard-size, --remote-code, and what activations are known."""
     parser.add_argument(
         "--recipe", metavar="NAME_OR_FILE", required=True, help="a name that `halfbyte recipes` lists, or a YAML file"
     )
@@ -48,11 +48,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add the code with which transformers loads the dialect halfbyte (trust_remote_code=True)",
     )
-    parser.add_argument(
-        "--importance",
-        metavar="FILE",
-        help="how large activations are: what `halfbyte calibrate` wrote, or imatrix.gguf or imatrix.dat of llama.cpp",
-    )
+    add_calibration(parser)
 
 
 def add_resources(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +69,48 @@ def limits(args: argparse.Namespace) -> Limits:
     from halfbyte.slices import MEMORY, Limits, cores
 
     return Limits(args.threads or cores(), args.memory or MEMORY)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """What is known, or is to be found out, of activations: --importance, or --calibration, --samples, --length."""
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="how large activations are: what `halfbyte calibrate` wrote, or imatrix.gguf or imatrix.dat of llama.cpp",
+    )
+    known.add_argument(
+        "--calibration",
+        metavar="PATH",
+        nargs="+",
+        help="what `halfbyte calibrate` wrote; or texts, with which it is done first, into the folder OUT.statistics",
+    )
+    parser.add_argument("--samples", metavar="N", type=positive, default=128, help="pieces of the texts (default 128)")
+    parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens in each (default 512)")
+
+
+def activations_of(args: argparse.Namespace) -> str | None:
+    """The importance file or statistics that the options name, or those collected from the texts that they name."""
+    from pathlib import Path
+
+    from halfbyte.errors import HalfbyteError
+
+    given: list[str] | None = args.calibration
+    if not given:
+        return args.importance  # type: ignore[no-any-return]
+    if len(given) == 1 and Path(given[0]).is_dir():
+        return given[0]
+    out = getattr(args, "out", None)
+    if out is None or args.source is None or getattr(args, "dry_run", False):
+        raise HalfbyteError(
+            "a plan reads no weights, so it needs statistics that were collected before: run `halfbyte calibrate` and "
+            "give its folder"
+        )
+    from halfbyte.cli.calibrate import collect
+
+    folder = f"{out.rstrip('/')}.statistics"
+    collect(args.source, folder, given, args.json, samples=args.samples, length=args.length)
+    return folder
 
 
 def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
@@ -99,5 +137,5 @@ def plan_of(args: argparse.Namespace) -> Plan:
         dialect=args.dialect,
         max_shard_bytes=args.max_shard_size,
         remote_code=args.remote_code,
-        importance=args.importance,
+        importance=activations_of(args),
     )

@@ -20,6 +20,7 @@ EXAMPLES = """\
   halfbyte quantize ./Qwen3.5-35B-A3B ./out --recipe mixfp4
   halfbyte quantize Qwen/Qwen3-8B ./out --recipe nvfp4 --dialect compressed-tensors --verify
   halfbyte quantize ./model ./out --recipe ud-mxfp4 --importance imatrix.gguf
+  halfbyte quantize ./model ./out --recipe nvfp4-gptq --calibration text.txt --dialect compressed-tensors
   halfbyte quantize ./model ./out --recipe nvfp4 --dry-run        (the same as plan)
 """
 

@@ -7,7 +7,7 @@ from halfbyte.formats.block import BlockFormat
 from halfbyte.formats.hif4 import HiF4Format
 from halfbyte.formats.scales import ScaleType
 from halfbyte.formats.tables import Table
-from halfbyte.formats.tensor import QuantizedTensor
+from halfbyte.formats.tensor import QuantizedTensor, stacked
 
 __all__ = [
     "AffineFormat",
@@ -31,4 +31,5 @@ __all__ = [
     "razer",
     "register",
     "signed",
+    "stacked",
 ]

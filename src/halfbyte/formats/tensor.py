@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,3 +57,15 @@ class QuantizedTensor:
     def tables(self) -> NDArray[np.uint8]:
         """Index of the table that each block chose, shaped like ``scales`` (all zero for one-table formats)."""
         return self.format.tables_of(self)
+
+
+def stacked(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """One tensor of the experts of several, in order."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    names = ("codes", "scales", "tensor_scale", "offsets", "divisor")
+    parts = {
+        name: np.concatenate([getattr(t, name) for t in tensors]) for name in names if getattr(first, name) is not None
+    }
+    return replace(first, shape=(sum(t.shape[0] for t in tensors), *first.shape[1:]), **parts)

@@ -23,7 +23,8 @@ class Rule(BaseModel):
 
     `match` entries are role prefixes (`experts` covers `experts.gate_up`), the aliases `linear` and `all`, or
     `re:` and a Python regex that is searched in the names of the weight and of its source tensors. `weight` says
-    what weighs a search's errors; None: importance, where a file is given and holds it. `activations`: whether
+    what weighs a search's errors; None: importance, where a file is given and holds it. `method`: how values are
+    rounded; None: each to the nearest. `mode`, `order` and `damping` are those of GPTQ. `activations`: whether
     engines quantize what these weights are multiplied by, and how their scales are found; None: as is usual for
     the format in the dialect.
     """
@@ -37,7 +38,11 @@ class Rule(BaseModel):
     search: str = "sweep"
     tensor_scale: Literal["amax", "power_of_two"] = "amax"
     indivisible: Literal["error", "keep"] = "error"
-    weight: Literal["importance", "none"] | None = None
+    weight: Literal["importance", "local_hessian", "none"] | None = None
+    method: Literal["nearest", "gptq"] | None = None
+    mode: Literal["in_loop", "local_hessian", "compensated", "static"] | None = None
+    order: Literal["none", "act"] | None = None
+    damping: float | None = Field(default=None, ge=0, lt=1)
     transform: Literal["awq"] | None = None
     activations: Literal["none", "dynamic", "static"] | None = None
     optional: bool = False
@@ -72,11 +77,16 @@ class Rule(BaseModel):
             raise ValueError("give exactly one of `format: <name>`, `keep: true`, `drop: true`")
         if self.drop and not (self.reason or "").strip():
             raise ValueError("a rule that drops weights must give a `reason`")
+        of_gptq = {key for key in ("mode", "order", "damping") if getattr(self, key) is not None}
         if not self.format:
-            others = {"search", "tensor_scale", "indivisible", "weight", "transform", "activations"}
-            useless = others & self.model_fields_set
+            others = {"search", "tensor_scale", "indivisible", "weight", "method", "transform", "activations"}
+            useless = others & self.model_fields_set | of_gptq
             if useless:
                 raise ValueError(f"`{sorted(useless)[0]}` has no meaning without `format`")
+        elif self.method != "gptq" and of_gptq:
+            raise ValueError(f"`{sorted(of_gptq)[0]}` has no meaning without `method: gptq`")
+        elif self.method == "gptq" and self.weight is not None:
+            raise ValueError("`method: gptq` judges by its own loss; leave `weight` out, or see `mode`")
         return self
 
 
@@ -84,7 +94,7 @@ class Recipe(BaseModel):
     """Rules in order, the last match wins; weights that no rule matches are kept as they are.
 
     `dialect` is what the recipe is written in when the user names none. `calibration`: whether what rules ask of
-    activations (`weight: importance`, `transform: awq`) may be left out where no file about them is given.
+    activations (`weight: importance`, `method: gptq`, `transform: awq`) may be left out where nothing is known.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -96,6 +106,12 @@ class Recipe(BaseModel):
     dialect: str | None = None
     calibration: Literal["required", "optional"] = "required"
     rules: tuple[Rule, ...] = Field(min_length=1)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether nothing can be done without knowing activations."""
+        asks = (rule.method == "gptq" or rule.weight not in (None, "none") or rule.transform for rule in self.rules)
+        return self.calibration == "required" and any(asks)
 
     @field_validator("rules", "aliases", mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from halfbyte.errors import RecipeError
 from halfbyte.models.patterns import normalise
@@ -14,13 +14,22 @@ from halfbyte.models.weight import Weight
 from halfbyte.recipes.recipe import REGEX, Recipe, Rule, nearest
 
 
+class Method(NamedTuple):
+    """How a weight is rounded with a Hessian: `gptq` or `local_hessian`; the rest as in `halfbyte.search.gptq`."""
+
+    name: str
+    mode: Literal["in_loop", "local_hessian", "compensated", "static"] = "in_loop"
+    order: Literal["none", "act"] = "none"
+    damping: float = 0.01
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What happens to one weight, and why.
 
     `format`, `search` and `tensor_scale` are None unless the action is `quantize`. `rule` counts from 1, as the
-    messages do; None means that no rule matched. `weight`, `transform` and `activations`
-    are the rule's.
+    messages do; None means that no rule matched. `weight`, `method` (None for rounding to nearest), `transform` and
+    `activations` are the rule's.
     """
 
     action: Literal["quantize", "keep", "drop"]
@@ -30,7 +39,8 @@ class Decision:
     indivisible: Literal["error", "keep"]
     reason: str
     rule: int | None
-    weight: Literal["importance", "none"] | None = None
+    weight: Literal["importance", "local_hessian", "none"] | None = None
+    method: Method | None = None
     transform: Literal["awq"] | None = None
     activations: Literal["none", "dynamic", "static"] | None = None
 
@@ -74,9 +84,17 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
         reason,
         number,
         rule.weight,
+        _method(rule),
         rule.transform,
         rule.activations,
     )
+
+
+def _method(rule: Rule) -> Method | None:
+    if rule.method == "gptq":
+        given = {"mode": rule.mode, "order": rule.order, "damping": rule.damping}
+        return Method("gptq", **{key: value for key, value in given.items() if value is not None})
+    return Method("local_hessian") if rule.weight == "local_hessian" else None
 
 
 def _matches(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]], where: str) -> Sequence[int]:
