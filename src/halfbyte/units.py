@@ -249,11 +249,11 @@ def encode_slice(
     if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
         scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two)
         scales = {"divisor": np.float32(1) / scale} if plan.dialect.divisor else {"tensor_scale": scale}
+    weights = known.importance if known else None
     prepared = known.prepared if known else None
     try:
         if prepared is None or len(array.shape) < 3:
-            return _encode(item, array, known and known.importance, prepared and prepared[0], scales, stats)
-        weights = known.importance if known else None
+            return _encode(item, array, weights, prepared[0] if prepared else None, scales, stats)
         each = [
             _encode(
                 item,

@@ -65,7 +65,7 @@ def stacked(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
     if len(tensors) == 1:
         return first
     names = ("codes", "scales", "tensor_scale", "offsets", "divisor")
-    parts = {
+    parts: dict[str, Any] = {
         name: np.concatenate([getattr(t, name) for t in tensors]) for name in names if getattr(first, name) is not None
     }
     return replace(first, shape=(sum(t.shape[0] for t in tensors), *first.shape[1:]), **parts)

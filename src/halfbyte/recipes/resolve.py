@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from halfbyte.errors import RecipeError
 from halfbyte.models.patterns import normalise
@@ -92,7 +92,7 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
 
 def _method(rule: Rule) -> Method | None:
     if rule.method == "gptq":
-        given = {"mode": rule.mode, "order": rule.order, "damping": rule.damping}
+        given: dict[str, Any] = {"mode": rule.mode, "order": rule.order, "damping": rule.damping}
         return Method("gptq", **{key: value for key, value in given.items() if value is not None})
     return Method("local_hessian") if rule.weight == "local_hessian" else None
 
