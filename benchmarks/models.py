@@ -4,9 +4,9 @@
 
 The folder holds ``models/NAME`` and ``text/...``; models named ``*-wiki`` are measured on ``enwiki2015/valid.txt``,
 the others on ``calibration/tiny.utf8``. Formats that no recipe uses are applied to all linear weights with ``sweep``.
-Recipes that do not fit a model are left out. One results file per model (docs/evaluation.md; what `halfbyte errors`
-says of each weight is included without the histograms of its scales). The tables between the markers in the document
-are written anew.
+Recipes that do not fit a model are left out. One results file per model (docs/evaluation.md); it holds the errors of
+each weight for the wiki models only, without the histograms of scales. The tables between the markers in the document
+are written anew from all results files.
 Needs ``halfbyte[transformers]``; takes about ten minutes on two cores. ``--only`` names models.
 """
 
@@ -66,11 +66,16 @@ def measure(model: Path, text: Path, folder: Path) -> dict[str, Any]:
         row["path"] = row["name"]
         row["seconds"] = None  # of a machine that may do other things
         if row["errors"]:
-            row["errors"] |= {"out": row["name"], "against": model.name}
-            for weight in row["errors"]["weights"]:
+            weights = row["errors"]["weights"] if is_wiki(model) else []
+            row["errors"] |= {"out": row["name"], "against": model.name, "weights": weights}
+            for weight in weights:
                 weight["scales"] = None
         print(f"{model.name}: {row['name']} perplexity {row['perplexity']:.3f}, KL {row['kl']['mean']:.5f}")
     return document
+
+
+def is_wiki(model: Path) -> bool:
+    return model.name.endswith("-wiki")
 
 
 def quantized_bits(row: dict[str, Any]) -> float:
@@ -154,8 +159,7 @@ def main() -> None:
     for model in sorted(p for p in (args.data / "models").iterdir() if (p / "config.json").exists()):
         if args.only and model.name not in args.only:
             continue
-        wiki = model.name.endswith("-wiki")
-        text = args.data / "text" / ("enwiki2015/valid.txt" if wiki else "calibration/tiny.utf8")
+        text = args.data / "text" / ("enwiki2015/valid.txt" if is_wiki(model) else "calibration/tiny.utf8")
         with tempfile.TemporaryDirectory(prefix="halfbyte-models-") as folder:
             found = rounded(measure(model, text, Path(folder)))
         found["command"] = f"python benchmarks/models.py DATA --only {model.name}"

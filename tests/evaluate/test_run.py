@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,37 @@ def test_windows_longer_than_the_model_can_read_are_refused() -> None:
 def test_models_without_a_text_of_their_own_need_one(shared: Path) -> None:
     with pytest.raises(HalfbyteError, match="pass one"):
         evaluate(shared / "data" / "models" / "qwen3-tiny-wiki")
+
+
+@pytest.mark.parametrize("method", ["no_such_method", "gptq"])
+def test_a_quantization_that_neither_reads_is_refused_in_one_sentence(method: str, tmp_path: Path) -> None:
+    for file in DEMO.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((DEMO / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    # gptq needs a package that is not there
+    with pytest.raises(HalfbyteError, match="neither halfbyte nor transformers can load"):
+        evaluate(tmp_path, length=64, max_tokens=64)
+
+
+def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        run(DEMO, tmp_path / parent / "out", linear("mxfp4"))
+    rows = evaluate([tmp_path / "a" / "out", tmp_path / "b" / "out"], DEMO, length=64, max_tokens=64)
+    assert [row["name"] for row in rows] == ["demo_model", str(tmp_path / "a" / "out"), str(tmp_path / "b" / "out")]
+    with pytest.raises(HalfbyteError, match="given twice"):
+        evaluate([tmp_path / "a" / "out"] * 2, DEMO, length=64, max_tokens=64)
+
+
+def test_a_row_says_what_its_size_consists_of(nvfp4: Path) -> None:
+    source, row = evaluate(nvfp4, DEMO, length=64, max_tokens=64)
+    assert [c["storage"] for c in source["contains"]] == ["BF16"] and source["mtp"] and not source["vision"]
+    assert {c["storage"]: c["quantized"] for c in row["contains"]} == {"nvfp4": True, "BF16": False}
+    for r in (source, row):
+        assert sum(c["bytes"] for c in r["contains"]) == r["bytes"] < r["repository_bytes"]
+        assert sum(c["parameters"] for c in r["contains"]) == r["parameters"]
+    assert row["repository_bytes"] == sum(p.stat().st_size for p in nvfp4.rglob("*") if p.is_file())
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:

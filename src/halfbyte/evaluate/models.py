@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from halfbyte.dialects.base import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError
@@ -42,13 +43,23 @@ def open_model(
     checkpoint = Checkpoint.open(path, revision)
     if loaded_by(checkpoint) == "halfbyte":
         return load(path, dtype, dequantize, device, revision)
-    kind = getattr(torch, dtype)
+    method = quantization_config_of(checkpoint.inventory).get("quant_method")
+    if str(method) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise CheckpointError(f"{path} is quantized by {method!r}, which neither halfbyte nor transformers can load")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.inventory.root, dtype=kind, trust_remote_code=False, use_safetensors=True
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.inventory.root,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:  # each quantizer of transformers has errors of its own
         raise CheckpointError(f"neither halfbyte nor transformers can load {path} ({error})") from error
+    missing = [name for key in ("missing_keys", "mismatched_keys") for name in report.get(key) or ()]
+    if missing:
+        # transformers would make random weights of them
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}")
     return (model.to(device) if device is not None else model).eval()
 
 
