@@ -15,7 +15,6 @@ from folded import AWQ, importance_of, plan_with
 from halfbyte.calibrate import write_importance
 from halfbyte.convert import convert
 from halfbyte.errors import OutputError
-from halfbyte.evaluate.errors import tensor_errors
 from halfbyte.folding import FOLDS, read_scales
 from halfbyte.plan import make_plan
 from halfbyte.verify import verify
@@ -244,6 +243,8 @@ def test_damaged_scales_are_a_problem_and_no_crash(moe: Path, copy: Path, conten
 
 def test_errors_of_tensors_are_measured_after_folding(moe: Path, folded: Path) -> None:
     pytest.importorskip("torch")
+    from halfbyte.evaluate.errors import tensor_errors
+
     assert tensor_errors(folded, moe)["total"]["relmse"] < 0.02
 
 
