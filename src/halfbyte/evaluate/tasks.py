@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,11 +193,15 @@ def _digest(samples: list[dict[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness logs, and draws bars on stderr."""
+    """The harness logs, draws bars on stderr, and asks git for a commit, whose refusal goes to the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    terminal = os.dup(2)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stderr(nothing):
+            os.dup2(nothing.fileno(), 2)
             yield
     finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
         logging.disable(before)
