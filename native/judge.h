@@ -1,0 +1,132 @@
+// The scale and table of a block by a quadratic error: candidates are run column by column, several at a time.
+#pragma once
+#include "affine.h"
+
+namespace {
+
+// How a number of a block is rounded.
+struct Choice {
+  F scale = {}, inverse = {}, offset = {};
+  I stored = {}, table = {};
+};
+
+template <class Grid>
+struct TableRule {
+  Grid grid;
+  HB_MEMBER I code(F v, const Choice& c, F& value) const {
+    const I code = grid.code(v * c.inverse, value);
+    value = value * c.scale;
+    return code;
+  }
+};
+
+template <bool BIAS>
+struct RangeRule {
+  AffineRule<BIAS> rule;
+  HB_MEMBER I code(F v, const Choice& c, F& value) const {
+    const F q = rule.number(v, c.scale, c.offset);
+    value = rule.value(q, c.scale, c.offset);
+    return to_int(q);
+  }
+};
+
+// A block as its candidates are judged.
+struct Judged {
+  const F* y;
+  int size;
+  bool feedback;
+  const float* coefficients;  // row j: of the errors of columns 0..j-1; or null
+  const float* gain;
+};
+
+// Losses of N choices. Sums only grow, so they end where no lane can come under `most` any more.
+template <int N, bool FEEDBACK, class Rule>
+void losses_of(const Rule& rule, const Judged& b, const Choice* choice, F unit, F most, F* loss) {
+  F error[N][LARGEST_BLOCK];
+  F sum[N] = {};
+  for (int j = 0; j < b.size; ++j) {
+    const float* const row = b.coefficients ? b.coefficients + j * b.size : nullptr;
+    F v[N];
+    for (int n = 0; n < N; ++n) v[n] = b.y[j];
+    if (FEEDBACK) {
+      for (int k = 0; row && k < j; ++k)
+        for (int n = 0; n < N; ++n) v[n] -= error[n][k] * all(row[k]);
+    }
+    for (int n = 0; n < N; ++n) {
+      F value;
+      rule.code(v[n], choice[n], value);
+      v[n] -= value;
+      error[n][j] = v[n];
+    }
+    if (!FEEDBACK) {
+      for (int k = 0; row && k < j; ++k)
+        for (int n = 0; n < N; ++n) v[n] += error[n][k] * all(row[k]);
+    }
+    for (int n = 0; n < N; ++n) {
+      const F u = v[n] * unit;
+      sum[n] += u * u * all(b.gain[j]);
+    }
+    if (j % 16 == 15) {
+      I over = ~I{};
+      for (int n = 0; n < N; ++n) over &= (I)(sum[n] >= most);
+      if (every(over)) break;
+    }
+  }
+  for (int n = 0; n < N; ++n) loss[n] = sum[n];
+}
+
+// The choice of the least loss; the first one wins ties, and stands even where its loss overflows.
+struct Search {
+  const Judged& block;
+  F unit = {};
+  F loss = {};
+  Choice best;
+  bool empty = true;
+
+  HB_MEMBER void offer(F new_loss, const Choice& choice) {
+    const I better = empty ? ~I{} : (I)(new_loss < loss);
+    empty = false;
+    loss = select(better, new_loss, loss);
+    best.scale = select(better, choice.scale, best.scale);
+    best.inverse = select(better, choice.inverse, best.inverse);
+    best.offset = select(better, choice.offset, best.offset);
+    best.stored = select(better, choice.stored, best.stored);
+    best.table = select(better, choice.table, best.table);
+  }
+
+  template <int N, class Rule>
+  void judge(const Rule& rule, const Choice* choice, int count) {
+    F found[N];
+    const F most = empty ? all(__builtin_inff()) : loss;
+    if (block.feedback)
+      losses_of<N, true>(rule, block, choice, unit, most, found);
+    else
+      losses_of<N, false>(rule, block, choice, unit, most, found);
+    for (int n = 0; n < count; ++n) offer(found[n], choice[n]);
+  }
+};
+
+// Choices wait here until some of them can be judged together, which hides the latency of a column's rounding.
+template <class Rule>
+struct Queue {
+  static constexpr int N = 4;
+  const Rule& rule;
+  Search& search;
+  Choice waiting[N];
+  int count = 0;
+
+  HB_MEMBER void add(const Choice& choice) {
+    waiting[count++] = choice;
+    if (count == N) flush();
+  }
+  void flush() {
+    if (count == 1) search.template judge<1>(rule, waiting, 1);
+    if (count > 1) {
+      for (int n = count; n < N; ++n) waiting[n] = waiting[count - 1];
+      search.template judge<N>(rule, waiting, count);
+    }
+    count = 0;
+  }
+};
+
+}  // namespace
