@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from halfbyte.dialects import Dialect
+import numpy as np
+
+from halfbyte.calibrate import Calibration
+from halfbyte.dialects import Dialect, OutputTensor
 from halfbyte.dialects.modules import modules
 from halfbyte.errors import PlanError
 from halfbyte.formats import Format
@@ -13,6 +16,10 @@ from halfbyte.models import Weight
 from halfbyte.recipes import Decision
 from halfbyte.shards import Item
 from halfbyte.view import Checkpoint
+
+CALIBRATED = "the scale of activations, from the calibration"
+# the largest input becomes the largest value, times the largest block scale where there are block scales
+TOPS = {"nvfp4": 6.0 * 448.0, "fp8_tensor": 448.0, "fp8_channel": 448.0}
 
 
 def choose(items: Iterable[Item], decisions: Iterable[Decision], dialect: Dialect) -> None:
@@ -23,7 +30,53 @@ def choose(items: Iterable[Item], decisions: Iterable[Decision], dialect: Dialec
         problem = dialect.activations_problem(item.format, decision.activations)
         if problem:
             raise PlanError(f"{item.weight.name}: {problem}")
+        if decision.activations == "static" and decision.transform:
+            raise PlanError(
+                f"{item.weight.name}: AWQ changes the inputs whose scales are to be static; leave one of them out"
+            )
         item.activations = decision.activations
+
+
+def calibrated(items: Sequence[Item], dialect: Dialect, calibration: Calibration | None) -> list[Item]:
+    """Items for the scales that rules ask for (``static``) and that the source does not have, from statistics.
+
+    The scale makes the largest input reach the top of the format's range. Modules that an engine multiplies in one go
+    share it: the members of a fusion group, and the experts of a layer, so that one which no token reached has a
+    scale too. PlanError where no token reached any of them.
+    """
+    statistics = calibration.statistics if calibration else None
+    if statistics is None:
+        return []
+    there = {output.name for item in items for output in item.outputs}
+    wanted = [item for item in items if item.activations == "static" and item.format is not None]
+    shared: dict[str, float] = {}
+    for item in wanted:
+        amax = statistics.array(item.weight.name, "amax")
+        if amax is not None:
+            key = _shared_by(item.weight)
+            shared[key] = max(shared.get(key, 0.0), float(np.max(amax)))
+    found = []
+    for item in wanted:
+        assert item.format is not None
+        scale, largest = dialect.input_scale(item.format), shared.get(_shared_by(item.weight))
+        if scale is None or largest is None:
+            continue
+        if not 0 < largest < np.inf:
+            raise PlanError(
+                f"{item.weight.name}: the calibration saw no input other than zero; calibrate with more text"
+            )
+        value = np.float32(largest / TOPS[item.format.name])
+        number = float(np.float32(1) / value if scale.divisor else value)
+        for name in [n for n in _scales(item.weight, item.format, dialect) if n not in there]:
+            weight = Weight(name, "buffer", item.weight.layer, scale.shape, "F32", ())
+            output = OutputTensor(name, "F32", scale.shape, "constant", constant=(number,))
+            found.append(Item(weight, "calibrate", CALIBRATED, outputs=[output]))
+    return found
+
+
+def _shared_by(weight: Weight) -> str:
+    """What engines multiply in one go."""
+    return weight.group or f"{weight.layer} {weight.role}"
 
 
 def settled(checkpoint: Checkpoint, items: Sequence[Item], dialect: Dialect) -> dict[str, Any]:
@@ -43,7 +96,8 @@ def settled(checkpoint: Checkpoint, items: Sequence[Item], dialect: Dialect) -> 
             if item.activations == "static" and missing:
                 raise PlanError(
                     f"{item.weight.name}: the recipe wants activations with calibrated scales (static), but there is "
-                    f"no {missing[0]}; start from a source that has them, or ask for other activations"
+                    f"no {missing[0]}; give a calibration (--calibration), start from a source that has them, or ask "
+                    "for other activations"
                 )
             found[item.weight.name] = item.activations
         elif checkpoint.dialect is dialect and checkpoint.formats.get(item.weight.name) == fmt:

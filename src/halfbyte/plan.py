@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from halfbyte.activations import calibrated as calibrated_scales
 from halfbyte.activations import choose as choose_activations
 from halfbyte.activations import settled as settled_activations
 from halfbyte.calibrate import Calibration
@@ -103,7 +104,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Elements of all weights that the output holds."""
-        return sum(item.parameters for item in self.items if item.action != "drop")
+        return sum(item.parameters for item in self.items if item.action not in ("drop", "calibrate"))
 
     @property
     def bits_per_weight(self) -> float:
@@ -193,10 +194,12 @@ def make_plan(
     notes = [checkpoint.family.note] if checkpoint.family.note else []
     choose_activations(items, decisions, dialect)
     notes += settle_input_scales(checkpoint, items, dialect)
-    activations = settled_activations(checkpoint, items, dialect)
+    more = calibrated_scales(items, dialect, calibration)
+    activations = settled_activations(checkpoint, [*items, *more], dialect)
     _check_tied(inventory.config, items)
     weighting = settle(checkpoint, recipe, items, decisions, calibration)
     notes += weighting.notes() if weighting else optional_note(recipe, decisions)
+    items += more
     spelled = [(i.weight, i.format, i.outputs) for i in items if i.outputs]
     shards = make_shards(items, max_shard_bytes, dialect.container(inventory, recipe.name, spelled))
     # what is kept may be quantized already, and the configuration has to say so

@@ -105,7 +105,9 @@ class Unit:
 
     def _unquantized(self, item: Item) -> Iterator[Task]:
         places = dict(zip([o.name for o in item.outputs], item.offsets, strict=True))
-        if item.action != "keep":
+        if item.action == "calibrate":
+            yield partial(self._state, item)
+        elif item.action != "keep":
             yield partial(self._respell, item)
         elif item.outputs[0].part != "copy":
             for a, b in self._cuts(item):
@@ -139,6 +141,12 @@ class Unit:
                 _reciprocal(output.name, np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))
             self.writer.write_at(offset, chunk)
         self.report(item_bytes(item) if last else 0)
+
+    def _state(self, item: Item) -> None:
+        """What the plan knows already."""
+        for output, offset in zip(item.outputs, item.offsets, strict=True):
+            self.writer.write_at(offset, np.array(output.constant, numpy_dtype(output.dtype)).reshape(output.shape))
+        self.report(item_bytes(item))
 
     def _respell(self, item: Item) -> None:
         """A scale of activations."""

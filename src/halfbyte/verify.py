@@ -114,6 +114,11 @@ def verify(
                 except CheckpointError as error:
                     result.problems.append(str(error))
             report(sum(source.inventory.tensors[n].nbytes for n in weight.sources if n in source.inventory.tensors))
+        if any(decision.activations == "static" for decision in decisions.values()):
+            for name in [n for n in found if n.endswith(ours.dialect.input_scales)]:
+                value = left.read(found.pop(name).name)
+                if value.size != 1 or not (np.isfinite(value) & (value > 0)).all():
+                    result.problems.append(f"{name}, a scale of activations, is not one positive number")
         result.problems += [f"{name} is not in the source; it does not belong here" for name in found]
         result.problems += _shared_scales(ours, left)
     return result

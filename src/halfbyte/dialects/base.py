@@ -33,7 +33,7 @@ class OutputTensor(NamedTuple):
     dialect's own word. ``expert`` is the leading index it belongs to, None for all of them. ``rows`` are the
     weight's rows (first, stop, step) that it holds, None for all. ``rows_per_row``: how many of the weight's
     rows one stored row stands for (1 for codes, 8 for zero points packed in words, 128 for scales of 128x128
-    blocks, 0 if rows do not matter). ``constant``: the content, where it is known from the shape alone.
+    blocks, 0 if rows do not matter). ``constant``: the content, where the plan knows it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class OutputTensor(NamedTuple):
     expert: int | None = None
     rows: tuple[int, int, int] | None = None
     rows_per_row: int = 1
-    constant: tuple[int, ...] | None = None
+    constant: tuple[float, ...] | None = None
 
 
 class Written(NamedTuple):
