@@ -55,8 +55,11 @@ def main() -> None:
         narrow = ("--activations", "nvfp4", "--no-noise-floor")
         more = evaluate(folder, model, A4, folder / "a4.json", *texts, *chats, *cache, *narrow)
     for row in more["rows"][1:]:
+        same = row["indistinguishable"]
+        same |= {key: [n if n == args.model else f"{n}-a4" for n in same[key]] for key in ("kl", "perplexity")}
         found["rows"].append({**row, "name": f"{row['name']}-a4"})
-    found["command"] = f"python benchmarks/protocols.py DATA --model {args.model}"
+    options = f"--model {args.model} --max-tokens {args.max_tokens} --limit {args.limit}"
+    found["command"] = f"python benchmarks/protocols.py DATA {options}"
     for row in found["rows"]:
         row["path"], row["seconds"] = row["name"], None
         if row["errors"]:
