@@ -26,7 +26,7 @@ from typing import Any
 
 import halfbyte
 from common import head, replace_part, write_results
-from halfbyte.recipes import list_recipes
+from halfbyte.recipes import list_recipes, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QWEN, KIMI = "qwen36_35b_a3b.json", "kimi_k2_thinking.patterns.json"
@@ -208,7 +208,8 @@ def measure_all(args: argparse.Namespace, source: Path, scratch: Path) -> dict[s
             results["recipes"] = [row for row in before["recipes"] if not row["problems"]]
     results["kimi_k2_plan"] = kimi(args.inventories, scratch)
     done = {row["recipe"] for row in results["recipes"]}
-    for recipe in args.only or list_recipes():
+    data_free = [name for name in list_recipes() if not load_recipe(name).needs_calibration]
+    for recipe in args.only or data_free:
         if recipe not in done:
             results["recipes"].append(row := measure(source, scratch, recipe))
             print(json.dumps(row), flush=True)
