@@ -1,0 +1,146 @@
+"""What charts draw: studies as tidy rows, with text only where a chart shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from halfbyte.report.schema import Allocation, Errors, Row, Sensitivity, WeightError
+from halfbyte.report.studies import Study
+
+Records = list[dict[str, Any]]
+OUTSIDE = "–"
+"""Stands for the layer of weights that are in none."""
+
+
+def sizes(study: Study) -> Records:
+    """A checkpoint's bytes and divergence; ``frontier``: no other one is both smaller and nearer to the source."""
+    found = [
+        {
+            "checkpoint": row.label,
+            "bytes": row.bytes,
+            "bits": row.bits_per_weight,
+            "kl": row.kl.mean,
+            "low": row.kl_ci.mean[0] if row.kl_ci and row.kl_ci.mean else None,
+            "high": row.kl_ci.mean[1] if row.kl_ci and row.kl_ci.mean else None,
+            "top1": row.kl.top1,
+        }
+        for row in study.quantized
+        if row.bytes and row.kl is not None and row.kl.mean > 0
+    ]
+    least = float("inf")
+    for record in sorted(found, key=lambda r: (r["bytes"], r["kl"])):
+        record["frontier"] = record["kl"] < least
+        least = min(least, record["kl"])
+    return found
+
+
+def percentiles(study: Study) -> Records:
+    """Statistics of the divergence per token, long; none where one of them is zero, which a log scale cannot show."""
+    statistics = (("median", "median"), ("mean", "mean"), ("p90", "90th percentile"), ("p99", "99th percentile"))
+    return [
+        {"checkpoint": row.label, "statistic": label, "kl": getattr(row.kl, key), "order": row.kl.mean}
+        for row in study.quantized
+        if row.kl is not None and min(row.kl.median, row.kl.mean) > 0
+        for key, label in statistics
+    ]
+
+
+def with_errors(study: Study) -> list[Row]:
+    """Checkpoints whose weights were compared one by one."""
+    return [row for row in study.quantized if row.errors and row.errors.weights]
+
+
+def weights(study: Study) -> Records:
+    """relMSE by checkpoint, role and layer; where a role has several weights in a layer, their mean by parameters."""
+    return [
+        {
+            "checkpoint": row.label,
+            "role": role,
+            "layer": layer,
+            "formats": ", ".join(dict.fromkeys(e.format for e in members)),
+            "weights": len(members),
+            "relmse": relmse,
+        }
+        for row in with_errors(study)
+        if row.errors
+        for (role, layer), members in _cells(row.errors.weights).items()
+        if (relmse := _mean((e.relmse, e.parameters) for e in members))
+    ]
+
+
+def tables(study: Study) -> Records:
+    """Share of the blocks that chose each table, by checkpoint, role and layer."""
+    return [
+        {"checkpoint": row.label, "role": role, "layer": layer, "table": table, "share": share}
+        for row in with_errors(study)
+        if row.errors
+        for (role, layer), members in _cells(e for e in row.errors.weights if len(e.tables) > 1).items()
+        for table in dict.fromkeys(name for e in members for name in e.tables)
+        if (share := _mean((e.tables.get(table), e.parameters) for e in members)) is not None
+    ]
+
+
+def scales(study: Study) -> Records:
+    """Share of blocks by stored scale, over all weights of a checkpoint that have the same format."""
+    found: Records = []
+    for row in study.quantized:
+        if row.errors is None:
+            continue
+        for fmt, counts in _histograms(row.errors).items():
+            total = sum(counts.values())
+            values = sorted(value for value in counts if value > 0)
+            for at, value in enumerate(values):
+                above = values[at + 1] if at + 1 < len(values) else 2 * value
+                # scales are rarely on every step of their type: a bar is at most an octave wide
+                end = min(above, 2 * value)
+                record = {"checkpoint": row.label, "format": fmt, "scale": value, "end": end}
+                found.append(record | {"share": counts[value] / total, "zero": counts.get(0.0, 0) / total})
+    return found
+
+
+def sensitivity(document: Sensitivity) -> Records:
+    """Divergence by group, the worst first; the whole recipe has the group ``all``."""
+    ordered = sorted(document.groups, key=lambda g: -g.kl.mean)
+    return [
+        {
+            "group": g.group,
+            "roles": ", ".join(g.roles),
+            "format": g.format,
+            "kl": g.kl.mean,
+            "saved": g.source_bytes - g.bytes,
+            "relmse": g.relmse,
+        }
+        for g in ordered
+        if g.group != "all"
+    ]
+
+
+def frontier(document: Allocation) -> Records:
+    """Predicted loss by bytes; ``chosen`` is the recipe that was written."""
+    points = [{"bytes": p.data_bytes, "loss": p.loss, "chosen": False} for p in document.frontier if p.loss > 0]
+    return [*points, {"bytes": document.data_bytes, "loss": document.predicted_loss, "chosen": True}]
+
+
+def _cells(errors: Iterable[WeightError]) -> dict[tuple[str, str], list[WeightError]]:
+    found: dict[tuple[str, str], list[WeightError]] = {}
+    for error in errors:
+        found.setdefault((error.role, OUTSIDE if error.layer is None else str(error.layer)), []).append(error)
+    return found
+
+
+def _mean(pairs: Iterable[tuple[float | None, int]]) -> float | None:
+    """Weighted mean of what is known."""
+    known = [(value, weight) for value, weight in pairs if value is not None]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if total else None
+
+
+def _histograms(errors: Errors) -> dict[str, dict[float, int]]:
+    found: dict[str, dict[float, int]] = {}
+    for entry in errors.classes or errors.weights:
+        if entry.scales is not None:
+            counts = found.setdefault(f"{entry.format}, scales {entry.scales.type.upper()}", {})
+            for value, count in zip(entry.scales.values, entry.scales.counts, strict=True):
+                counts[value] = counts.get(value, 0) + count
+    return found

@@ -1,0 +1,174 @@
+"""The HTML report: one file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import halfbyte
+from halfbyte.report import bundle, charts, datasets
+from halfbyte.report.provenance import provenance
+from halfbyte.report.read import Inputs, read_inputs
+from halfbyte.report.studies import Study, base, make_studies
+from halfbyte.report.table import columns, lines
+from halfbyte.report.text import nats, size
+
+MAX_GROUPS = 40
+"""Bars in the chart of sensitivity: the worst groups."""
+
+
+@dataclass
+class Figure:
+    """A chart with its caption. ``menus``: parameters of the chart that the reader chooses, with their values."""
+
+    id: str
+    title: str
+    caption: str
+    spec: dict[str, Any]
+    wide: bool = True
+    menus: list[tuple[str, str, list[str]]] = field(default_factory=list)
+
+
+def write_report(paths: Sequence[str | Path], out: str | Path) -> Inputs:
+    """Write one HTML file about results files, or folders of them; gives what was read.
+
+    ReportError where a file is missing or damaged; HalfbyteError without the extra ``report``.
+    """
+    from halfbyte.checkpoint import write_file_atomic
+
+    bundle.need_charts()
+    inputs = read_inputs(paths)
+    write_file_atomic(Path(out), render(make_studies(inputs)).encode())
+    return inputs
+
+
+def render(studies: Sequence[Study]) -> str:
+    """The page."""
+    from jinja2 import Environment, StrictUndefined
+
+    data: dict[str, datasets.Records] = {}
+    sections = [
+        {
+            "id": f"study-{number}",
+            "study": study,
+            "columns": columns(study) if study.rows else [],
+            "lines": lines(study) if study.rows else [],
+            "figures": _figures(study, f"s{number}", data),
+            "facts": _facts(study),
+            "notes": _notes(study),
+            "provenance": provenance(study),
+        }
+        for number, study in enumerate(studies, 1)
+    ]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    script, vega = _asset("report.js"), bundle.vega()
+    figures: list[Figure] = [figure for section in sections for figure in section["figures"]]  # type: ignore[misc]
+    return environment.from_string(_asset("report.html.jinja")).render(
+        title=" · ".join(dict.fromkeys(study.name for study in studies)),
+        sections=sections,
+        charts={"data": data, "specs": {figure.id: figure.spec for figure in figures}},
+        style=_asset("report.css"),
+        script=script,
+        vega=vega.packed,
+        policy=bundle.policy(bundle.sha256(script), vega.sha256),
+        version=halfbyte.__version__,
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("halfbyte.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> list[Figure]:
+    found: list[Figure] = []
+
+    def add(key: str, records: datasets.Records, title: str, caption: str, spec: dict[str, Any], **more: Any) -> None:
+        data[f"{prefix}-{key}"] = records
+        found.append(Figure(f"{prefix}-{key}", title, caption, spec, **more))
+
+    name = f"{prefix}-{{}}".format
+    if sizes := datasets.sizes(study):
+        floor = study.noise_floor.kl.mean if study.noise_floor and study.noise_floor.kl else None
+        caption = "Bars: 95 % intervals. The line joins checkpoints than which no other is both smaller and nearer."
+        caption += " Dashed: the noise floor." if floor else ""
+        add("sizes", sizes, "Size and quality", caption, charts.sizes(name("sizes"), len(sizes), floor))
+    if shares := datasets.percentiles(study):
+        many = len({r["checkpoint"] for r in shares})
+        caption = "Most tokens are predicted almost alike; the tail shows what a mean hides."
+        add("kl", shares, "Divergence per token", caption, charts.percentiles(name("kl"), many), wide=False)
+    if errors := datasets.weights(study):
+        many = len({r["checkpoint"] for r in errors})
+        caption = "Squared error / sum of squares; a mark per role and layer."
+        add("spread", errors, "Errors of weights", caption, charts.spread(name("spread"), many), wide=False)
+        add_maps(study, errors, name, add)
+    if histograms := datasets.scales(study):
+        shown = list(dict.fromkeys(r["checkpoint"] for r in histograms))
+        menu = [(charts.CHECKPOINT, "Checkpoint", shown)]
+        caption = "Before the tensor scale. A scale at either end of its type's range is a sign of clipping."
+        add("scales", histograms, "Block scales", caption, charts.scales(name("scales")), menus=menu)
+    for number, document in enumerate(study.sensitivity):
+        records = datasets.sensitivity(document)
+        rest = f" The worst {MAX_GROUPS} of {len(records)} groups." if len(records) > MAX_GROUPS else ""
+        whole = next((g.kl.mean for g in document.groups if g.group == "all"), None)
+        caption = f"Each {document.by} alone in {document.recipe}, the rest as in the source, on {document.protocol.note}."
+        caption += f" The whole recipe: {nats(whole)}.{rest}" if whole is not None else rest
+        key, records = f"sensitivity{number}", records[:MAX_GROUPS]
+        add(key, records, f"Sensitivity to {document.recipe}", caption, charts.sensitivity(name(key), len(records)))
+    for number, allocation in enumerate(study.allocations):
+        key = f"frontier{number}"
+        caption = f"Ring: {allocation.recipe}. Losses are predictions, not measurements."
+        add(key, datasets.frontier(allocation), "Allocation", caption, charts.frontier(name(key)))
+    return found
+
+
+def add_maps(study: Study, errors: datasets.Records, name: Any, add: Any) -> None:
+    """Layer x role: errors, and the tables that blocks chose."""
+    checkpoints = list(dict.fromkeys(r["checkpoint"] for r in errors))
+    domain = min(r["relmse"] for r in errors), max(r["relmse"] for r in errors)
+    roles = len({r["role"] for r in errors})
+    menu = (charts.CHECKPOINT, "Checkpoint", checkpoints)
+    caption = "Relative squared error; the colours mean the same for every checkpoint."
+    spec = charts.heat_map(name("errors"), roles, domain)
+    add("errors", errors, "Errors by layer and role", caption, spec, menus=[menu])
+    if chosen := datasets.tables(study):
+        menus = [
+            (charts.CHECKPOINT, "Checkpoint", list(dict.fromkeys(r["checkpoint"] for r in chosen))),
+            (charts.TABLE, "Table", list(dict.fromkeys(r["table"] for r in chosen))),
+        ]
+        spec = charts.block_types(name("tables"), len({r["role"] for r in chosen}))
+        caption = "Share of the blocks for which this table has the least error."
+        add("tables", chosen, "Block types by layer and role", caption, spec, menus=menus)
+
+
+def _facts(study: Study) -> list[tuple[str, str, str]]:
+    """What a reader wants first: label, value, detail."""
+    found = []
+    if study.source and study.source.bytes:
+        bits = f"{study.source.bits_per_weight:.4g} bits per weight" if study.source.bits_per_weight else ""
+        found.append(("Source", size(study.source.bytes), bits))
+    smallest = min((row for row in study.quantized if row.bytes), key=lambda row: row.bytes or 0, default=None)
+    if smallest and smallest.bytes:
+        found.append(("Smallest", size(smallest.bytes), smallest.label))
+    nearest = min((row for row in study.quantized if row.kl), key=lambda row: row.kl.mean if row.kl else 0, default=None)
+    if nearest and nearest.kl:
+        found.append(("Least KL divergence", nats(nearest.kl.mean), nearest.label))
+    if study.noise_floor and study.noise_floor.kl:
+        found.append(("Noise floor", nats(study.noise_floor.kl.mean), study.noise_floor.how))
+    return found
+
+
+def _notes(study: Study) -> list[tuple[str, str]]:
+    """Protocols, by what they are about."""
+    text, kl = study.protocol, study.kl_protocol
+    found = []
+    if text:
+        found.append(("Perplexity" if kl and kl.key != text.key else "Perplexity and KL divergence", text.note))
+    if kl and (text is None or kl.key != text.key):
+        found.append(("KL divergence", kl.note))
+    for name in study.tasks:
+        task = next(row.tasks[name] for row in study.rows if name in row.tasks)
+        found.append((base(name), f"{task.questions:,} questions, {task.protocol}"))
+    return found

@@ -1,0 +1,53 @@
+"""Where the numbers of a study come from, and how to get them again."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+
+from halfbyte.report.studies import Study
+
+
+@dataclass
+class Provenance:
+    """Runs (when, machine, versions, command), checkpoints (name, fingerprint, made from) and commands."""
+
+    runs: list[dict[str, str]] = field(default_factory=list)
+    checkpoints: list[dict[str, str]] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+
+
+def provenance(study: Study) -> Provenance:
+    """What the results files say; nothing is added."""
+    found = Provenance()
+    for document in study.results:
+        about = document.environment
+        cores = f", {about.cores} cores" if about.cores else ""
+        found.runs.append(
+            {
+                "created": document.created,
+                "machine": f"{about.machine}{cores}",
+                "device": about.device,
+                "versions": ", ".join(f"{name} {number}" for name, number in about.versions.items()),
+                "command": document.command,
+            }
+        )
+    for row in study.rows:
+        made = row.source
+        found.checkpoints.append(
+            {
+                "name": row.label,
+                "fingerprint": row.fingerprint or "",
+                "revision": row.revision or "",
+                "recipe": row.recipe or "",
+                "dialect": row.dialect or "",
+                "source": " at ".join(part for part in (made.name, made.revision) if part) if made else "",
+                "source_fingerprint": (made.fingerprint or "") if made else "",
+                "dtype": row.dtype or "",
+            }
+        )
+        if made and row.recipe and row.dialect:
+            words = ["halfbyte", "quantize", made.name, row.name, "--recipe", row.recipe, "--dialect", row.dialect]
+            found.commands.append(shlex.join([*words, *(["--revision", made.revision] if made.revision else [])]))
+    found.commands = list(dict.fromkeys([*found.commands, *(run["command"] for run in found.runs)]))
+    return found
