@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -162,6 +163,23 @@ def test_a_finished_calibration_is_not_run_again(tmp_path: Path, demo_text: str)
     collect_statistics(MODEL, tmp_path / "s", [demo_text], 2, LENGTH)
     collect_statistics(MODEL, tmp_path / "s", [demo_text], 2, LENGTH, progress=lambda *args: calls.append(args))
     assert calls == []
+
+
+def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "What is a tuple?"}, {"from": "gpt", "value": "A sequence that stays as it is."}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"conversations": talk}] * 20))
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    drawn = make_samples([tmp_path / "chat.json"], tokenizer, 2, 16)
+    assert tokenizer.decode(drawn.tokens[0]).startswith("user: What is a tuple?")
+
+
+def test_conversations_without_a_chat_template_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat.json").write_text("[]")
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = None
+    with pytest.raises(HalfbyteError, match="no chat template"):
+        make_samples([tmp_path / "chat.json"], tokenizer, 2, 16)
 
 
 def test_a_text_without_one_whole_sample_is_refused(tmp_path: Path) -> None:

@@ -53,9 +53,9 @@ def make_samples(texts: Sequence[str | Path], tokenizer: Any, count: int, length
 
 
 def _conversations(path: Path, tokenizer: Any) -> list[int]:
-    from halfbyte.evaluate.conversations import read_conversations
+    from halfbyte.evaluate.conversations import read_conversations, render
 
-    found: list[int] = []
-    for messages in read_conversations(path):
-        found += tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    return found
+    if not getattr(tokenizer, "chat_template", None):
+        raise HalfbyteError(f"the tokenizer has no chat template, so {path} cannot be spelled; pass a text")
+    found = (render(messages, tokenizer) for messages in read_conversations(path) if messages)
+    return [token for ids in found if ids for token in ids]

@@ -76,7 +76,7 @@ def conversations_of(path: str | Path, tokenizer: Any, dtype: str, count: int = 
     for messages in read_conversations(path):
         if len(cut) == count:
             break
-        ids = None if messages is None else _render(messages, tokenizer)
+        ids = None if messages is None else render(messages, tokenizer)
         if messages is None or ids is None:
             skipped[FOREIGN if messages is None else REFUSED] += 1
         elif len(ids) < length:
@@ -103,7 +103,8 @@ def conversations_of(path: str | Path, tokenizer: Any, dtype: str, count: int = 
     return Passage(tokens, cut, about)
 
 
-def _render(messages: Messages, tokenizer: Any) -> list[int] | None:
+def render(messages: Messages, tokenizer: Any) -> list[int] | None:
+    """A conversation as the chat template spells it, in tokens; None where the template refuses it."""
     from jinja2.exceptions import TemplateError
 
     try:
