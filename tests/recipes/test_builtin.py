@@ -47,6 +47,15 @@ def test_a_builtin_names_formats_and_searches_that_go_together(name: str) -> Non
             get_search(rule.search, get_format(rule.format))
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("nvfp4-gptq", "in_loop"), ("mixfp4-gptq", "in_loop"), ("int4-gptq", "in_loop"), ("mxfp4-gptq", "static")],
+)
+def test_gptq_chooses_scales_when_it_measured_best_for_the_format(name: str, mode: str) -> None:
+    (rule,) = load_recipe(name).rules
+    assert (rule.method, rule.mode, rule.order, rule.damping) == ("gptq", mode, "act", 0.01)
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_a_builtin_applies_to_the_mixture_of_experts(name: str, qwen36: list[Weight]) -> None:
     assert any(d.action == "quantize" for d in resolve(load_recipe(name), qwen36))
