@@ -119,7 +119,8 @@ def _check_finite(tensor: QuantizedTensor, name: str) -> None:
     fmt = tensor.format
     if isinstance(fmt, BlockFormat):
         found = [fmt.split_scales(tensor.scales)[0], tensor.tensor_scale, tensor.divisor]
-        broken = fmt.bits == 8 and bool(((tensor.codes & 0x7F) == 0x7F).any())
+        # E4M3 has NaN, signed bytes have not
+        broken = bool(np.isnan(fmt.tables[0].array).any() and ((tensor.codes & 0x7F) == 0x7F).any())
         broken |= tensor.divisor is not None and not tensor.divisor.all()
     else:
         found, broken = [tensor.decode()], False
