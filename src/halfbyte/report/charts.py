@@ -7,6 +7,7 @@ Data have names; the page holds them once. ``CHECKPOINT`` and ``TABLE`` are para
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import altair as alt
@@ -17,12 +18,14 @@ ROW = 22
 """Height of a row of a chart with names on its left, in pixels."""
 
 Spec = dict[str, Any]
+Ends = tuple[float, float]
+"""The least and the largest value of what an axis or a colour shows."""
 
 
-def sizes(data: str, count: int, floor: float | None) -> Spec:
+def sizes(data: str, ends: Ends, floor: float | None) -> Spec:
     """Bytes against divergence, with intervals and the frontier."""
     x = alt.X("bytes:Q", title="Size of all tensors", scale=alt.Scale(zero=False, padding=28), axis=_bytes_axis())
-    y = alt.Y("kl:Q", title="KL divergence, nats per token", scale=alt.Scale(type="log", padding=14), axis=_log_axis())
+    y = alt.Y("kl:Q", title="KL divergence, nats per token", scale=_log(14), axis=_log_axis(ends))
     tooltip = [
         _tip("checkpoint:N", "checkpoint"),
         _tip("bytes:Q", "bytes", ","),
@@ -39,19 +42,19 @@ def sizes(data: str, count: int, floor: float | None) -> Spec:
     bars = bars.encode(y=alt.Y("low:Q", title=None), y2="high:Q")
     colour = alt.condition("datum.frontier", alt.value(ACCENT), alt.value(MUTED))
     points = base.mark_point(filled=True, size=70, opacity=1).encode(color=colour, tooltip=tooltip)
-    label = {"align": "left", "dx": 8, "dy": -8, "fontSize": 11, "limit": 170}
-    names = (base if count <= 10 else best).mark_text(**label).encode(text="checkpoint:N", color=colour)
+    label = {"align": "left", "dx": 7, "dy": -9, "fontSize": 11, "fontWeight": 500, "limit": 170}
+    names = best.mark_text(**label).encode(text="checkpoint:N", color=alt.value(ACCENT))
     layers: list[Any] = [line, bars, points, names]
     if floor:
         layers.insert(0, alt.Chart(alt.InlineData([{"floor": floor}])).mark_rule(strokeDash=[4, 4], color=MUTED).encode(y="floor:Q"))  # fmt: skip
     return _finish(alt.layer(*layers), 380, "Size of each checkpoint against its KL divergence from the source")
 
 
-def percentiles(data: str, count: int) -> Spec:
+def percentiles(data: str, ends: Ends, count: int) -> Spec:
     """Median, mean, 90th and 99th percentile of the divergence per token."""
     order = alt.SortField("order")
-    y = alt.Y("checkpoint:N", title=None, sort=order, axis=alt.Axis(grid=True, labelLimit=190))
-    x = alt.X("kl:Q", title="KL divergence of a token, nats", scale=alt.Scale(type="log"), axis=_log_axis(grid=False))
+    y = alt.Y("checkpoint:N", title=None, sort=order, axis=alt.Axis(grid=True, labelLimit=_room(190)))
+    x = alt.X("kl:Q", title="KL divergence of a token, nats", scale=_log(10), axis=_log_axis(ends))
     base = alt.Chart(alt.NamedData(data)).encode(y=y)
     reach = base.mark_rule(color=LINE, strokeWidth=2).encode(x=alt.X("min(kl):Q"), x2="max(kl):Q")
     kinds = ["median", "mean", "90th percentile", "99th percentile"]
@@ -64,26 +67,26 @@ def percentiles(data: str, count: int) -> Spec:
     return _finish(alt.layer(reach, points), ROW * count, "Percentiles of the KL divergence per token, by checkpoint")
 
 
-def spread(data: str, count: int) -> Spec:
+def spread(data: str, ends: Ends, count: int) -> Spec:
     """relMSE of all weights, a tick each."""
-    y = alt.Y("checkpoint:N", title=None, sort=alt.EncodingSortField("relmse", op="mean"), axis=alt.Axis(grid=True, labelLimit=190))
-    x = alt.X("relmse:Q", title="Relative squared error of a weight", scale=alt.Scale(type="log"), axis=_log_axis(grid=False))  # fmt: skip
+    y = alt.Y("checkpoint:N", title=None, sort=alt.EncodingSortField("relmse", op="mean"), axis=alt.Axis(grid=True, labelLimit=_room(190)))
+    x = alt.X("relmse:Q", title="Relative squared error of a weight", scale=_log(10), axis=_log_axis(ends))  # fmt: skip
     chart = alt.Chart(alt.NamedData(data)).mark_tick(color=ACCENT, thickness=2, height=12, opacity=0.55)
     chart = chart.encode(x=x, y=y, tooltip=[_tip("checkpoint:N", "checkpoint"), *_cell_tips()])
     return _finish(chart, ROW * count, "Relative squared error of every weight, by checkpoint")
 
 
-def heat_map(data: str, roles: int, domain: tuple[float, float]) -> Spec:
+def heat_map(data: str, ends: Ends, roles: int) -> Spec:
     """relMSE by layer and role of the checkpoint that is shown; the colours mean the same for each."""
-    scale = alt.Scale(type="log", scheme="viridis", domain=list(domain), reverse=False)
-    colour = alt.Color("relmse:Q", title="relative squared error", scale=scale, legend=_gradient(".0e"))
+    scale = alt.Scale(type="log", scheme="viridis", domain=list(ends))
+    colour = alt.Color("relmse:Q", title="relative squared error", scale=scale, legend=_gradient("~g", log_ticks(ends)))
     chart = _map(data, [CHECKPOINT], alt.Chart(alt.NamedData(data)).mark_rect(), colour, _cell_tips())
     return _finish(chart, ROW * roles, "Relative squared error by layer and role")
 
 
-def block_types(data: str, roles: int) -> Spec:
+def block_types(data: str, ends: Ends, roles: int) -> Spec:
     """Share of blocks that chose a table, by layer and role."""
-    scale = alt.Scale(scheme="cividis", domain=[0, 1])
+    scale = alt.Scale(scheme="cividis", domain=list(ends))
     colour = alt.Color("share:Q", title="share of blocks", scale=scale, legend=_gradient(".0%"))
     tips = [_tip("role:N", "role"), _tip("layer:N", "layer"), _tip("table:N", "table"), _tip("share:Q", "blocks", ".1%")]
     chart = _map(data, [CHECKPOINT, TABLE], alt.Chart(alt.NamedData(data)).mark_rect(), colour, tips)
@@ -92,14 +95,16 @@ def block_types(data: str, roles: int) -> Spec:
 
 def scales(data: str) -> Spec:
     """Histogram of block scales of the checkpoint that is shown."""
-    x = alt.X("scale:Q", title="Stored block scale", scale=alt.Scale(type="log", base=2), axis=_log_axis(grid=False, format="~g"))
+    x = alt.X("scale:Q", title="Stored block scale", scale=alt.Scale(type="log", base=2, nice=False), axis=alt.Axis(grid=False, format=".2~g", labelOverlap=True, tickCount=8))
     y = alt.Y("share:Q", title="Share of blocks", axis=alt.Axis(format=".0%"))
     colours = ["var(--accent)", "var(--second)", "var(--third)", "var(--muted)"]
-    chart = _shown(alt.Chart(alt.NamedData(data)), CHECKPOINT).mark_bar(opacity=0.8, stroke="var(--paper)", strokeWidth=0.5)
+    chart = _shown(alt.Chart(alt.NamedData(data)), CHECKPOINT).transform_calculate(ground="0")
+    chart = chart.mark_rect(opacity=0.75, stroke="var(--paper)", strokeWidth=0.5)
     chart = chart.encode(
         x=x,
         x2="end:Q",
-        y=y.stack(None),
+        y=y,
+        y2="ground:Q",
         color=alt.Color("format:N", title=None, scale=alt.Scale(range=colours), legend=_legend()),
         tooltip=[_tip("format:N", "format"), _tip("scale:Q", "scale", ".4~g"), _tip("share:Q", "blocks", ".2%"), _tip("zero:Q", "zero scales", ".2%")],
     )  # fmt: skip
@@ -108,18 +113,18 @@ def scales(data: str) -> Spec:
 
 def sensitivity(data: str, count: int) -> Spec:
     """Divergence that each group causes alone."""
-    y = alt.Y("group:N", title=None, sort="-x", axis=alt.Axis(labelLimit=260))
+    y = alt.Y("group:N", title=None, sort="-x", axis=alt.Axis(labelLimit=_room(260)))
     x = alt.X("kl:Q", title="KL divergence when this group alone is quantized, nats per token", axis=alt.Axis(format="~g", tickCount=5))
-    tips = [_tip("group:N", "group"), _tip("roles:N", "roles"), _tip("format:N", "format"), _tip("kl:Q", "KL mean", ".3g")]
+    tips = [_tip("name:N", "group"), _tip("roles:N", "roles"), _tip("format:N", "format"), _tip("kl:Q", "KL mean", ".3g")]
     tips += [_tip("saved:Q", "bytes saved", ","), _tip("relmse:Q", "relative squared error", ".3g")]
     chart = alt.Chart(alt.NamedData(data)).mark_bar(color=ACCENT, cornerRadiusEnd=1).encode(x=x, y=y, tooltip=tips)
     return _finish(chart, ROW * count, "KL divergence by group of weights")
 
 
-def frontier(data: str) -> Spec:
+def frontier(data: str, ends: Ends) -> Spec:
     """Predicted loss by size, and what was chosen."""
     x = alt.X("bytes:Q", title="Size of all tensors", scale=alt.Scale(zero=False, padding=12), axis=_bytes_axis())
-    y = alt.Y("loss:Q", title="Predicted loss", scale=alt.Scale(type="log"), axis=_log_axis())
+    y = alt.Y("loss:Q", title="Predicted loss", scale=_log(10), axis=_log_axis(ends))
     tips = [_tip("bytes:Q", "bytes", ","), _tip("loss:Q", "predicted loss", ".3g")]
     base = alt.Chart(alt.NamedData(data)).encode(x=x, y=y, tooltip=tips)
     line = base.transform_filter("!datum.chosen").mark_line(color=ACCENT, point=alt.OverlayMarkDef(color=ACCENT, size=20))
@@ -129,9 +134,9 @@ def frontier(data: str) -> Spec:
 
 def _map(data: str, parameters: list[str], chart: Any, colour: Any, tips: list[alt.Tooltip]) -> Any:
     layer = alt.X("layer:O", title="Layer", sort=alt.EncodingSortField("at", op="min"), axis=alt.Axis(labelAngle=0, labelOverlap=True))
-    role = alt.Y("role:N", title=None, sort=None, axis=alt.Axis(labelLimit=190))
+    role = alt.Y("role:N", title=None, sort=None, axis=alt.Axis(labelLimit=_room(190)))
     return _shown(chart, *parameters).transform_calculate(
-        at=f"datum.layer == '–' ? -1 : toNumber(datum.layer)"
+        at="datum.layer == '–' ? -1 : toNumber(datum.layer)"
     ).encode(x=layer, y=role, color=colour, tooltip=tips)  # fmt: skip
 
 
@@ -161,15 +166,33 @@ def _tip(field: str, title: str, form: str | None = None) -> alt.Tooltip:
 
 
 def _legend() -> alt.Legend:
-    return alt.Legend(orient="top", title=None, direction="horizontal", columns=0)
+    return alt.Legend(orient="top", title=None, direction="horizontal", columns=alt.ExprRef("containerSize()[0] < 420 ? 2 : 4"))
 
 
-def _gradient(form: str) -> alt.Legend:
-    return alt.Legend(orient="top", direction="horizontal", gradientLength=180, gradientThickness=8, format=form)
+def _gradient(form: str, values: list[float] | None = None) -> alt.Legend:
+    ticks = {"values": values} if values else {}
+    return alt.Legend(orient="top", direction="horizontal", gradientLength=180, gradientThickness=8, format=form, **ticks)
 
 
-def _log_axis(grid: bool = True, format: str = "~g") -> alt.Axis:
-    return alt.Axis(grid=grid, tickCount=5, format=format, labelOverlap=True)
+def _room(pixels: int) -> Any:
+    """Space for names on the left, less of it on a phone."""
+    return alt.ExprRef(f"containerSize()[0] < 420 ? {pixels // 2} : {pixels}")
+
+
+def log_ticks(ends: Ends) -> list[float]:
+    """1, 2, 5, 10, ... between two positive numbers; powers of ten alone where these are many."""
+    low, high = (math.log10(end) for end in ends)
+    steps = (1, 2, 5) if high - low < 1.7 else (1,)
+    found = [float(f"{step}e{power}") for power in range(math.floor(low) - 1, math.ceil(high) + 1) for step in steps]
+    return [tick for tick in found if ends[0] / 1.5 <= tick <= ends[1] * 1.5]
+
+
+def _log(padding: int) -> alt.Scale:
+    return alt.Scale(type="log", nice=False, padding=padding)
+
+
+def _log_axis(ends: Ends) -> alt.Axis:
+    return alt.Axis(values=log_ticks(ends), format="~g", labelOverlap=True)
 
 
 def _bytes_axis() -> alt.Axis:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,12 +10,14 @@ from halfbyte.report.schema import Allocation, Errors, Row, Sensitivity, WeightE
 from halfbyte.report.studies import Study
 
 Records = list[dict[str, Any]]
+CLOSE = 0.005
+"""Sizes that differ by no more are the same: a scale per channel or tensor decides nothing."""
 OUTSIDE = "–"
 """Stands for the layer of weights that are in none."""
 
 
 def sizes(study: Study) -> Records:
-    """A checkpoint's bytes and divergence; ``frontier``: no other one is both smaller and nearer to the source."""
+    """A checkpoint's bytes and divergence; ``frontier``: no other one of about that size is nearer to the source."""
     found = [
         {
             "checkpoint": row.label,
@@ -28,10 +31,9 @@ def sizes(study: Study) -> Records:
         for row in study.quantized
         if row.bytes and row.kl is not None and row.kl.mean > 0
     ]
-    least = float("inf")
-    for record in sorted(found, key=lambda r: (r["bytes"], r["kl"])):
-        record["frontier"] = record["kl"] < least
-        least = min(least, record["kl"])
+    for record in found:
+        rivals = (r["kl"] for r in found if r is not record and r["bytes"] <= record["bytes"] * (1 + CLOSE))
+        record["frontier"] = record["kl"] < min(rivals, default=float("inf"))
     return found
 
 
@@ -101,10 +103,14 @@ def scales(study: Study) -> Records:
 
 def sensitivity(document: Sensitivity) -> Records:
     """Divergence by group, the worst first; the whole recipe has the group ``all``."""
-    ordered = sorted(document.groups, key=lambda g: -g.kl.mean)
+    ordered = [g for g in sorted(document.groups, key=lambda g: -g.kl.mean) if g.group != "all"]
+    # what all names begin with says nothing
+    shared = os.path.commonprefix([g.group for g in ordered])
+    prefix = shared[: shared.rfind(".") + 1]
     return [
         {
-            "group": g.group,
+            "group": g.group.removeprefix(prefix).removesuffix(".weight"),
+            "name": g.group,
             "roles": ", ".join(g.roles),
             "format": g.format,
             "kl": g.kl.mean,
@@ -112,7 +118,6 @@ def sensitivity(document: Sensitivity) -> Records:
             "relmse": g.relmse,
         }
         for g in ordered
-        if g.group != "all"
     ]
 
 

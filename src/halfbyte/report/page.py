@@ -18,6 +18,8 @@ from halfbyte.report.text import nats, size
 
 MAX_GROUPS = 40
 """Bars in the chart of sensitivity: the worst groups."""
+NARROW = 12
+"""Layers of a map that takes half of the page's width."""
 
 
 @dataclass
@@ -58,6 +60,7 @@ def render(studies: Sequence[Study]) -> str:
             "lines": lines(study) if study.rows else [],
             "figures": _figures(study, f"s{number}", data),
             "facts": _facts(study),
+            "shown": _first_shown(study),
             "notes": _notes(study),
             "provenance": provenance(study),
         }
@@ -92,17 +95,17 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
     name = f"{prefix}-{{}}".format
     if sizes := datasets.sizes(study):
         floor = study.noise_floor.kl.mean if study.noise_floor and study.noise_floor.kl else None
-        caption = "Bars: 95 % intervals. The line joins checkpoints than which no other is both smaller and nearer."
+        caption = "Bars: 95 % intervals. The line joins those than which no other is nearer at that size, give or take 0.5 %."
         caption += " Dashed: the noise floor." if floor else ""
-        add("sizes", sizes, "Size and quality", caption, charts.sizes(name("sizes"), len(sizes), floor))
+        add("sizes", sizes, "Size and quality", caption, charts.sizes(name("sizes"), _range(sizes, "kl", floor), floor))
     if shares := datasets.percentiles(study):
         many = len({r["checkpoint"] for r in shares})
         caption = "Most tokens are predicted almost alike; the tail shows what a mean hides."
-        add("kl", shares, "Divergence per token", caption, charts.percentiles(name("kl"), many), wide=False)
+        add("kl", shares, "Divergence per token", caption, charts.percentiles(name("kl"), _range(shares, "kl"), many), wide=False)
     if errors := datasets.weights(study):
         many = len({r["checkpoint"] for r in errors})
         caption = "Squared error / sum of squares; a mark per role and layer."
-        add("spread", errors, "Errors of weights", caption, charts.spread(name("spread"), many), wide=False)
+        add("spread", errors, "Errors of weights", caption, charts.spread(name("spread"), _range(errors, "relmse"), many), wide=False)
         add_maps(study, errors, name, add)
     if histograms := datasets.scales(study):
         shown = list(dict.fromkeys(r["checkpoint"] for r in histograms))
@@ -120,27 +123,42 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
     for number, allocation in enumerate(study.allocations):
         key = f"frontier{number}"
         caption = f"Ring: {allocation.recipe}. Losses are predictions, not measurements."
-        add(key, datasets.frontier(allocation), "Allocation", caption, charts.frontier(name(key)))
+        points = datasets.frontier(allocation)
+        add(key, points, "Allocation", caption, charts.frontier(name(key), _range(points, "loss")))
     return found
 
 
 def add_maps(study: Study, errors: datasets.Records, name: Any, add: Any) -> None:
     """Layer x role: errors, and the tables that blocks chose."""
     checkpoints = list(dict.fromkeys(r["checkpoint"] for r in errors))
-    domain = min(r["relmse"] for r in errors), max(r["relmse"] for r in errors)
     roles = len({r["role"] for r in errors})
+    chosen = datasets.tables(study)
+    # few layers: both maps fit side by side
+    wide = not chosen or len({r["layer"] for r in errors}) > NARROW
     menu = (charts.CHECKPOINT, "Checkpoint", checkpoints)
     caption = "Relative squared error; the colours mean the same for every checkpoint."
-    spec = charts.heat_map(name("errors"), roles, domain)
-    add("errors", errors, "Errors by layer and role", caption, spec, menus=[menu])
-    if chosen := datasets.tables(study):
+    spec = charts.heat_map(name("errors"), _range(errors, "relmse"), roles)
+    add("errors", errors, "Errors by layer and role", caption, spec, menus=[menu], wide=wide)
+    if chosen:
         menus = [
             (charts.CHECKPOINT, "Checkpoint", list(dict.fromkeys(r["checkpoint"] for r in chosen))),
             (charts.TABLE, "Table", list(dict.fromkeys(r["table"] for r in chosen))),
         ]
-        spec = charts.block_types(name("tables"), len({r["role"] for r in chosen}))
+        spec = charts.block_types(name("tables"), _range(chosen, "share"), len({r["role"] for r in chosen}))
         caption = "Share of the blocks for which this table has the least error."
-        add("tables", chosen, "Block types by layer and role", caption, spec, menus=menus)
+        add("tables", chosen, "Block types by layer and role", caption, spec, menus=menus, wide=wide)
+
+
+def _range(records: datasets.Records, key: str, *more: float | None) -> charts.Ends:
+    values = [*(record[key] for record in records), *(value for value in more if value)]
+    return min(values), max(values)
+
+
+def _first_shown(study: Study) -> str:
+    """Of the smallest checkpoints (up to a tenth larger than the least) the nearest to the source."""
+    measured = [(row.bytes, row.kl.mean, row.label) for row in study.quantized if row.bytes and row.kl]
+    least = min((size for size, _, _ in measured), default=0)
+    return min(((kl, name) for size, kl, name in measured if size <= 1.1 * least), default=(0.0, ""))[1]
 
 
 def _facts(study: Study) -> list[tuple[str, str, str]]:

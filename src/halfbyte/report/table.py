@@ -49,8 +49,9 @@ def columns(study: Study) -> list[Column]:
     found = [
         Column("Checkpoint", "Name of the folder; below it recipe and dialect", number=False),
         Column("Format", "How quantized weights are stored", number=False),
-        Column("Size", "Bytes of all tensors; below it what is part of them"),
-        Column("Bits", "8 × bytes of all tensors / number of weights"),
+        Column("Size", "Bytes of all tensors"),
+        Column("Bits", "Bits per weight: 8 × bytes of all tensors / number of weights"),
+        Column("Size contains", "What is part of the size beside the layers, and how it is stored", number=False),
     ]
     if any(row.errors for row in rows):
         found.append(Column("relMSE", "Squared error of the quantized weights / their squared sum"))
@@ -71,7 +72,7 @@ def lines(study: Study) -> list[Line]:
     found = []
     for row in study.rows:
         is_source = row is study.source
-        cells = [_name(row, is_source), Cell(storage(row), order=storage(row)), _size(row), _bits(row)]
+        cells = [_name(row, is_source), Cell(storage(row), order=storage(row)), _size(row), _bits(row), _contains(row)]
         if "relMSE" in names:
             relmse = row.errors.total.relmse if row.errors else None
             cells.append(Cell("" if relmse is None else f"{relmse:.5f}", order=relmse))
@@ -93,7 +94,11 @@ def _name(row: Row, is_source: bool) -> Cell:
 
 
 def _size(row: Row) -> Cell:
-    return Cell("" if row.bytes is None else size(row.bytes), " · ".join(includes(row)), row.bytes)
+    return Cell("" if row.bytes is None else size(row.bytes), order=row.bytes)
+
+
+def _contains(row: Row) -> Cell:
+    return Cell("", below=", ".join(includes(row)), order=", ".join(includes(row)))
 
 
 def _bits(row: Row) -> Cell:
@@ -120,14 +125,18 @@ def _perplexity(row: Row) -> Cell:
     ratio = row.perplexity_ratio
     if ratio is None:
         return Cell(f"{row.perplexity:.3f}", order=row.perplexity)
-    change = f"{ratio.value - 1:+.2%}"
+    change = _signed(ratio.value - 1)
     if ratio.ci is None:
         return Cell(f"{row.perplexity:.3f}", change, row.perplexity)
     low, high = ratio.ci
     note = ""
     if low <= 1 <= high:
-        note = f"The perplexity of {row.label} is not distinguishable from the source's ({low - 1:+.2%} to {high - 1:+.2%})."
-    return Cell(f"{row.perplexity:.3f}", f"{change} ({low - 1:+.2%} – {high - 1:+.2%})", row.perplexity, note=note)
+        note = f"The perplexity of {row.label} is not distinguishable from the source's ({_signed(low - 1)} to {_signed(high - 1)})."
+    return Cell(f"{row.perplexity:.3f}", f"{change}, {_signed(low - 1)} to {_signed(high - 1)}", row.perplexity, note=note)
+
+
+def _signed(share: float) -> str:
+    return f"{share:+.2%}".replace("-", "−")
 
 
 def _task(study: Study, row: Row, name: str) -> Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from halfbyte.report.schema import Interval, Row
@@ -10,10 +11,10 @@ TASK_NAMES = {"mmlu_pro": "MMLU-Pro"}
 
 
 def size(count: float) -> str:
-    """``4.13 GB``: decimal units, three digits."""
+    """``4.10 GB``: decimal units, three digits, zeros too, so that columns line up."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 999.5:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{f'{count:#.3g}'.rstrip('.')} {unit}"
         count /= 1000
     return f"{count:,.2f} TB"
 
@@ -24,8 +25,10 @@ def task_name(name: str) -> str:
 
 
 def nats(value: float) -> str:
-    """A divergence: five decimals, more where they would all be zero."""
-    return "0" if value == 0 else f"{value:.5f}" if abs(value) >= 0.0005 else f"{value:.2e}"
+    """A divergence: five decimals, or three digits where that says more."""
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:.5f}" if value else "0"
+    return f"{value:.{2 - math.floor(math.log10(abs(value)))}f}" if abs(value) >= 1e-6 else f"{value:.2e}"
 
 
 def between(interval: Interval | None, spec: str = "") -> str:

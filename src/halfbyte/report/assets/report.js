@@ -71,6 +71,16 @@
     });
   }
 
+  // ---- menus: a checkpoint that is chosen for one chart is chosen for all that have it
+  const follow = (menu) => {
+    for (const other of menu.closest(".study").querySelectorAll(`select[data-parameter="${menu.dataset.parameter}"]`)) {
+      if (other.value === menu.value || ![...other.options].some((option) => option.value === menu.value)) continue;
+      other.value = menu.value;
+      other.dispatchEvent(new Event("change")); // does not bubble, so that it ends here
+    }
+  };
+  document.addEventListener("change", (event) => { if (event.target.matches("select")) follow(event.target); });
+
   // ---- charts
   const unpack = async (packed) => {
     const bytes = Uint8Array.from(atob(packed), (c) => c.charCodeAt(0));
