@@ -21,7 +21,7 @@ from halfbyte.folding import FOLDS, layout
 from halfbyte.formats import get_format
 from halfbyte.models import Weight
 from halfbyte.models.folds import FoldGroup
-from halfbyte.quantized import REQUANTIZED, claim, misfit, respelled, settle_input_scales, shares_scale
+from halfbyte.quantized import REQUANTIZED, claim, misfit, obstacle, respelled, settle_input_scales, shares_scale
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.search import get_search
 from halfbyte.shards import Item, Shard, make_index, make_shards
@@ -310,7 +310,7 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
     elif source is dialect:
         copied = [(tensors[o.name], o.expert) for o in checkpoint.stored(weight)]
     else:
-        problem = dialect.problem(weight, before)
+        problem = obstacle(weight, before, source, dialect)
         if problem:
             raise PlanError(
                 f"{weight.name} is {before.name} in the source and kept by the recipe, but {problem}, "

@@ -6,6 +6,7 @@ import re
 
 from halfbyte.dialects import Dialect
 from halfbyte.errors import PlanError
+from halfbyte.quantized import obstacle
 from halfbyte.recipes import Recipe, parse_recipe
 from halfbyte.recipes.recipe import Rule
 from halfbyte.view import Checkpoint
@@ -27,8 +28,14 @@ def recipe_for(
             f"{checkpoint.inventory.source} holds no quantized weights, so there is nothing to convert; use "
             "`halfbyte quantize`"
         )
+    source = checkpoint.dialect
     upright = [w.upright() for w in checkpoint.weights if w.name in checkpoint.formats]
-    problems = {w.name: problem for w in upright if (problem := dialect.problem(w, checkpoint.formats[w.name]))}
+    problems = {
+        w.name: problem
+        for w in upright
+        # in its own dialect a checkpoint is copied
+        if source.name != dialect.name and (problem := obstacle(w, checkpoint.formats[w.name], source, dialect))
+    }
     recipe = parse_recipe(f"name: {NAME}\nrules: [{{match: all, keep: true, reason: as in the source}}]", NAME)
     if not problems:
         return recipe
@@ -38,7 +45,8 @@ def recipe_for(
         held = sorted({checkpoint.formats[name].name for name in names})
         raise PlanError(
             f"the dialect {dialect.name} cannot hold {', '.join(names[:_SHOWN])}{more} ({', '.join(held)}): "
-            f"{problems[names[0]]}; choose another dialect, or requantize them, with a new error (--requantize FORMAT)"
+            f"{problems[names[0]].split(';')[0]}; choose another dialect, or requantize them, with a new error "
+            "(--requantize FORMAT)"
         )
     lossy = Rule(
         match=tuple(f"re:^{re.escape(name)}$" for name in problems),
