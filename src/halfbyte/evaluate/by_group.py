@@ -23,8 +23,9 @@ import torch
 from halfbyte.checkpoint import Reader, nbytes
 from halfbyte.convert import convert
 from halfbyte.errors import OutputError, PlanError
+from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.evaluate.forward import reference_key, score, store_reference
-from halfbyte.evaluate.models import check_length, content_hash, opened
+from halfbyte.evaluate.models import check_length, opened
 from halfbyte.evaluate.placement import places
 from halfbyte.evaluate.reference import Cache, Reference
 from halfbyte.evaluate.text import Passage, passage_of

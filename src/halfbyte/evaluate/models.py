@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from halfbyte.dialects.base import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.runtime.loading import load
 from halfbyte.view import Checkpoint
-
-_PIECE = 16 << 20
 
 
 @contextlib.contextmanager
@@ -79,21 +76,3 @@ def check_length(model: Any, path: str | Path, length: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and length > positions:
         raise HalfbyteError(f"{path} has {positions} positions, so windows of {length} tokens are too long for it")
-
-
-def content_hash(checkpoint: Checkpoint) -> str:
-    """SHA-256 over config.json and the contents of all weight files, in the order of their names."""
-    root = checkpoint.inventory.root
-    if root is None:
-        raise CheckpointError(f"{checkpoint.inventory.source} is an inventory without weights, so nothing can be run")
-    total = hashlib.sha256()
-    buffer = memoryview(bytearray(_PIECE))
-    for name in sorted({*checkpoint.inventory.files, "config.json"}):
-        if name == "config.json" and not (root / name).exists():
-            continue
-        digest = hashlib.sha256()
-        with (root / name).open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-        total.update(f"{name}\0{digest.hexdigest()}\n".encode())
-    return total.hexdigest()

@@ -16,8 +16,9 @@ import torch
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import conversations as chat
 from halfbyte.evaluate.divergence import TokenScores
+from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.evaluate.forward import reference_key, score, store_reference
-from halfbyte.evaluate.models import check_length, content_hash, loaded_by, opened, vocabulary
+from halfbyte.evaluate.models import check_length, loaded_by, opened, vocabulary
 from halfbyte.evaluate.reference import Cache, Reference
 from halfbyte.evaluate.results import PACKAGES, VERSION, command, describe, distinct_names, environment, now
 from halfbyte.evaluate.settings import Settings
