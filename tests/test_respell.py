@@ -14,6 +14,8 @@ from halfbyte.cli import main
 from halfbyte.demo import MODEL
 from halfbyte.errors import PlanError
 from halfbyte.view import Checkpoint
+from matrix.sources import write
+from small_models import linear, recipe, run
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +82,100 @@ def test_they_can_be_requantized_and_the_error_is_told(
 def test_a_checkpoint_that_is_not_quantized_has_nothing_to_convert(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no quantized weights"):
         halfbyte.convert(MODEL, tmp_path / "out", "modelopt")
+
+
+def refused(out: Path, *argv: object) -> None:
+    """Exit code 2, and not even a folder."""
+    assert main(["convert", *(str(word) for word in argv)]) == 2
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("dialect", ["modelopt", "fp8", "mlx"])
+def test_a_refusal_has_exit_code_2_names_weights_and_ways_out_and_writes_nothing(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dialect: str
+) -> None:
+    refused(tmp_path / "out", made / "mixfp4", tmp_path / "out", "--dialect", dialect)
+    told = capsys.readouterr().err
+    assert (
+        f"the dialect {dialect} cannot hold model.layers.0.linear_attn.in_proj_qkv.weight, " in told
+        and "(mixfp4)" in told
+    )
+    assert "choose another dialect" in told and "--requantize FORMAT" in told
+
+
+def test_gguf_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    run(write(tmp_path / "source", "dense", 32), tmp_path / "gguf", linear("q8_0"), "gguf")
+    refused(tmp_path / "out", tmp_path / "gguf", tmp_path / "out", "--dialect", "fp8")
+    assert "start from the original checkpoint" in capsys.readouterr().err
+
+
+def test_an_unquantized_source_is_sent_to_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(tmp_path / "out", MODEL, tmp_path / "out", "--dialect", "modelopt")
+    assert "use `halfbyte quantize`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fmt", "said"), [("nvfp5", "did you mean nvfp4"), ("mxfp4", "modelopt has no spelling for mxfp4")]
+)
+def test_a_format_that_helps_nothing_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fmt: str, said: str
+) -> None:
+    refused(tmp_path / "out", made / "mixfp4", tmp_path / "out", "--dialect", "modelopt", "--requantize", fmt)
+    assert said in capsys.readouterr().err
+
+
+def test_nvfp4_goes_into_mlx_requantized_only(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """MLX has a tensor scale in experts alone, and stores powers of two."""
+    arguments = [made / "nvfp4", tmp_path / "out", "--dialect", "mlx"]
+    refused(tmp_path / "out", *arguments)
+    assert "in nvfp4_unscaled and not in nvfp4" in capsys.readouterr().err
+    halfbyte.convert(made / "nvfp4", tmp_path / "out", "mlx", requantize="nvfp4")
+    formats = {weight: fmt.name for weight, fmt in Checkpoint.open(tmp_path / "out").formats.items()}
+    assert {fmt for name, fmt in formats.items() if name.endswith(("gate_up_proj", "down_proj"))} == {"nvfp4"}
+    assert {fmt for name, fmt in formats.items() if ".self_attn." in name} == {"nvfp4_unscaled"}
+
+
+def test_a_scale_that_mlx_cannot_store_is_named_although_its_stacks_have_tensor_scales(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "per expert", 32)
+    rule = {"match": "experts", "format": "nvfp4", "search": "absmax"}
+    run(source, tmp_path / "experts", recipe(rule), "compressed-tensors")
+    with pytest.raises(PlanError, match=r"experts\.gate_up_proj, .* only where they are powers of two"):
+        halfbyte.convert(tmp_path / "experts", tmp_path / "out", "mlx")
+
+
+def test_a_block_that_does_not_fit_the_dialect_is_named(tmp_path: Path) -> None:
+    run(write(tmp_path / "source", "dense", 48), tmp_path / "own", linear("nvfp4_unscaled"), "halfbyte")
+    with pytest.raises(PlanError, match=r"mlx cannot hold .*q_proj\.weight.*K = 48 is not a multiple of 32"):
+        halfbyte.convert(tmp_path / "own", tmp_path / "out", "mlx")
+
+
+def test_a_recipe_that_keeps_such_weights_is_refused_too(tmp_path: Path) -> None:
+    run(write(tmp_path / "source", "dense", 48), tmp_path / "own", linear("nvfp4_unscaled"), "halfbyte")
+    keep = recipe({"match": "all", "keep": True, "reason": "as it is"})
+    with pytest.raises(PlanError, match=r"q_proj\.weight is nvfp4_unscaled in the source and kept by the recipe"):
+        run(tmp_path / "own", tmp_path / "out", keep, "mlx")
+
+
+def test_a_checkpoint_that_is_in_the_dialect_already_has_nothing_to_convert(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="in the dialect compressed-tensors already"):
+        halfbyte.convert(made / "nvfp4", tmp_path / "out", "compressed-tensors")
+
+
+def test_only_what_the_dialect_cannot_hold_is_requantized(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "per expert", 32)
+    rules = [
+        {"match": "attention", "format": "nvfp4", "search": "absmax"},
+        {"match": "experts", "format": "mixfp4", "search": "absmax"},
+    ]
+    run(source, tmp_path / "both", recipe(*rules), "compressed-tensors")
+    done = halfbyte.convert(tmp_path / "both", tmp_path / "out", "modelopt", requantize="nvfp4")
+    errors = {error.name: error.squared_error for error in done.errors}
+    assert all((error > 1e-6) == (".experts." in name) for name, error in errors.items())
+
+
+def test_verify_proves_the_conversion(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["convert", str(made / "mxfp4"), str(tmp_path / "out"), "--dialect", "halfbyte", "--verify", "--json"]
+    assert main(argv) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["verification"]["ok"] and all(entry["lossless"] for entry in told["carried"])

@@ -310,7 +310,7 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
     elif source is dialect:
         copied = [(tensors[o.name], o.expert) for o in checkpoint.stored(weight)]
     else:
-        problem = obstacle(weight, before, source, dialect)
+        problem = obstacle(weight, before, dialect)
         if problem:
             raise PlanError(
                 f"{weight.name} is {before.name} in the source and kept by the recipe, but {problem}, "

@@ -51,15 +51,15 @@ def misfit(weight: Weight, fmt: Format, dialect: Dialect) -> str | None:
     return fmt.problem(weight.shape) or dialect.unfit(weight, fmt)
 
 
-def obstacle(weight: Weight, fmt: Format, source: Dialect, target: Dialect) -> str | None:
-    """Why a weight that a source holds in a format cannot keep its codes and scales in another dialect, or None."""
+def obstacle(weight: Weight, fmt: Format, target: Dialect) -> str | None:
+    """Why a quantized weight of another dialect cannot keep its codes and scales in ``target``, or None."""
     problem = target.problem(weight, fmt)
     if problem:
         return problem
     stands = target.format_for(weight, fmt)
     if stands != fmt:
         return f"its engines read {weight.name} in {stands.name} and not in {fmt.name}"
-    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale and target.power_of_two and source.name != target.name:
+    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale and target.power_of_two:
         return "it stores tensor scales exactly only where they are powers of two, so that the codes must be made anew"
     return misfit(weight, fmt, target)
 

@@ -21,7 +21,7 @@ def recipe_for(
     """The recipe under which a quantized checkpoint keeps every code in ``dialect``.
 
     Weights whose format the dialect cannot spell get the format ``requantize``; without one PlanError names them. It
-    is also raised for a checkpoint that is not quantized.
+    is also raised for a checkpoint that is not quantized, or in this dialect already.
     """
     if checkpoint.dialect is None or not checkpoint.formats:
         raise PlanError(
@@ -29,13 +29,11 @@ def recipe_for(
             "`halfbyte quantize`"
         )
     source = checkpoint.dialect
-    upright = [w.upright() for w in checkpoint.weights if w.name in checkpoint.formats]
-    problems = {
-        w.name: problem
-        for w in upright
-        # in its own dialect a checkpoint is copied
-        if source.name != dialect.name and (problem := obstacle(w, checkpoint.formats[w.name], source, dialect))
-    }
+    if source.name == dialect.name:
+        raise PlanError(f"{checkpoint.inventory.source} is in the dialect {dialect.name} already; copy the folder")
+    # a source that cannot be written in any other form is refused by the plan
+    upright = [w.upright() for w in checkpoint.weights if w.name in checkpoint.formats and not source.standalone]
+    problems = {w.name: said for w in upright if (said := obstacle(w, checkpoint.formats[w.name], dialect))}
     recipe = parse_recipe(f"name: {NAME}\nrules: [{{match: all, keep: true, reason: as in the source}}]", NAME)
     if not problems:
         return recipe
