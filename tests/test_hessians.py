@@ -45,7 +45,7 @@ def _part(weight: Weight, rng: np.random.Generator, starved: bool) -> dict[str, 
     return arrays if len(shape) > 2 else {kind: a[0] for kind, a in arrays.items()}
 
 
-def _statistics(folder: Path, starved: bool = True, hessians: bool = True) -> Path:
+def _statistics(folder: Path, starved: bool = True, hessians: bool = True, pooled: bool = False) -> Path:
     """Statistics of the demo model's linear layers over invented inputs."""
     rng = np.random.default_rng(0)
     checkpoint = Checkpoint.open(MODEL)
@@ -54,6 +54,8 @@ def _statistics(folder: Path, starved: bool = True, hessians: bool = True) -> Pa
     for weight in (w for w in chosen if w.role.split(".")[0] in ("attention", "linear_attention", "experts", "mlp")):
         if weight.role not in ("linear_attention.conv", "linear_attention.a", "linear_attention.b"):
             part.arrays[weight.name] = _part(weight, rng, starved)
+            if pooled and len(weight.shape) > 2:
+                part.arrays[weight.name]["hessian"] = part.arrays[weight.name]["hessian"].sum(0)
             if not hessians:
                 del part.arrays[weight.name]["hessian"]
     folder.mkdir()
@@ -130,6 +132,14 @@ def test_experts_with_few_tokens_are_rounded_to_nearest_and_reported(statistics:
         array = source.read(reader, weight, 1, 2)
     expected = halfbyte.encode(array, "nvfp4", "sweep", importance)
     np.testing.assert_array_equal(mine.codes, expected.codes)
+
+
+def test_experts_that_share_a_hessian_all_use_it(tmp_path: Path) -> None:
+    folder = _statistics(tmp_path / "s", pooled=True)
+    plan = halfbyte.plan(MODEL, NVFP4, importance=folder)
+    assert plan.weighting is not None and not plan.weighting.starved and len(plan.weighting.rounded) == 33
+    halfbyte.quantize(plan, tmp_path / "out")
+    assert halfbyte.verify(tmp_path / "out", MODEL).ok
 
 
 def test_a_gptq_recipe_without_calibration_is_refused() -> None:

@@ -24,7 +24,7 @@ _TENSOR_BYTES = 1500
 # the reference encoder's FP32 copies, blocks and codes, per weight
 _REFERENCE_BYTES = 20
 # a Hessian in FP32, its factors in FP64 while they are found, and what is kept of them; per column squared
-_HESSIAN_BYTES = 60
+_HESSIAN_BYTES = 48
 
 
 def cores() -> int:

@@ -47,9 +47,12 @@ class Calibration:
 
     def tokens(self, weight: str) -> NDArray[np.int64] | None:
         """How many tokens a weight's Hessian was summed over, [] or [E]; None where there is no Hessian."""
-        if self.statistics is None or self.statistics.array(weight, "hessian") is None:
+        sums = self.statistics.array(weight, "hessian") if self.statistics else None
+        if self.statistics is None or sums is None:
             return None
-        return self.statistics.array(weight, "count")
+        count = self.statistics.array(weight, "count")
+        # experts that share one Hessian have all their tokens in it
+        return count if count is None or sums.ndim > 2 else count.sum()
 
     def hessian(self, weight: str, expert: int | None = None, scale: Floats | None = None) -> Floats:
         """Mean of xᵀx, FP32 [K, K]; ``scale`` [K] is what the weight's columns have been multiplied by."""
