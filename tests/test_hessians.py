@@ -137,7 +137,8 @@ def test_experts_with_few_tokens_are_rounded_to_nearest_and_reported(statistics:
 def test_experts_that_share_a_hessian_all_use_it(tmp_path: Path) -> None:
     folder = _statistics(tmp_path / "s", pooled=True)
     plan = halfbyte.plan(MODEL, NVFP4, importance=folder)
-    assert plan.weighting is not None and not plan.weighting.starved and len(plan.weighting.rounded) == 33
+    assert plan.weighting is not None and not plan.weighting.starved
+    assert sum(".experts." in name for name in plan.weighting.rounded) == 8
     halfbyte.quantize(plan, tmp_path / "out")
     assert halfbyte.verify(tmp_path / "out", MODEL).ok
 
