@@ -12,6 +12,7 @@ from halfbyte import __version__
 from halfbyte.cli import (
     allocate,
     calibrate,
+    card,
     convert,
     demo,
     errors,
@@ -21,6 +22,7 @@ from halfbyte.cli import (
     plan,
     quantize,
     recipes,
+    report,
     sensitivity,
     verify,
 )
@@ -51,6 +53,8 @@ COMMANDS: dict[str, Command] = {
     "errors": errors,
     "evaluate": evaluate,
     "sensitivity": sensitivity,
+    "report": report,
+    "card": card,
     "calibrate": calibrate,
     "allocate": allocate,
     "recipes": recipes,
