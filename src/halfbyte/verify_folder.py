@@ -14,6 +14,9 @@ from halfbyte.plan import INDEX, PROVENANCE
 from halfbyte.recipes import Decision, parse_recipe, resolve
 from halfbyte.view import Checkpoint
 
+CARD_MARK = "<!-- written by halfbyte card -->"
+"""In model cards that take the place of the source's."""
+
 
 def unfinished(folder: Path) -> None:
     """VerifyError for the folder of a conversion that has not come to its end."""
@@ -58,6 +61,8 @@ def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> li
         path = ours.root / name
         if not path.is_file():
             problems.append(f"the side file {name} of the source is missing")
+        elif name == "README.md" and CARD_MARK.encode() in path.read_bytes():
+            continue
         elif path.stat().st_size != size or path.read_bytes() != (source.root / name).read_bytes():
             problems.append(f"the side file {name} differs from the source")
     stray = [name for name in ours.ignored_files if name.endswith(".safetensors")]

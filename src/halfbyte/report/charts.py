@@ -69,7 +69,12 @@ def percentiles(data: str, ends: Ends, count: int) -> Spec:
 
 def spread(data: str, ends: Ends, count: int) -> Spec:
     """relMSE of all weights, a tick each."""
-    y = alt.Y("checkpoint:N", title=None, sort=alt.EncodingSortField("relmse", op="mean"), axis=alt.Axis(grid=True, labelLimit=_room(190)))
+    y = alt.Y(
+        "checkpoint:N",
+        title=None,
+        sort=alt.EncodingSortField("relmse", op="mean"),
+        axis=alt.Axis(grid=True, labelLimit=_room(190)),
+    )
     x = alt.X("relmse:Q", title="Relative squared error of a weight", scale=_log(10), axis=_log_axis(ends))  # fmt: skip
     chart = alt.Chart(alt.NamedData(data)).mark_tick(color=ACCENT, thickness=2, height=12, opacity=0.55)
     chart = chart.encode(x=x, y=y, tooltip=[_tip("checkpoint:N", "checkpoint"), *_cell_tips()])
@@ -88,14 +93,24 @@ def block_types(data: str, ends: Ends, roles: int) -> Spec:
     """Share of blocks that chose a table, by layer and role."""
     scale = alt.Scale(scheme="cividis", domain=list(ends))
     colour = alt.Color("share:Q", title="share of blocks", scale=scale, legend=_gradient(".0%"))
-    tips = [_tip("role:N", "role"), _tip("layer:N", "layer"), _tip("table:N", "table"), _tip("share:Q", "blocks", ".1%")]
+    tips = [
+        _tip("role:N", "role"),
+        _tip("layer:N", "layer"),
+        _tip("table:N", "table"),
+        _tip("share:Q", "blocks", ".1%"),
+    ]
     chart = _map(data, [CHECKPOINT, TABLE], alt.Chart(alt.NamedData(data)).mark_rect(), colour, tips)
     return _finish(chart, ROW * roles, "Share of blocks by table, layer and role")
 
 
 def scales(data: str) -> Spec:
     """Histogram of block scales of the checkpoint that is shown."""
-    x = alt.X("scale:Q", title="Stored block scale", scale=alt.Scale(type="log", base=2, nice=False), axis=alt.Axis(grid=False, format=".2~g", labelOverlap=True, tickCount=8))
+    x = alt.X(
+        "scale:Q",
+        title="Stored block scale",
+        scale=alt.Scale(type="log", base=2, nice=False),
+        axis=alt.Axis(grid=False, format=".2~g", labelOverlap=True, tickCount=8),
+    )
     y = alt.Y("share:Q", title="Share of blocks", axis=alt.Axis(format=".0%"))
     colours = ["var(--accent)", "var(--second)", "var(--third)", "var(--muted)"]
     chart = _shown(alt.Chart(alt.NamedData(data)), CHECKPOINT).transform_calculate(ground="0")
@@ -114,8 +129,17 @@ def scales(data: str) -> Spec:
 def sensitivity(data: str, count: int) -> Spec:
     """Divergence that each group causes alone."""
     y = alt.Y("group:N", title=None, sort="-x", axis=alt.Axis(labelLimit=_room(260)))
-    x = alt.X("kl:Q", title="KL divergence when this group alone is quantized, nats per token", axis=alt.Axis(format="~g", tickCount=5))
-    tips = [_tip("name:N", "group"), _tip("roles:N", "roles"), _tip("format:N", "format"), _tip("kl:Q", "KL mean", ".3g")]
+    x = alt.X(
+        "kl:Q",
+        title="KL divergence when this group alone is quantized, nats per token",
+        axis=alt.Axis(format="~g", tickCount=5),
+    )
+    tips = [
+        _tip("name:N", "group"),
+        _tip("roles:N", "roles"),
+        _tip("format:N", "format"),
+        _tip("kl:Q", "KL mean", ".3g"),
+    ]
     tips += [_tip("saved:Q", "bytes saved", ","), _tip("relmse:Q", "relative squared error", ".3g")]
     chart = alt.Chart(alt.NamedData(data)).mark_bar(color=ACCENT, cornerRadiusEnd=1).encode(x=x, y=y, tooltip=tips)
     return _finish(chart, ROW * count, "KL divergence by group of weights")
@@ -127,13 +151,20 @@ def frontier(data: str, ends: Ends) -> Spec:
     y = alt.Y("loss:Q", title="Predicted loss", scale=_log(10), axis=_log_axis(ends))
     tips = [_tip("bytes:Q", "bytes", ","), _tip("loss:Q", "predicted loss", ".3g")]
     base = alt.Chart(alt.NamedData(data)).encode(x=x, y=y, tooltip=tips)
-    line = base.transform_filter("!datum.chosen").mark_line(color=ACCENT, point=alt.OverlayMarkDef(color=ACCENT, size=20))
+    line = base.transform_filter("!datum.chosen").mark_line(
+        color=ACCENT, point=alt.OverlayMarkDef(color=ACCENT, size=20)
+    )
     chosen = base.transform_filter("datum.chosen").mark_point(size=160, color=SECOND, strokeWidth=2.5)
     return _finish(alt.layer(line, chosen), 280, "Predicted loss against size")
 
 
 def _map(data: str, parameters: list[str], chart: Any, colour: Any, tips: list[alt.Tooltip]) -> Any:
-    layer = alt.X("layer:O", title="Layer", sort=alt.EncodingSortField("at", op="min"), axis=alt.Axis(labelAngle=0, labelOverlap=True))
+    layer = alt.X(
+        "layer:O",
+        title="Layer",
+        sort=alt.EncodingSortField("at", op="min"),
+        axis=alt.Axis(labelAngle=0, labelOverlap=True),
+    )
     role = alt.Y("role:N", title=None, sort=None, axis=alt.Axis(labelLimit=_room(190)))
     return _shown(chart, *parameters).transform_calculate(
         at="datum.layer == '–' ? -1 : toNumber(datum.layer)"
@@ -166,12 +197,16 @@ def _tip(field: str, title: str, form: str | None = None) -> alt.Tooltip:
 
 
 def _legend() -> alt.Legend:
-    return alt.Legend(orient="top", title=None, direction="horizontal", columns=alt.ExprRef("containerSize()[0] < 420 ? 2 : 4"))
+    return alt.Legend(
+        orient="top", title=None, direction="horizontal", columns=alt.ExprRef("containerSize()[0] < 420 ? 2 : 4")
+    )
 
 
 def _gradient(form: str, values: list[float] | None = None) -> alt.Legend:
     ticks = {"values": values} if values else {}
-    return alt.Legend(orient="top", direction="horizontal", gradientLength=180, gradientThickness=8, format=form, **ticks)
+    return alt.Legend(
+        orient="top", direction="horizontal", gradientLength=180, gradientThickness=8, format=form, **ticks
+    )
 
 
 def _room(pixels: int) -> Any:
@@ -196,7 +231,12 @@ def _log_axis(ends: Ends) -> alt.Axis:
 
 
 def _bytes_axis() -> alt.Axis:
-    return alt.Axis(format="~s", grid=False, tickCount=6, labelExpr="replace(format(datum.value, '~s'), regexp('([a-zA-Z])'), ' $1') + 'B'")
+    return alt.Axis(
+        format="~s",
+        grid=False,
+        tickCount=6,
+        labelExpr="replace(format(datum.value, '~s'), regexp('([a-zA-Z])'), ' $1') + 'B'",
+    )
 
 
 _FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"

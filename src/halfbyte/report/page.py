@@ -95,17 +95,33 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
     name = f"{prefix}-{{}}".format
     if sizes := datasets.sizes(study):
         floor = study.noise_floor.kl.mean if study.noise_floor and study.noise_floor.kl else None
-        caption = "Bars: 95 % intervals. The line joins those than which no other is nearer at that size, give or take 0.5 %."
+        caption = (
+            "Bars: 95 % intervals. The line joins those than which no other is nearer at that size, give or take 0.5 %."
+        )
         caption += " Dashed: the noise floor." if floor else ""
         add("sizes", sizes, "Size and quality", caption, charts.sizes(name("sizes"), _range(sizes, "kl", floor), floor))
     if shares := datasets.percentiles(study):
         many = len({r["checkpoint"] for r in shares})
         caption = "Most tokens are predicted almost alike; the tail shows what a mean hides."
-        add("kl", shares, "Divergence per token", caption, charts.percentiles(name("kl"), _range(shares, "kl"), many), wide=False)
+        add(
+            "kl",
+            shares,
+            "Divergence per token",
+            caption,
+            charts.percentiles(name("kl"), _range(shares, "kl"), many),
+            wide=False,
+        )
     if errors := datasets.weights(study):
         many = len({r["checkpoint"] for r in errors})
         caption = "Squared error / sum of squares; a mark per role and layer."
-        add("spread", errors, "Errors of weights", caption, charts.spread(name("spread"), _range(errors, "relmse"), many), wide=False)
+        add(
+            "spread",
+            errors,
+            "Errors of weights",
+            caption,
+            charts.spread(name("spread"), _range(errors, "relmse"), many),
+            wide=False,
+        )
         add_maps(study, errors, name, add)
     if histograms := datasets.scales(study):
         shown = list(dict.fromkeys(r["checkpoint"] for r in histograms))
@@ -116,7 +132,9 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
         records = datasets.sensitivity(document)
         rest = f" The worst {MAX_GROUPS} of {len(records)} groups." if len(records) > MAX_GROUPS else ""
         whole = next((g.kl.mean for g in document.groups if g.group == "all"), None)
-        caption = f"Each {document.by} alone in {document.recipe}, the rest as in the source, on {document.protocol.note}."
+        caption = (
+            f"Each {document.by} alone in {document.recipe}, the rest as in the source, on {document.protocol.note}."
+        )
         caption += f" The whole recipe: {nats(whole)}.{rest}" if whole is not None else rest
         key, records = f"sensitivity{number}", records[:MAX_GROUPS]
         add(key, records, f"Sensitivity to {document.recipe}", caption, charts.sensitivity(name(key), len(records)))
@@ -170,7 +188,9 @@ def _facts(study: Study) -> list[tuple[str, str, str]]:
     smallest = min((row for row in study.quantized if row.bytes), key=lambda row: row.bytes or 0, default=None)
     if smallest and smallest.bytes:
         found.append(("Smallest", size(smallest.bytes), smallest.label))
-    nearest = min((row for row in study.quantized if row.kl), key=lambda row: row.kl.mean if row.kl else 0, default=None)
+    nearest = min(
+        (row for row in study.quantized if row.kl), key=lambda row: row.kl.mean if row.kl else 0, default=None
+    )
     if nearest and nearest.kl:
         found.append(("Least KL divergence", nats(nearest.kl.mean), nearest.label))
     if study.noise_floor and study.noise_floor.kl:

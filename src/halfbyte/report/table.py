@@ -132,7 +132,9 @@ def _perplexity(row: Row) -> Cell:
     note = ""
     if low <= 1 <= high:
         note = f"The perplexity of {row.label} is not distinguishable from the source's ({_signed(low - 1)} to {_signed(high - 1)})."
-    return Cell(f"{row.perplexity:.3f}", f"{change}, {_signed(low - 1)} to {_signed(high - 1)}", row.perplexity, note=note)
+    return Cell(
+        f"{row.perplexity:.3f}", f"{change}, {_signed(low - 1)} to {_signed(high - 1)}", row.perplexity, note=note
+    )
 
 
 def _signed(share: float) -> str:

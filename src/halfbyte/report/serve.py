@@ -1,0 +1,96 @@
+"""How a checkpoint is run, and what engines are known to make of it (``models/engines.yaml``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from halfbyte.models.engines import Finding
+from halfbyte.overview import Overview
+
+HALFBYTE, TRANSFORMERS, VLLM, MLX, LLAMA_CPP = "halfbyte", "transformers", "vLLM", "mlx-lm", "llama.cpp"
+EFFECTS = {"wrong": "computes wrong numbers", "refuses": "does not load it", "loses": "loses", "rounds": "", "needs": "needs"}  # fmt: skip
+NATIVE = {
+    VLLM: ("halfbyte", "compressed-tensors", "modelopt", "fp8", "gpt-oss"),
+    TRANSFORMERS: ("halfbyte", "compressed-tensors", "fp8", "gpt-oss"),
+    MLX: ("mlx",),
+    LLAMA_CPP: ("gguf",),
+    HALFBYTE: ("halfbyte", "compressed-tensors", "modelopt", "mlx", "fp8", "gpt-oss"),
+}
+"""Dialects that an engine runs without converting them, in the order in which a card names the engines."""
+
+
+def library_of(found: Overview) -> str | None:
+    """The hub's ``library_name``: the first library that is known to load it right; None where nothing is quantized."""
+    if found.dialect == "gguf":
+        return "gguf"
+    if found.dialect == "mlx":
+        return "mlx"
+    usable = [name for name in (TRANSFORMERS, VLLM, HALFBYTE) if runs(found, name)]
+    own = found.dialect == "halfbyte"
+    return None if found.dialect is None else HALFBYTE if own or not usable else usable[0].lower()
+
+
+def runs(found: Overview, engine: str) -> bool:
+    """Whether nothing known speaks against running it with this engine."""
+    if found.dialect not in NATIVE[engine]:
+        return False
+    return not any(
+        f.effect in ("wrong", "refuses", "unknown") and not f.hardware for f in found.engines.get(engine, [])
+    )
+
+
+def usage(found: Overview, place: str) -> Iterator[tuple[str, str, str]]:
+    """Engine, language of the snippet, snippet. ``place``: a folder or a repository's name."""
+    needs = {name for name, known in found.engines.items() if any(f.effect == "needs" for f in known)}
+    if runs(found, VLLM) or _plugin_loads(found):
+        own = VLLM in needs or _plugin_loads(found)
+        install = "pip install halfbyte    # into vLLM's environment: its plugin decodes the weights\n" if own else ""
+        yield VLLM, "sh", f"{install}vllm serve {place}"
+    if runs(found, TRANSFORMERS):
+        own = "import halfbyte.transformers  # registers the format\n" if found.dialect == "halfbyte" else ""
+        yield (
+            TRANSFORMERS,
+            "python",
+            (
+                f"{own}from transformers import AutoModelForCausalLM\n\n"
+                f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")'
+            ),
+        )
+    if runs(found, MLX):
+        yield MLX, "sh", f"mlx_lm.server --model {place}"
+    if found.dialect == "gguf":
+        files = sorted(found.files)
+        yield LLAMA_CPP, "sh", f"llama-server -m {place}/{files[0] if files else 'FILE.gguf'}"
+    if runs(found, HALFBYTE):
+        yield (
+            HALFBYTE,
+            "python",
+            f'import halfbyte\n\nmodel = halfbyte.load("{place}")  # to check and to measure, not to serve',
+        )
+
+
+def cautions(found: Overview) -> list[str]:
+    """What engines are known to lose, refuse or get wrong, a sentence each."""
+    return [_sentence(f) for known in found.engines.values() for f in known if f.effect != "unknown"]
+
+
+def untried(found: Overview) -> list[str]:
+    """Engines of which nothing is known for this dialect."""
+    return [name for name, known in found.engines.items() if any(f.effect == "unknown" for f in known)]
+
+
+def _plugin_loads(found: Overview) -> bool:
+    """vLLM alone gets MixFP4 wrong; with halfbyte beside it, its plugin loads it."""
+    wrong = [f for f in found.engines.get(VLLM, []) if f.effect == "wrong" and not f.hardware]
+    return bool(wrong) and found.dialect == "compressed-tensors" and all("halfbyte installed" in f.what for f in wrong)
+
+
+def _sentence(found: Finding) -> str:
+    where = " ".join(part for part in (found.engine, found.version) if part) + (
+        f" on {found.hardware}" if found.hardware else ""
+    )
+    effect = (
+        f" {EFFECTS[found.effect]}:" if found.effect in ("wrong", "refuses") else f" {EFFECTS[found.effect]}".rstrip()
+    )
+    source = " (read in its source, not run)" if found.known == "read" else ""
+    return f"{where}{effect} {found.what}{source}" + (f"; {found.link}" if found.link else "")
