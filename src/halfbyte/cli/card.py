@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         metavar="SRC",
-        help="folder or hub id whose card states licence and language (default: the README.md that came along with OUT)",
+        help="folder or hub id whose card states licence and language (default: README.md in OUT)",
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SRC, if that is a hub id")
     parser.add_argument("--repository", metavar="OWNER/NAME", help="what commands name (default: the folder)")

@@ -113,11 +113,8 @@ def _body(
 ) -> Iterable[str]:
     recipe = made.get("recipe") or {}
     origin = made.get("source") or {}
-    source = (
-        f"[{base}](https://huggingface.co/{base})"
-        if base
-        else escape(origin.get("name") or "a source that is not named")
-    )
+    named = escape(origin.get("name") or "a source that is not named")
+    source = f"[{base}](https://huggingface.co/{base})" if base else named
     by = f" with the recipe `{code(recipe['name'])}`" if recipe.get("name") else ""
     yield f"# {escape(folder.resolve().name)}"
     yield f"{source}, quantized by halfbyte{by}. {escape(recipe.get('description') or '')}".rstrip()
@@ -204,7 +201,8 @@ def _significance(study: Study, row: Row) -> Iterable[str]:
         if {c.a, c.b} == {source, row.name}:
             lost, won = (c.only_a, c.only_b) if c.a == source else (c.only_b, c.only_a)
             verdict = "significant" if c.significant else "not significant"
-            yield f"{task_name(c.task)}: {lost} answers lost and {won} won against the source, {verdict} (McNemar, p = {c.p:.2g})."
+            changes = f"{lost} answers lost and {won} won against the source"
+            yield f"{task_name(c.task)}: {changes}, {verdict} (McNemar, p = {c.p:.2g})."
 
 
 def _use(about: Overview, place: str) -> Iterable[str]:
@@ -212,7 +210,10 @@ def _use(about: Overview, place: str) -> Iterable[str]:
         yield f"{engine}:\n\n```{language}\n{snippet}\n```"
     notes = serve.cautions(about)
     if notes:
-        yield "Known of engines:\n\n" + "\n".join(f"- {escape(note)}" for note in notes)
+        yield (
+            "What is known of engines in the versions named (of formats and families, not of this checkpoint):\n\n"
+            + "\n".join(f"- {escape(note)}" for note in notes)
+        )
 
 
 def _provenance(made: dict[str, Any], measured: list[tuple[Study, Row]]) -> Iterable[str]:
@@ -220,20 +221,20 @@ def _provenance(made: dict[str, Any], measured: list[tuple[Study, Row]]) -> Iter
     lines = [f"- checkpoint: SHA-256 `{measured[0][1].fingerprint}` over weight files and config.json"]
     if origin:
         at = f" at revision `{code(origin['revision'])}`" if origin.get("revision") else ""
-        lines.append(
-            f"- source: {escape(origin.get('name') or '')}{at}, fingerprint of its headers `{code(origin.get('fingerprint') or '')}`"
-        )
+        digest = code(origin.get("fingerprint") or "")
+        lines.append(f"- source: {escape(origin.get('name') or '')}{at}, fingerprint of its headers `{digest}`")
     if importance := made.get("importance"):
-        lines.append(
-            f"- importance: {escape(importance.get('name') or '')}, digest `{code(str(importance.get('digest')))}`"
-        )
+        digest = code(importance.get("digest") or "")
+        lines.append(f"- importance: {escape(importance.get('name') or '')}, digest `{digest}`")
     commands = dict.fromkeys(document.command for study, _ in measured for document in study.results)
     lines += [f"- measured by `{code(command)}`" for command in commands]
     lines.append(f"- card written by halfbyte {halfbyte.__version__}")
     yield "\n".join(lines)
     if recipe:
-        rules = {key: value for key, value in recipe.items() if key not in SKIPPED and value}
-        yield f"The recipe, as `{PROVENANCE}` notes it:\n\n```yaml\n{yaml.safe_dump(rules, sort_keys=False, width=100).strip()}\n```"
+        told = {key: value for key, value in recipe.items() if key not in SKIPPED and value}
+        told["rules"] = [{k: v for k, v in rule.items() if v is not False} for rule in told.get("rules", [])]
+        text = yaml.safe_dump(told, sort_keys=False, width=100).strip().replace("`", "'")
+        yield f"The recipe, as `{PROVENANCE}` notes it:\n\n```yaml\n{text}\n```"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -245,7 +246,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def escape(text: str) -> str:
     """Text that Markdown and HTML leave as it is."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(str(text).split()))
 
 
 def code(text: str) -> str:

@@ -1,7 +1,8 @@
 """Charts as Vega-Lite specifications, made with Altair.
 
 Colours are CSS variables of the page, so that charts follow its theme and print in the light one without being drawn
-again; only continuous scales have colours of their own (viridis: readable without colour vision, and on light and dark).
+again; only continuous scales have colours of their own (viridis,
+cividis: readable without colour vision, and on light and dark).
 Data have names; the page holds them once. ``CHECKPOINT`` and ``TABLE`` are parameters that the page's menus set.
 """
 
@@ -46,7 +47,8 @@ def sizes(data: str, ends: Ends, floor: float | None) -> Spec:
     names = best.mark_text(**label).encode(text="checkpoint:N", color=alt.value(ACCENT))
     layers: list[Any] = [line, bars, points, names]
     if floor:
-        layers.insert(0, alt.Chart(alt.InlineData([{"floor": floor}])).mark_rule(strokeDash=[4, 4], color=MUTED).encode(y="floor:Q"))  # fmt: skip
+        line = alt.Chart(alt.InlineData([{"floor": floor}])).mark_rule(strokeDash=[4, 4], color=MUTED)
+        layers.insert(0, line.encode(y="floor:Q"))
     return _finish(alt.layer(*layers), 380, "Size of each checkpoint against its KL divergence from the source")
 
 
@@ -58,12 +60,14 @@ def percentiles(data: str, ends: Ends, count: int) -> Spec:
     base = alt.Chart(alt.NamedData(data)).encode(y=y)
     reach = base.mark_rule(color=LINE, strokeWidth=2).encode(x=alt.X("min(kl):Q"), x2="max(kl):Q")
     kinds = ["median", "mean", "90th percentile", "99th percentile"]
+    colours = alt.Scale(domain=kinds, range=[INK, ACCENT, MUTED, SECOND])
+    shapes = alt.Scale(domain=kinds, range=["circle", "diamond", "triangle-right", "square"])
     points = base.mark_point(filled=True, size=60, opacity=1).encode(
         x=x,
-        color=alt.Color("statistic:N", scale=alt.Scale(domain=kinds, range=[INK, ACCENT, MUTED, SECOND]), legend=_legend()),
-        shape=alt.Shape("statistic:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond", "triangle-right", "square"]), legend=_legend()),
+        color=alt.Color("statistic:N", scale=colours, legend=_legend()),
+        shape=alt.Shape("statistic:N", scale=shapes, legend=_legend()),
         tooltip=[_tip("checkpoint:N", "checkpoint"), _tip("statistic:N", "statistic"), _tip("kl:Q", "nats", ".3g")],
-    )  # fmt: skip
+    )
     return _finish(alt.layer(reach, points), ROW * count, "Percentiles of the KL divergence per token, by checkpoint")
 
 
@@ -75,7 +79,7 @@ def spread(data: str, ends: Ends, count: int) -> Spec:
         sort=alt.EncodingSortField("relmse", op="mean"),
         axis=alt.Axis(grid=True, labelLimit=_room(190)),
     )
-    x = alt.X("relmse:Q", title="Relative squared error of a weight", scale=_log(10), axis=_log_axis(ends))  # fmt: skip
+    x = alt.X("relmse:Q", title="Relative squared error of a weight", scale=_log(10), axis=_log_axis(ends))
     chart = alt.Chart(alt.NamedData(data)).mark_tick(color=ACCENT, thickness=2, height=12, opacity=0.55)
     chart = chart.encode(x=x, y=y, tooltip=[_tip("checkpoint:N", "checkpoint"), *_cell_tips()])
     return _finish(chart, ROW * count, "Relative squared error of every weight, by checkpoint")
@@ -112,6 +116,7 @@ def scales(data: str) -> Spec:
         axis=alt.Axis(grid=False, format=".2~g", labelOverlap=True, tickCount=8),
     )
     y = alt.Y("share:Q", title="Share of blocks", axis=alt.Axis(format=".0%"))
+    tips = [_tip("format:N", "format"), _tip("scale:Q", "scale", ".4~g")]
     colours = ["var(--accent)", "var(--second)", "var(--third)", "var(--muted)"]
     chart = _shown(alt.Chart(alt.NamedData(data)), CHECKPOINT).transform_calculate(ground="0")
     chart = chart.mark_rect(opacity=0.75, stroke="var(--paper)", strokeWidth=0.5)
@@ -121,8 +126,8 @@ def scales(data: str) -> Spec:
         y=y,
         y2="ground:Q",
         color=alt.Color("format:N", title=None, scale=alt.Scale(range=colours), legend=_legend()),
-        tooltip=[_tip("format:N", "format"), _tip("scale:Q", "scale", ".4~g"), _tip("share:Q", "blocks", ".2%"), _tip("zero:Q", "zero scales", ".2%")],
-    )  # fmt: skip
+        tooltip=[*tips, _tip("share:Q", "blocks", ".2%"), _tip("zero:Q", "zero scales", ".2%")],
+    )
     return _finish(chart, 240, "Distribution of stored block scales")
 
 
@@ -166,9 +171,11 @@ def _map(data: str, parameters: list[str], chart: Any, colour: Any, tips: list[a
         axis=alt.Axis(labelAngle=0, labelOverlap=True),
     )
     role = alt.Y("role:N", title=None, sort=None, axis=alt.Axis(labelLimit=_room(190)))
-    return _shown(chart, *parameters).transform_calculate(
-        at="datum.layer == '–' ? -1 : toNumber(datum.layer)"
-    ).encode(x=layer, y=role, color=colour, tooltip=tips)  # fmt: skip
+    return (
+        _shown(chart, *parameters)
+        .transform_calculate(at="datum.layer == '–' ? -1 : toNumber(datum.layer)")
+        .encode(x=layer, y=role, color=colour, tooltip=tips)
+    )
 
 
 def _shown(chart: Any, *parameters: str) -> Any:
@@ -256,6 +263,13 @@ CONFIG: Spec = {
         "tickColor": LINE,
     },
     "axisY": {"domain": False, "ticks": False, "labelPadding": 8},
-    "legend": {"labelColor": MUTED, "titleColor": INK, "titleFontWeight": 500, "titleFontSize": 12, "labelFontSize": 11, "symbolSize": 60},
+    "legend": {
+        "labelColor": MUTED,
+        "titleColor": INK,
+        "titleFontWeight": 500,
+        "titleFontSize": 12,
+        "labelFontSize": 11,
+        "symbolSize": 60,
+    },
     "text": {"font": _FONT},
-}  # fmt: skip
+}

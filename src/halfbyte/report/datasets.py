@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 from halfbyte.report.schema import Allocation, Errors, Row, Sensitivity, WeightError
@@ -18,7 +18,7 @@ OUTSIDE = "–"
 
 def sizes(study: Study) -> Records:
     """A checkpoint's bytes and divergence; ``frontier``: no other one of about that size is nearer to the source."""
-    found = [
+    found: Records = [
         {
             "checkpoint": row.label,
             "bytes": row.bytes,
@@ -105,8 +105,9 @@ def sensitivity(document: Sensitivity) -> Records:
     """Divergence by group, the worst first; the whole recipe has the group ``all``."""
     ordered = [g for g in sorted(document.groups, key=lambda g: -g.kl.mean) if g.group != "all"]
     # what all names begin with says nothing
-    shared = os.path.commonprefix([g.group for g in ordered])
-    prefix = shared[: shared.rfind(".") + 1]
+    parts = [g.group.split(".")[:-1] for g in ordered]
+    shared = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, zip(*parts, strict=False))]
+    prefix = "".join(f"{part}." for part in shared)
     return [
         {
             "group": g.group.removeprefix(prefix).removesuffix(".weight"),

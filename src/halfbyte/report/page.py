@@ -52,7 +52,7 @@ def render(studies: Sequence[Study]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     data: dict[str, datasets.Records] = {}
-    sections = [
+    sections: list[dict[str, Any]] = [
         {
             "id": f"study-{number}",
             "study": study,
@@ -68,7 +68,7 @@ def render(studies: Sequence[Study]) -> str:
     ]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script, vega = _asset("report.js"), bundle.vega()
-    figures: list[Figure] = [figure for section in sections for figure in section["figures"]]  # type: ignore[misc]
+    figures: list[Figure] = [figure for section in sections for figure in section["figures"]]
     return environment.from_string(_asset("report.html.jinja")).render(
         title=" · ".join(dict.fromkeys(study.name for study in studies)),
         sections=sections,
@@ -82,7 +82,7 @@ def render(studies: Sequence[Study]) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("halfbyte.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("halfbyte.report").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
 
 
 def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> list[Figure]:
@@ -132,9 +132,7 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
         records = datasets.sensitivity(document)
         rest = f" The worst {MAX_GROUPS} of {len(records)} groups." if len(records) > MAX_GROUPS else ""
         whole = next((g.kl.mean for g in document.groups if g.group == "all"), None)
-        caption = (
-            f"Each {document.by} alone in {document.recipe}, the rest as in the source, on {document.protocol.note}."
-        )
+        caption = f"Each {document.by} alone in {document.recipe}, the rest as in the source. {document.protocol.note}."
         caption += f" The whole recipe: {nats(whole)}.{rest}" if whole is not None else rest
         key, records = f"sensitivity{number}", records[:MAX_GROUPS]
         add(key, records, f"Sensitivity to {document.recipe}", caption, charts.sensitivity(name(key), len(records)))
@@ -188,11 +186,9 @@ def _facts(study: Study) -> list[tuple[str, str, str]]:
     smallest = min((row for row in study.quantized if row.bytes), key=lambda row: row.bytes or 0, default=None)
     if smallest and smallest.bytes:
         found.append(("Smallest", size(smallest.bytes), smallest.label))
-    nearest = min(
-        (row for row in study.quantized if row.kl), key=lambda row: row.kl.mean if row.kl else 0, default=None
-    )
-    if nearest and nearest.kl:
-        found.append(("Least KL divergence", nats(nearest.kl.mean), nearest.label))
+    nearest = min(((row.kl.mean, row.label) for row in study.quantized if row.kl), default=None)
+    if nearest:
+        found.append(("Least KL divergence", nats(nearest[0]), nearest[1]))
     if study.noise_floor and study.noise_floor.kl:
         found.append(("Noise floor", nats(study.noise_floor.kl.mean), study.noise_floor.how))
     return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator
 
 from halfbyte.models.engines import Finding
 from halfbyte.overview import Overview
 
 HALFBYTE, TRANSFORMERS, VLLM, MLX, LLAMA_CPP = "halfbyte", "transformers", "vLLM", "mlx-lm", "llama.cpp"
-EFFECTS = {"wrong": "computes wrong numbers", "refuses": "does not load it", "loses": "loses", "rounds": "", "needs": "needs"}  # fmt: skip
+EFFECTS = {"wrong": " computes wrong numbers:", "refuses": " does not load it:", "loses": " loses", "needs": " needs"}
 NATIVE = {
     VLLM: ("halfbyte", "compressed-tensors", "modelopt", "fp8", "gpt-oss"),
     TRANSFORMERS: ("halfbyte", "compressed-tensors", "fp8", "gpt-oss"),
@@ -41,32 +43,23 @@ def runs(found: Overview, engine: str) -> bool:
 
 def usage(found: Overview, place: str) -> Iterator[tuple[str, str, str]]:
     """Engine, language of the snippet, snippet. ``place``: a folder or a repository's name."""
-    needs = {name for name, known in found.engines.items() if any(f.effect == "needs" for f in known)}
-    if runs(found, VLLM) or _plugin_loads(found):
-        own = VLLM in needs or _plugin_loads(found)
-        install = "pip install halfbyte    # into vLLM's environment: its plugin decodes the weights\n" if own else ""
-        yield VLLM, "sh", f"{install}vllm serve {place}"
+    known = found.engines.get(VLLM, [])
+    plugin = _plugin_loads(found) or any(f.effect == "needs" and not f.hardware for f in known)
+    if runs(found, VLLM) or plugin:
+        own = "pip install halfbyte    # into vLLM's environment: its plugin decodes the weights\n"
+        install = own if plugin else ""
+        yield VLLM, "sh", f"{install}vllm serve {shlex.quote(place)}"
     if runs(found, TRANSFORMERS):
         own = "import halfbyte.transformers  # registers the format\n" if found.dialect == "halfbyte" else ""
-        yield (
-            TRANSFORMERS,
-            "python",
-            (
-                f"{own}from transformers import AutoModelForCausalLM\n\n"
-                f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")'
-            ),
-        )
+        load = f'AutoModelForCausalLM.from_pretrained({json.dumps(place)}, dtype="auto")'
+        yield TRANSFORMERS, "python", f"{own}from transformers import AutoModelForCausalLM\n\nmodel = {load}"
     if runs(found, MLX):
-        yield MLX, "sh", f"mlx_lm.server --model {place}"
+        yield MLX, "sh", f"mlx_lm.server --model {shlex.quote(place)}"
     if found.dialect == "gguf":
-        files = sorted(found.files)
-        yield LLAMA_CPP, "sh", f"llama-server -m {place}/{files[0] if files else 'FILE.gguf'}"
+        yield LLAMA_CPP, "sh", f"llama-server -m {shlex.quote(f'{place}/{min(found.files)}')}"
     if runs(found, HALFBYTE):
-        yield (
-            HALFBYTE,
-            "python",
-            f'import halfbyte\n\nmodel = halfbyte.load("{place}")  # to check and to measure, not to serve',
-        )
+        load = f"halfbyte.load({json.dumps(place)})  # to check and to measure, not to serve"
+        yield HALFBYTE, "python", f"import halfbyte\n\nmodel = {load}"
 
 
 def cautions(found: Overview) -> list[str]:
@@ -86,11 +79,7 @@ def _plugin_loads(found: Overview) -> bool:
 
 
 def _sentence(found: Finding) -> str:
-    where = " ".join(part for part in (found.engine, found.version) if part) + (
-        f" on {found.hardware}" if found.hardware else ""
-    )
-    effect = (
-        f" {EFFECTS[found.effect]}:" if found.effect in ("wrong", "refuses") else f" {EFFECTS[found.effect]}".rstrip()
-    )
+    where = f"{found.engine} {found.version}".rstrip() + (f" on {found.hardware}" if found.hardware else "")
+    effect = EFFECTS.get(found.effect, "")
     source = " (read in its source, not run)" if found.known == "read" else ""
     return f"{where}{effect} {found.what}{source}" + (f"; {found.link}" if found.link else "")

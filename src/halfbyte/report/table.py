@@ -129,12 +129,10 @@ def _perplexity(row: Row) -> Cell:
     if ratio.ci is None:
         return Cell(f"{row.perplexity:.3f}", change, row.perplexity)
     low, high = ratio.ci
-    note = ""
-    if low <= 1 <= high:
-        note = f"The perplexity of {row.label} is not distinguishable from the source's ({_signed(low - 1)} to {_signed(high - 1)})."
-    return Cell(
-        f"{row.perplexity:.3f}", f"{change}, {_signed(low - 1)} to {_signed(high - 1)}", row.perplexity, note=note
-    )
+    reach = f"{_signed(low - 1)} to {_signed(high - 1)}"
+    same = low <= 1 <= high
+    note = f"The perplexity of {row.label} is not distinguishable from the source's ({reach})." if same else ""
+    return Cell(f"{row.perplexity:.3f}", f"{change}, {reach}", row.perplexity, note=note)
 
 
 def _signed(share: float) -> str:
