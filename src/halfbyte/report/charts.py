@@ -85,10 +85,10 @@ def spread(data: str, ends: Ends, count: int) -> Spec:
     return _finish(chart, ROW * count, "Relative squared error of every weight, by checkpoint")
 
 
-def heat_map(data: str, ends: Ends, roles: int) -> Spec:
-    """relMSE by layer and role of the checkpoint that is shown; the colours mean the same for each."""
-    scale = alt.Scale(type="log", scheme="viridis", domain=list(ends))
-    colour = alt.Color("relmse:Q", title="relative squared error", scale=scale, legend=_gradient("~g", log_ticks(ends)))
+def heat_map(data: str, roles: int) -> Spec:
+    """relMSE by layer and role of the checkpoint that is shown, whose errors the colours span."""
+    scale = alt.Scale(type="log", scheme="viridis", nice=False)
+    colour = alt.Color("relmse:Q", title="relative squared error", scale=scale, legend=_gradient(".3~g"))
     chart = _map(data, [CHECKPOINT], alt.Chart(alt.NamedData(data)).mark_rect(), colour, _cell_tips())
     return _finish(chart, ROW * roles, "Relative squared error by layer and role")
 
@@ -113,7 +113,7 @@ def scales(data: str) -> Spec:
         "scale:Q",
         title="Stored block scale",
         scale=alt.Scale(type="log", base=2, nice=False),
-        axis=alt.Axis(grid=False, format=".2~g", labelOverlap=True, tickCount=8),
+        axis=alt.Axis(grid=False, format=".3~r", labelOverlap=True, tickCount=8),
     )
     y = alt.Y("share:Q", title="Share of blocks", axis=alt.Axis(format=".0%"))
     tips = [_tip("format:N", "format"), _tip("scale:Q", "scale", ".4~g")]
@@ -133,10 +133,10 @@ def scales(data: str) -> Spec:
 
 def sensitivity(data: str, count: int) -> Spec:
     """Divergence that each group causes alone."""
-    y = alt.Y("group:N", title=None, sort="-x", axis=alt.Axis(labelLimit=_room(260)))
+    y = alt.Y("group:N", title=None, sort="-x", axis=alt.Axis(labelLimit=_room(240)))
     x = alt.X(
         "kl:Q",
-        title="KL divergence when this group alone is quantized, nats per token",
+        title="KL divergence, nats per token",
         axis=alt.Axis(format="~g", tickCount=5),
     )
     tips = [
@@ -209,16 +209,14 @@ def _legend() -> alt.Legend:
     )
 
 
-def _gradient(form: str, values: list[float] | None = None) -> alt.Legend:
-    ticks = {"values": values} if values else {}
-    return alt.Legend(
-        orient="top", direction="horizontal", gradientLength=180, gradientThickness=8, format=form, **ticks
-    )
+def _gradient(form: str) -> alt.Legend:
+    bar = {"gradientLength": 200, "gradientThickness": 8, "tickCount": 3}
+    return alt.Legend(orient="top", direction="horizontal", format=form, labelOverlap="greedy", **bar)
 
 
 def _room(pixels: int) -> Any:
     """Space for names on the left, less of it on a phone."""
-    return alt.ExprRef(f"containerSize()[0] < 420 ? {pixels // 2} : {pixels}")
+    return alt.ExprRef(f"containerSize()[0] < 420 ? {pixels * 2 // 3} : {pixels}")
 
 
 def log_ticks(ends: Ends) -> list[float]:

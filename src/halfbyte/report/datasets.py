@@ -93,9 +93,9 @@ def scales(study: Study) -> Records:
             total = sum(counts.values())
             values = sorted(value for value in counts if value > 0)
             for at, value in enumerate(values):
-                above = values[at + 1] if at + 1 < len(values) else 2 * value
-                # scales are rarely on every step of their type: a bar is at most an octave wide
-                end = min(above, 2 * value)
+                # a bar reaches to the next scale, the last one as far as the one before; at most an octave
+                before = value / values[at - 1] if at else 2.0
+                end = min(values[at + 1] if at + 1 < len(values) else value * before, 2 * value)
                 record = {"checkpoint": row.label, "format": fmt, "scale": value, "end": end}
                 found.append(record | {"share": counts[value] / total, "zero": counts.get(0.0, 0) / total})
     return found

@@ -12,9 +12,9 @@ import halfbyte
 from halfbyte.report import bundle, charts, datasets
 from halfbyte.report.provenance import provenance
 from halfbyte.report.read import Inputs, read_inputs
-from halfbyte.report.studies import Study, base, make_studies
+from halfbyte.report.studies import Study, make_studies
 from halfbyte.report.table import columns, lines
-from halfbyte.report.text import nats, size
+from halfbyte.report.text import includes, nats, size, task_name
 
 MAX_GROUPS = 40
 """Bars in the chart of sensitivity: the worst groups."""
@@ -152,8 +152,8 @@ def add_maps(study: Study, errors: datasets.Records, name: Any, add: Any) -> Non
     # few layers: both maps fit side by side
     wide = not chosen or len({r["layer"] for r in errors}) > NARROW
     menu = (charts.CHECKPOINT, "Checkpoint", checkpoints)
-    caption = "Relative squared error; the colours mean the same for every checkpoint."
-    spec = charts.heat_map(name("errors"), _range(errors, "relmse"), roles)
+    caption = "Relative squared error. The colours span the errors of the checkpoint that is shown."
+    spec = charts.heat_map(name("errors"), roles)
     add("errors", errors, "Errors by layer and role", caption, spec, menus=[menu], wide=wide)
     if chosen:
         menus = [
@@ -202,7 +202,9 @@ def _notes(study: Study) -> list[tuple[str, str]]:
         found.append(("Perplexity" if kl and kl.key != text.key else "Perplexity and KL divergence", text.note))
     if kl and (text is None or kl.key != text.key):
         found.append(("KL divergence", kl.note))
+    if (parts := {", ".join(includes(row)) for row in study.rows}) and len(parts) == 1 and parts != {""}:
+        found.append(("Every size contains", parts.pop()))
     for name in study.tasks:
         task = next(row.tasks[name] for row in study.rows if name in row.tasks)
-        found.append((base(name), f"{task.questions:,} questions, {task.protocol}"))
+        found.append((task_name(name), f"{task.questions:,} questions, {task.protocol}"))
     return found

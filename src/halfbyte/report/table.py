@@ -43,6 +43,10 @@ class Line:
     parts: list[tuple[str, str, str, str]] = field(default_factory=list)
 
 
+CONTAINS = "Size contains"
+"""A column where sizes differ in that; else it is said once, below the table."""
+
+
 def columns(study: Study) -> list[Column]:
     """Only what at least one checkpoint has."""
     rows = study.rows
@@ -51,8 +55,10 @@ def columns(study: Study) -> list[Column]:
         Column("Format", "How quantized weights are stored", number=False),
         Column("Size", "Bytes of all tensors"),
         Column("Bits", "Bits per weight: 8 × bytes of all tensors / number of weights"),
-        Column("Size contains", "What is part of the size beside the layers, and how it is stored", number=False),
     ]
+    if len({tuple(includes(row)) for row in rows}) > 1:
+        about = "What is part of the size beside the layers, and how it is stored"
+        found.append(Column(CONTAINS, about, number=False))
     if any(row.errors for row in rows):
         found.append(Column("relMSE", "Squared error of the quantized weights / their squared sum"))
     for task in study.tasks:
@@ -72,7 +78,9 @@ def lines(study: Study) -> list[Line]:
     found = []
     for row in study.rows:
         is_source = row is study.source
-        cells = [_name(row, is_source), Cell(storage(row), order=storage(row)), _size(row), _bits(row), _contains(row)]
+        cells = [_name(row, is_source), Cell(storage(row), order=storage(row)), _size(row), _bits(row)]
+        if CONTAINS in names:
+            cells.append(_contains(row))
         if "relMSE" in names:
             relmse = row.errors.total.relmse if row.errors else None
             cells.append(Cell("" if relmse is None else f"{relmse:.5f}", order=relmse))
