@@ -9,20 +9,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from formats.cases import QUICK, draw
+from formats.cases import draw
 from halfbyte import kernels
 from halfbyte.formats import get_format
 from halfbyte.kernels import ErrorStats
 from halfbyte.search import encode
 from halfbyte.search.gptq import gptq, prepare
-from kernels.cases import NATIVE, TYPES, cast, inputs
+from kernels.cases import NATIVE, QUICK_KERNEL_CASES, TYPES, cast, inputs
 from search.hessians import hessian
 
 if __name__ == "__main__":
     np.seterr(all="ignore")
     for isa in NATIVE:
         with kernels.use_backend(isa):
-            for name, search in QUICK:
+            for name, search in QUICK_KERNEL_CASES:
                 fmt = get_format(name)
                 for kind, x in inputs(fmt).items():
                     dtype = TYPES[sorted(TYPES)[(len(kind) + len(name)) % 3]]

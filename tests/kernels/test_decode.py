@@ -4,10 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from formats.cases import FORMATS
 from halfbyte import kernels
 from halfbyte.formats import Format, QuantizedTensor, get_format
-from kernels.cases import NATIVE, width
+from kernels.cases import NATIVE, WITH_KERNELS, width
 
 
 def random_tensor(fmt: Format, shape: tuple[int, ...], seed: int) -> QuantizedTensor:
@@ -22,7 +21,7 @@ def random_tensor(fmt: Format, shape: tuple[int, ...], seed: int) -> QuantizedTe
     return QuantizedTensor(fmt, shape, **arrays)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WITH_KERNELS)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 2)])
 def test_any_bytes_are_decoded_as_the_reference_decodes_them(name: str, lead: tuple[int, ...]) -> None:
     fmt = get_format(name)

@@ -7,24 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats.cases import FORMATS, TENSOR_SCALED, draw
+from formats.cases import TENSOR_SCALED, draw
 from halfbyte import kernels
 from halfbyte.formats import get_format
 from halfbyte.search import SEARCHES
 from halfbyte.search.gptq import gptq, prepare, problem
 from halfbyte.search.local_hessian import prepare_local
-from kernels.cases import NATIVE, TYPES, cast, differences
+from kernels.cases import NATIVE, TYPES, WITH_KERNELS, cast, differences
 from search.hessians import hessian
 
 MODES = ("in_loop", "local_hessian", "compensated", "static")
 CASES = [
     (f, s)
-    for f in FORMATS
+    for f in WITH_KERNELS
     if problem(get_format(f)) is None
     for s in SEARCHES
     if s not in ("exhaustive", "four_over_six_mae", "four_over_six_absmax")
     and SEARCHES[s].problem(get_format(f)) is None
-    if kernels.supports_gptq(get_format(f), SEARCHES[s]) or not NATIVE
 ]
 
 

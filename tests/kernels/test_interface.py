@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from formats.cases import QUICK, draw
+from formats.cases import CASES, draw
 from halfbyte import kernels
 from halfbyte.errors import FormatError
 from halfbyte.formats import QuantizedTensor, get_format
 from halfbyte.search import encode, get_search
-from kernels.cases import NATIVE, differences
+from kernels.cases import NATIVE, differences, reference
 
 PROGRAM = """
 import numpy as np
@@ -67,11 +67,20 @@ def test_a_backend_holds_within_its_with_statement() -> None:
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native kernels here")
-@pytest.mark.parametrize(("name", "search"), QUICK)
-def test_every_format_and_search_has_kernels(name: str, search: str) -> None:
+@pytest.mark.parametrize(("name", "search"), CASES)
+def test_every_format_and_search_has_kernels_but_those_said_to_have_none(name: str, search: str) -> None:
     fmt = get_format(name)
-    assert kernels.supports(fmt)
-    assert kernels.supports(fmt, get_search(search, fmt))
+    expected = name not in kernels.NUMPY_ONLY
+    assert kernels.supports(fmt) == expected
+    assert kernels.supports(fmt, get_search(search, fmt)) == expected
+
+
+@pytest.mark.parametrize("name", sorted(kernels.NUMPY_ONLY))
+def test_formats_without_kernels_are_encoded_and_decoded_by_the_reference(name: str) -> None:
+    x = draw("normal", (4, 128), 1)
+    found, expected = encode(x, name), reference(x, get_format(name), "sweep")
+    assert not differences(found, expected)
+    assert found.decode().tobytes() == get_format(name).decode(expected).tobytes()
 
 
 def test_a_format_that_kernels_do_not_know_is_left_to_the_reference() -> None:

@@ -25,6 +25,7 @@ from halfbyte.kernels.native import Native, find
 from halfbyte.kernels.stats import ErrorStats, reference_stats, table_count
 
 __all__ = [
+    "NUMPY_ONLY",
     "ErrorStats",
     "amax",
     "as_array",
@@ -39,6 +40,11 @@ __all__ = [
     "supports_gptq",
     "use_backend",
 ]
+
+# Formats without kernels, encoded and decoded by NumPy: codes that are neither 4 nor 8 bits wide, scales in FP16.
+NUMPY_ONLY = frozenset(
+    {f"affine{bits}_g{group}" for bits in (2, 3, 5, 6) for group in (32, 64, 128)} | {"iq4_nl_g32", "q4_0", "q8_0"}
+)
 
 _REFERENCE = "reference"
 _SOURCES = ("bfloat16", "float16", "float32")
