@@ -46,15 +46,38 @@ class Fact(BaseModel):
         return roles
 
 
+class Load(BaseModel):
+    """Formats (patterns of names) that an engine loads in a dialect, how that is known, and with what restriction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dialect: str
+    formats: tuple[str, ...] = Field(min_length=1)
+    known: Literal["ran", "library", "read"]
+    where: str = ""
+
+    def holds(self, dialect: str, fmt: str) -> bool:
+        """Whether this is about a format in a dialect."""
+        return dialect == self.dialect and any(fnmatchcase(fmt, pattern) for pattern in self.formats)
+
+
 class Engine(BaseModel):
-    """An engine, the version that the facts were found in ("": read or always true), and the dialects it reads."""
+    """An engine, the version that the facts were found in ("": read or always true), and the dialects it reads.
+
+    ``loads`` is what was found to load, ``facts`` what it loses, refuses or gets wrong.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     version: str = ""
     reads: tuple[str, ...] = Field(min_length=1)
+    loads: tuple[Load, ...] = ()
     facts: tuple[Fact, ...] = ()
+
+    def load(self, dialect: str, fmt: str) -> Load | None:
+        """What is known of loading a format in a dialect; None: it does not, or nobody looked."""
+        return next((load for load in self.loads if load.holds(dialect, fmt)), None)
 
 
 class Holding(NamedTuple):
