@@ -16,7 +16,6 @@ from halfbyte.checkpoint.header import TensorInfo
 from halfbyte.checkpoint.inventory import Inventory
 from halfbyte.errors import CheckpointError
 
-
 # smaller reads leave their pages in the cache
 _FORGET_BYTES = 1 << 20
 
