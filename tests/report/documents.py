@@ -30,7 +30,7 @@ def divergence(mean: float) -> dict[str, float]:
 def row(name: str, size: int, mean: float | None, **more: Any) -> dict[str, Any]:
     """A checkpoint; without a divergence it is the source."""
     kl = divergence(mean if mean is not None else 0.0)
-    contents = {"storage": "nvfp4" if mean else "BF16", "quantized": bool(mean), "roles": ["embedding"]}
+    contents = {"storage": "nvfp4" if mean else "BF16", "quantized": bool(mean), "roles": ["mlp.up"]}
     return {
         "name": name,
         "path": name,
