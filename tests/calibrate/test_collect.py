@@ -187,3 +187,12 @@ def test_a_text_without_one_whole_sample_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HalfbyteError, match="fewer than one sample of 64"):
         collect_statistics(MODEL, tmp_path / "s", [tmp_path / "short.txt"], 2, LENGTH)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_tied_head_that_the_checkpoint_does_not_hold_is_left_out(tmp_path: Path, shared: Path) -> None:
+    source = shared / "data" / "models" / "stories260K"
+    text = shared / "data" / "text" / "calibration" / "tiny.utf8"
+    found = collect_statistics(source, tmp_path / "s", [text], 1, LENGTH)
+    assert set(found.names) == {
+        w.name for w in Checkpoint.open(source).weights if w.role.startswith(("attention", "mlp"))
+    }

@@ -174,6 +174,8 @@ class _Run:
         if head is None or norm is None:
             return Part()
         name = next(n for n, module in self.blocks.model.named_modules() if module is head) + ".weight"
+        if name not in self.blocks.uses:
+            return Part()  # tied: the checkpoint has the embedding alone, whose rows are looked up
         sums = Sums.zeros((), states.shape[1], self._mode(name, head.weight), self.device)
         with self.blocks.filled(norm):
             for rows, shape in self._batches():
