@@ -121,6 +121,26 @@ def test_sensitivities_that_lack_a_unit_are_refused(tmp_path: Path, demo: Checkp
         allocate_recipe(demo, HALFBYTE, bits=8.5, formats=FORMATS, sensitivity=path)
 
 
+def test_sensitivities_may_be_measured_in_a_format_that_is_no_choice(
+    tmp_path: Path, demo: Checkpoint, units: list[Unit]
+) -> None:
+    path = _sensitivity(tmp_path / "s.jsonl", {u.name: ([w.name for w in u.weights], 1.0) for u in units})
+    found = allocate_recipe(demo, HALFBYTE, bits=8.5, formats=("mxfp4", "keep"), sensitivity=path)
+    assert {c.format for c in found.allocation.chosen} == {"mxfp4", "keep"}
+    unit = found.units[0]
+    mxfp4 = next(c for c in unit.choices if c.format == "mxfp4")
+    assert mxfp4.loss == pytest.approx(unit.errors["mxfp4"] / unit.errors["nvfp4"])
+
+
+def test_sensitivities_of_a_group_with_several_formats_are_refused(
+    tmp_path: Path, demo: Checkpoint, units: list[Unit]
+) -> None:
+    path = _sensitivity(tmp_path / "s.jsonl", {u.name: ([w.name for w in u.weights], 1.0) for u in units})
+    path.write_text(path.read_text().replace('"format": "nvfp4"', '"format": "mixed"'))
+    with pytest.raises(CheckpointError, match="in several formats at once"):
+        allocate_recipe(demo, HALFBYTE, bits=8.5, formats=FORMATS, sensitivity=path)
+
+
 def test_a_budget_below_the_smallest_formats_is_refused_with_the_size_that_is_needed(demo: Checkpoint) -> None:
     with pytest.raises(PlanError, match=r"the smallest formats need \d+ bytes"):
         allocate_recipe(demo, HALFBYTE, bits=6.0, formats=FORMATS)

@@ -22,6 +22,7 @@ from halfbyte.search import encode, get_search
 from halfbyte.view import FLOATS, Checkpoint
 
 KEEP = "keep"
+MIXED = "mixed"  # what a sensitivity file calls a group of several formats
 SAMPLE_BYTES = 32 << 20  # of a weight that are looked at, spread over its experts or rows
 Progress = Callable[[int, int], None]
 
@@ -38,12 +39,15 @@ class Choice:
 
 @dataclass
 class Unit:
-    """Weights that get one format: a fusion group, the experts of a layer, or a single weight."""
+    """Weights that get one format: a fusion group, the experts of a layer, or a single weight.
+
+    ``errors`` are relative output errors by format, also in formats that are no choice.
+    """
 
     name: str
     weights: list[Weight]
     choices: list[Choice] = field(default_factory=list)
-    loss: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -93,23 +97,27 @@ def measure(
     searches: Mapping[str, str] | None = None,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    measured: Sequence[Measured] = (),
 ) -> None:
     """Fill in the errors of all choices: the weighted squared error over the weighted sum of squares.
 
     With importance this is the relative error of a weight's output. Where a unit has several weights, theirs are
-    added. Large weights are sampled evenly.
+    added. Large weights are sampled evenly. Errors in the formats that sensitivities were ``measured`` in are needed
+    too, so that they can be scaled to others.
     """
     searches = searches or {}
     with Reader(checkpoint.inventory) as reader:
         for number, unit in enumerate(units):
-            for choice in unit.choices:
-                choice.error = 0.0
+            names = {w.name for w in unit.weights}
+            wanted = {c.format for c in unit.choices} | {m.format for m in measured if names & m.weights}
+            wanted -= {KEEP, MIXED}
+            unit.errors = dict.fromkeys(sorted(wanted), 0.0)
             for weight in unit.weights:
                 array, columns = _sample(checkpoint, reader, weight, calibration)
-                for choice in unit.choices:
-                    if choice.format != KEEP:
-                        fmt = get_format(choice.format)
-                        choice.error += _error(array, fmt, searches.get(choice.format, "sweep"), columns)
+                for name in unit.errors:
+                    unit.errors[name] += _error(array, get_format(name), searches.get(name, "sweep"), columns)
+            for choice in unit.choices:
+                choice.error = unit.errors.get(choice.format, 0.0)
             if progress:
                 progress(number + 1, len(units))
 
@@ -147,14 +155,13 @@ def _error(array: NDArray[np.float32], fmt: Format, search: str, columns: NDArra
     return float((weights * np.square(values - array)).sum(dtype=np.float64)) / squares if squares else 0.0
 
 
-def predict(units: Sequence[Unit], sensitivity: str | Path | None = None) -> None:
+def predict(units: Sequence[Unit], measured: Sequence[Measured] | None = None) -> None:
     """Turn errors into losses: divergence grows with the squared relative error of a weight's output, times a
     factor of its own (Malinovskii et al., arXiv 2411.17525, theorem 1).
 
-    The factor comes from a ``sensitivity`` file, in which each group's divergence was measured; without one all
-    factors are 1. CheckpointError if the file does not cover a unit.
+    The factor comes from a sensitivity file, in which each group's divergence was ``measured``; without one all
+    factors are 1, which says nothing of which units matter more. CheckpointError if the file does not cover a unit.
     """
-    measured = read_sensitivity(sensitivity) if sensitivity is not None else None
     for unit in units:
         factor = 1.0 if measured is None else _factor(unit, measured)
         for choice in unit.choices:
@@ -194,21 +201,22 @@ def _factor(unit: Unit, measured: Sequence[Measured]) -> float:
     """Divergence per relative error, from the groups that hold the unit's weights."""
     names = {w.name for w in unit.weights}
     total = 0.0
+    formats = set()
     for group in measured:
         shared = names & group.weights
         if shared:
             # a group of several units is divided evenly among its weights
             total += group.kl * len(shared) / len(group.weights)
             names -= shared
+            formats.add(group.format)
     if names:
         raise CheckpointError(
             f"the sensitivities say nothing of {sorted(names)[0]}; measure them with a recipe that quantizes it"
         )
-    base = next(g.format for g in measured if {w.name for w in unit.weights} & g.weights)
-    error = next((c.error for c in unit.choices if c.format == base), None)
-    if error is None:
+    if len(formats) > 1 or MIXED in formats:
         raise CheckpointError(
-            f"the sensitivities of {unit.name} were measured in {base}, which is none of the formats to choose from; "
-            "add it"
+            f"the sensitivities of {unit.name} were measured in several formats at once; measure them by group, or "
+            "with a recipe that has one format"
         )
+    error = unit.errors[formats.pop()]
     return max(total, 0.0) / error if error else 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.allocate.choices import KEEP, Progress, Unit, make_units, measure, predict
+from halfbyte.allocate.choices import KEEP, Progress, Unit, make_units, measure, predict, read_sensitivity
 from halfbyte.allocate.solve import Allocation, allocate, frontier
 from halfbyte.allocate.write import recipe_text
 from halfbyte.calibrate import Calibration
@@ -79,9 +79,10 @@ def allocate_recipe(
     if (budget is None) == (bits is None):
         raise PlanError("give either a budget in bytes or a number of bits per weight")
     units = make_units(checkpoint, dialect, formats, roles)
+    measured = read_sensitivity(sensitivity) if sensitivity is not None else None
     searches = {name: "absmax" for name in formats if name != KEEP and get_format(name).block[0] != 1}
-    measure(checkpoint, units, searches, calibration, progress)
-    predict(units, sensitivity)
+    measure(checkpoint, units, searches, calibration, progress, measured or ())
+    predict(units, measured)
 
     def plan_of(allocation: Allocation) -> tuple[str, Plan]:
         how = "measured sensitivities" if sensitivity is not None else "errors alone"

@@ -74,4 +74,6 @@ def run(args: argparse.Namespace) -> int:
     table(("format", ">units", ">parameters", ">bytes", ">predicted loss"), rows)
     plan = found.plan
     say("", f"{out}: {exact(plan.repository_bytes)}, {plan.bits_per_weight:.3f} bits per weight")
+    if not args.sensitivity:
+        say("predicted from errors alone, as if all weights mattered alike; measure which do: `halfbyte sensitivity`")
     return 0
