@@ -1,0 +1,228 @@
+"""Calibration methods on small trained models, through halfbyte's own steps: calibrate, quantize, verify, evaluate.
+
+    python benchmarks/calibration.py ../shared/data [--only MODEL...] [--docs docs/methods.md]
+
+The folder holds ``models/NAME`` and ``text/...``. Models named ``*-wiki`` are calibrated with the first 3 MB of
+``enwiki2015/train_first12MB.txt.xz`` and judged on ``enwiki2015/valid.txt``; the others with the first half of
+``calibration/tiny.utf8`` and judged on the second. All linear weights are quantized where their K allows. For the wiki
+models also: fewer and more tokens, stronger damping and, with experts, all tokens for all experts.
+One results file per model in ``benchmarks/results/calibration``; the tables between the markers in the document are
+written anew from all of them. Needs ``halfbyte[transformers]``; takes about twenty minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+
+import calibration_tables
+import halfbyte
+from common import REPOSITORY, RESULTS, head, replace_part, write_results
+from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.calibrate.statistics import Statistics
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate import Settings, measure
+from halfbyte.formats import get_format
+from halfbyte.recipes import Recipe
+from halfbyte.search import get_search
+
+FORMATS = ("nvfp4", "mixfp4", "mxfp4", "int4_g32", "int4_g128")
+GPTQ = {"search": "sweep", "method": "gptq"}
+METHODS: dict[str, dict[str, Any]] = {
+    "absmax": {"search": "absmax", "weight": "none"},
+    "4/6": {"search": "four_over_six", "weight": "none"},
+    "sweep": {"search": "sweep", "weight": "none"},
+    "sweep, importance": {"search": "sweep", "weight": "importance"},
+    "sweep, importance, AWQ": {"search": "sweep", "weight": "importance", "transform": "awq"},
+    "sweep, local Hessian": {"search": "sweep", "weight": "local_hessian"},
+    "GPTQ absmax": {"search": "absmax", "method": "gptq", "mode": "compensated"},
+    "GPTQ static": {**GPTQ, "mode": "static"},
+    "GPTQ static, act": {**GPTQ, "mode": "static", "order": "act"},
+    "GPTQ in-loop": {**GPTQ, "mode": "in_loop"},
+    "GPTQ in-loop, act": {**GPTQ, "mode": "in_loop", "order": "act"},
+    "GPTQ in-loop, act, AWQ": {**GPTQ, "mode": "in_loop", "order": "act", "transform": "awq"},
+    "GPTQ in-loop, act, damping 0.05": {**GPTQ, "mode": "in_loop", "order": "act", "damping": 0.05},
+}
+STUDY = ("sweep, importance", "sweep, local Hessian", "GPTQ in-loop, act", "GPTQ in-loop, act, damping 0.05")
+SAMPLES = 128
+FEWER_AND_MORE = (16, 64, 256)
+MAX_RELMSE = 0.5  # GPTQ moves weights of experts that few tokens reached far, for the sake of their outputs
+
+
+@dataclass
+class Case:
+    """One checkpoint to be made; ``statistics`` is None where a method needs none."""
+
+    format: str
+    method: str
+    samples: int | None = None
+    all_experts: bool = False
+    kept: int = 0
+    quantized: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        more = "" if self.samples is None else f"-{self.samples}"
+        return f"{self.format}-{''.join(c if c.isalnum() else '-' for c in self.method)}{more}" + (
+            "-all" if self.all_experts else ""
+        )
+
+
+def recipe(fmt: str, method: str) -> Recipe:
+    rule = {"match": "linear", "format": fmt, "indivisible": "keep", **METHODS[method]}
+    return Recipe.model_validate({"name": "calibration", "rules": [rule]})
+
+
+def exists(fmt: str, method: str) -> bool:
+    try:
+        get_search(str(METHODS[method]["search"]), get_format(fmt))
+    except HalfbyteError:
+        return False
+    return True
+
+
+def cases(wiki: bool, experts: bool) -> list[Case]:
+    found = []
+    for fmt in FORMATS:
+        for method, rule in METHODS.items():
+            if exists(fmt, method) and "damping" not in rule:
+                needs = "method" in rule or rule["weight"] != "none"
+                found.append(Case(fmt, method, SAMPLES if needs else None))
+    if wiki:
+        for method in STUDY:
+            for samples in (*FEWER_AND_MORE, SAMPLES):
+                if samples != SAMPLES or "damping" in METHODS[method]:
+                    found.append(Case("nvfp4", method, samples))
+                if experts and samples in (FEWER_AND_MORE[0], SAMPLES):
+                    found.append(Case("nvfp4", method, samples, all_experts=True))
+    return found
+
+
+class Bench:
+    """One model, its texts, and statistics of its activations by number of samples."""
+
+    def __init__(self, source: Path, data: Path, work: Path) -> None:
+        self.source, self.work = source, work
+        self.wiki = source.name.endswith("-wiki")
+        config = json.loads((source / "config.json").read_text())
+        self.experts = "num_experts" in config
+        self.length = min(512, config["max_position_embeddings"])
+        self.held_tokens = 24 * 512
+        self.train, self.held_out = work / "train.txt", work / "held-out.txt"
+        if self.wiki:
+            texts = data / "text" / "enwiki2015"
+            content = lzma.decompress((texts / "train_first12MB.txt.xz").read_bytes())[:3_000_000]
+            parts = content.decode(errors="ignore"), (texts / "valid.txt").read_text("utf-8")
+        else:
+            whole = (data / "text" / "calibration" / "tiny.utf8").read_text("utf-8")
+            middle = whole.index("\n", len(whole) // 2)
+            parts = whole[:middle], whole[middle:]
+        for path, content_of in zip((self.train, self.held_out), parts, strict=True):
+            path.write_text(content_of, "utf-8")
+
+    def statistics(self, samples: int, all_experts: bool) -> Path:
+        """Collected when first asked for."""
+        out = self.work / f"statistics-{samples}{'-all' if all_experts else ''}"
+        collect_statistics(self.source, out, [self.train], samples, self.length, all_experts=all_experts)
+        return out
+
+    def make(self, case: Case) -> Path | None:
+        """Quantize and verify; None where the format holds no weight of the model."""
+        known = None if case.samples is None else self.statistics(case.samples, case.all_experts)
+        try:
+            plan = halfbyte.plan(self.source, recipe(case.format, case.method), dialect="halfbyte", importance=known)
+        except HalfbyteError as error:
+            print(f"{self.source.name} {case.name}: left out: {error}", flush=True)
+            return None
+        case.quantized = sum(item.action == "quantize" for item in plan.items)
+        case.kept = sum(bool(entry["declined"]) * entry["tensors"] for entry in plan.summary()["kept"])
+        if not case.quantized:
+            return None
+        out = self.work / case.name
+        done = halfbyte.quantize(plan, out)
+        problems = halfbyte.verify(out, self.source, max_relmse=MAX_RELMSE).problems
+        if problems:
+            raise SystemExit(f"{self.source.name} {case.name}: {problems[0]}")
+        print(f"{self.source.name} {case.name}: relMSE {done.relmse:.5f}", flush=True)
+        return out
+
+    def run(self) -> dict[str, Any]:
+        """Everything on one model."""
+        made = [(case, out) for case in cases(self.wiki, self.experts) if (out := self.make(case))]
+        settings = Settings(
+            text=self.held_out, length=self.length, max_tokens=self.held_tokens, dequantize=True, noise_floor=True
+        )
+        document = measure([out for _, out in made], self.source, settings)
+        source, *rows = document["rows"]
+        return {
+            "model": self.source.name,
+            "calibration": {"samples": SAMPLES, "length": self.length},
+            "held_out": source["protocol"],
+            "perplexity": source["perplexity"],
+            "noise_floor": document["noise_floor"],
+            "experts": self.tokens_per_expert() if self.experts else None,
+            "rows": [_row(case, row, made) for (case, _), row in zip(made, rows, strict=True)],
+        }
+
+    def tokens_per_expert(self) -> dict[str, dict[str, int]]:
+        """The fewest and the median number of tokens that an expert saw, by number of samples."""
+        found = {}
+        for samples in sorted((SAMPLES, *FEWER_AND_MORE) if self.wiki else (SAMPLES,)):
+            statistics = Statistics(self.statistics(samples, False))
+            counts = [c for n in statistics.names if (c := statistics.array(n, "count")) is not None and c.ndim]
+            flat = sorted(int(n) for c in counts for n in c)
+            found[str(samples)] = {"least": flat[0], "median": flat[len(flat) // 2]}
+        return found
+
+
+def _row(case: Case, row: dict[str, Any], made: list[tuple[Case, Path]]) -> dict[str, Any]:
+    """What a results file keeps of a checkpoint."""
+    alike = {other.name for other, _ in made if other.format == case.format}
+    return {
+        "format": case.format,
+        "method": case.method,
+        "samples": case.samples,
+        "all_experts": case.all_experts,
+        "name": case.name,
+        "quantized": case.quantized,
+        "kept": case.kept,
+        "kl": row["kl"]["mean"],
+        "kl_ci": row["kl_ci"]["mean"] if row["kl_ci"] else None,
+        "top1": row["kl"]["top1"],
+        "perplexity": row["perplexity"],
+        "perplexity_ratio": row["perplexity_ratio"],
+        "same": sorted(alike & set(row["indistinguishable"]["kl"])),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "calibration")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
+    parser.add_argument("--only", nargs="*", metavar="MODEL", help="without names: write the tables anew, no more")
+    args = parser.parse_args()
+    for model in sorted(p for p in (args.data / "models").iterdir() if (p / "config.json").exists()):
+        if args.only is not None and model.name not in args.only:
+            continue
+        about = head("torch", "transformers")
+        with tempfile.TemporaryDirectory(prefix="halfbyte-calibration-") as work:
+            found = Bench(model, args.data, Path(work)).run()
+        write_results(args.output / f"{model.name}.json", {**about, **found}, "rows")
+    documents = [json.loads(path.read_text()) for path in sorted(args.output.glob("*.json"))]
+    for name, text in calibration_tables.tables(documents, FORMATS, METHODS, STUDY, SAMPLES).items():
+        replace_part(args.docs, name, text)
+
+
+if __name__ == "__main__":
+    main()

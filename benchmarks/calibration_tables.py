@@ -1,0 +1,109 @@
+"""Tables of benchmarks/calibration.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def tables(
+    documents: Sequence[dict[str, Any]],
+    formats: Iterable[str],
+    methods: Iterable[str],
+    study: Sequence[str],
+    usual: int,
+) -> dict[str, str]:
+    """Markdown by marker: the main table, and what more tokens and all experts change."""
+    known = list(methods)
+    return {
+        "calibration methods": "\n".join([about(documents, usual), *main(documents, formats, known, usual)]),
+        "calibration tokens": "\n".join(tokens(documents, study)),
+    }
+
+
+def about(documents: Sequence[dict[str, Any]], usual: int) -> str:
+    """What was measured, and where."""
+    first = documents[0]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    scored = ", ".join(
+        f"{d['model']} {d['calibration']['length']}, {d['held_out']['tokens']:,} tokens" for d in documents
+    )
+    return (
+        f"{first['date']}, {first['machine']['cpu']}, {versions}. Calibrated with {usual} samples; judged on other "
+        f"text, windows of ({scored}). KL divergence from the source, nats per token × 1000. **Bold**: the least of "
+        "its column; *italic*: not distinguishable from it (paired 95 % interval)."
+    )
+
+
+def main(documents: Sequence[dict[str, Any]], formats: Iterable[str], methods: list[str], usual: int) -> list[str]:
+    """A part per format, a row per method, a column per model."""
+    lines: list[str] = []
+    names = [d["model"] for d in documents]
+    notes: list[str] = []
+    for fmt in formats:
+        columns = [[r for r in d["rows"] if r["format"] == fmt and _usual(r, usual)] for d in documents]
+        heads = []
+        for name, column in zip(names, columns, strict=True):
+            kept = max((r["kept"] for r in column), default=0)
+            heads.append(name + (" †" if kept else ""))
+            if kept and "†" not in "".join(notes):
+                notes.append("† some weights have a K that the blocks do not divide, and are kept.")
+        lines += ["", f"| `{fmt}` | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(names)]
+        for method in methods:
+            found = [next((r for r in column if r["method"] == method), None) for column in columns]
+            if any(found):
+                cells = [_cell(r, column) for r, column in zip(found, columns, strict=True)]
+                lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return lines + (["", *notes] if notes else [])
+
+
+def tokens(documents: Sequence[dict[str, Any]], study: Sequence[str]) -> list[str]:
+    """For the models that have it: KL by number of samples, and with all tokens for all experts."""
+    lines: list[str] = []
+    for document in documents:
+        rows = [r for r in document["rows"] if r["format"] == "nvfp4" and r["method"] in study and r["samples"]]
+        ways = sorted({(r["all_experts"], r["samples"]) for r in rows})
+        if len(ways) < 2:
+            continue
+        heads = [f"{samples}{', all experts' if everyone else ''}" for everyone, samples in ways]
+        lines += ["", f"| {document['model']}, `nvfp4` | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(ways)]
+        for method in study:
+            cells = []
+            for everyone, samples in ways:
+                row = next(
+                    (r for r in rows if (r["method"], r["all_experts"], r["samples"]) == (method, everyone, samples)),
+                    None,
+                )
+                cells.append(f"{_number(row['kl'])} ({_number(_half(row))})" if row else "")
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        if document["experts"]:
+            seen = ", ".join(
+                f"{samples} samples {c['least']:,} to the least used and {c['median']:,} to the median expert"
+                for samples, c in document["experts"].items()
+            )
+            lines += ["", f"Tokens that reached an expert: {seen}."]
+    return lines
+
+
+def _usual(row: Row, usual: int) -> bool:
+    return row["samples"] in (None, usual) and not row["all_experts"] and "damping" not in row["method"]
+
+
+def _cell(row: Row | None, column: list[Row]) -> str:
+    if row is None:
+        return "–"
+    best = min(column, key=lambda r: float(r["kl"]))
+    number = _number(row["kl"])
+    if row is best:
+        return f"**{number}**"
+    return f"*{number}*" if best["name"] in row["same"] else number
+
+
+def _half(row: Row) -> float:
+    return (row["kl_ci"][1] - row["kl_ci"][0]) / 2 if row["kl_ci"] else 0.0
+
+
+def _number(kl: float) -> str:
+    return f"{1000 * kl:.3g}"
