@@ -12,13 +12,7 @@ from typing import Any
 
 import pytest
 
-selenium = pytest.importorskip("selenium")
-
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
+webdriver = pytest.importorskip("selenium.webdriver")
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
@@ -31,12 +25,12 @@ DESKTOP, PHONE = (1280, 900), (390, 844)
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = Options()
+    options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     driver.get("about:blank")
     yield driver
     driver.quit()
@@ -88,7 +82,7 @@ def test_a_checkpoint_that_is_chosen_changes_every_chart_that_has_it(browser: An
     show(browser, real_page)
     state = "[...document.querySelectorAll('#s1-errors svg, #s1-scales svg')].map(svg => svg.innerHTML)"
     before = script(browser, state)
-    menu = browser.find_element(By.CSS_SELECTOR, "select[data-chart='s1-errors']")
+    menu = browser.find_element("css selector", "select[data-chart='s1-errors']")
     menu.send_keys("mxfp8")
     time.sleep(0.5)
     after = script(browser, state)
@@ -98,11 +92,11 @@ def test_a_checkpoint_that_is_chosen_changes_every_chart_that_has_it(browser: An
 
 def test_a_click_sorts_as_numbers_and_another_turns_it(browser: Any, real_page: Path) -> None:
     show(browser, real_page)
-    header = browser.find_elements(By.CSS_SELECTOR, "table:not(.plain) thead th")[2]
-    header.find_element(By.TAG_NAME, "button").click()
+    header = browser.find_elements("css selector", "table:not(.plain) thead th")[2]
+    header.find_element("tag name", "button").click()
     sizes = [int(size) for size in column(browser, 2)]
     assert sizes == sorted(sizes) and header.get_attribute("aria-sort") == "ascending"
-    header.find_element(By.TAG_NAME, "button").click()
+    header.find_element("tag name", "button").click()
     assert [int(size) for size in column(browser, 2)] == sorted(sizes, reverse=True)
     assert header.get_attribute("aria-sort") == "descending"
 
@@ -111,17 +105,17 @@ def test_sorting_works_by_keyboard_and_unknown_values_come_last(browser: Any, re
     show(browser, real_page)
     labels = script(browser, "[...document.querySelectorAll('table:not(.plain) thead th')].map(th => th.textContent)")
     at = labels.index("KL mean")
-    button = browser.find_elements(By.CSS_SELECTOR, "table:not(.plain) thead button")[at]
-    button.send_keys(Keys.ENTER)
+    button = browser.find_elements("css selector", "table:not(.plain) thead button")[at]
+    button.send_keys(webdriver.Keys.ENTER)
     values = column(browser, at)
     assert values[-1] == "" and [float(v) for v in values[:-1]] == sorted(float(v) for v in values[:-1])
-    button.send_keys(Keys.SPACE)
+    button.send_keys(webdriver.Keys.SPACE)
     assert column(browser, at)[-1] == ""
 
 
 def test_the_filter_hides_other_checkpoints_and_says_how_many_are_left(browser: Any, real_page: Path) -> None:
     show(browser, real_page)
-    browser.find_element(By.CSS_SELECTOR, ".filter input").send_keys("nvfp4")
+    browser.find_element("css selector", ".filter input").send_keys("nvfp4")
     names = column(browser, 0)
     assert names and all("nvfp4" in name for name in names)
     assert script(browser, "document.querySelector('.status').textContent") == f"{len(names)} of 22 checkpoints"
@@ -129,7 +123,7 @@ def test_the_filter_hides_other_checkpoints_and_says_how_many_are_left(browser: 
 
 def test_a_mark_shows_the_rows_it_is_about(browser: Any, real_page: Path) -> None:
     show(browser, real_page)
-    browser.find_element(By.CSS_SELECTOR, "tr[data-name='mixfp4'] .mark").click()
+    browser.find_element("css selector", "tr[data-name='mixfp4'] .mark").click()
     shown = script(browser, "[...document.querySelectorAll('tr.same')].map(row => row.dataset.name)")
     assert "mixfp4" in shown and len(shown) > 1
     assert "not distinguishable" in script(browser, "document.querySelector('.status').textContent")
@@ -141,7 +135,7 @@ def test_the_theme_follows_the_system_and_the_button(browser: Any, real_page: Pa
     show(browser, real_page)
     light = colour(browser, "body", "backgroundColor"), colour(browser, ".chart svg text", "fill")
     assert dark[0] != light[0] and dark[1] != light[1]
-    button = browser.find_element(By.ID, "theme")
+    button = browser.find_element("id", "theme")
     button.click(), button.click()
     assert (colour(browser, "body", "backgroundColor"), colour(browser, ".chart svg text", "fill")) == dark
     button.click()  # auto again, for the pages after this one

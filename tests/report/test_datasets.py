@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+from tests.report import documents
+from tests.report.documents import write
 
 from halfbyte.report import datasets, make_studies, read_inputs
 from halfbyte.report.schema import Allocation, Sensitivity
 from halfbyte.report.studies import Study
-from tests.report import documents
-from tests.report.documents import write
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,10 @@ def test_histograms_of_scales_are_shares_of_blocks(study: Study) -> None:
 
 def test_groups_are_ordered_and_lose_what_their_names_share() -> None:
     found = datasets.sensitivity(Sensitivity.model_validate(documents.sensitivity()))
-    assert [(r["group"], r["name"]) for r in found] == [("1.mlp", "model.layers.1.mlp"), ("0.mlp", "model.layers.0.mlp")]
+    assert [(r["group"], r["name"]) for r in found] == [
+        ("1.mlp", "model.layers.1.mlp"),
+        ("0.mlp", "model.layers.0.mlp"),
+    ]
 
 
 def test_the_frontier_of_an_allocation_marks_what_was_chosen() -> None:

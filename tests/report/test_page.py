@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.report import documents
 from tests.report.documents import NASTY, write
 
@@ -123,7 +122,17 @@ def test_text_of_a_results_file_stays_text(tmp_path: Path, field: str) -> None:
 
 def test_every_number_of_a_row_is_shown(tmp_path: Path) -> None:
     html = page_of(tmp_path, documents.results(), documents.only_tasks(documents.results(), 0.4321)).read_text()
-    for text in ("4.00 kB", "0.02000", "0.01800 – 0.02200", "95.00%", "20.000", "+1.00%", "43.21%", "MMLU-Pro", "4,080 tokens"):
+    for text in (
+        "4.00 kB",
+        "0.02000",
+        "0.01800 – 0.02200",
+        "95.00%",
+        "20.000",
+        "+1.00%",
+        "43.21%",
+        "MMLU-Pro",
+        "4,080 tokens",
+    ):
         assert text in html, text
 
 

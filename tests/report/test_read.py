@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-
-from halfbyte.report.read import ReportError, read_inputs, read_results
 from tests.report import documents
 from tests.report.documents import write
+
+from halfbyte.report.read import ReportError, read_inputs, read_results
 
 
 def test_real_results_of_every_model_are_read() -> None:

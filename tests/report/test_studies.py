@@ -6,10 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from halfbyte.report import make_studies, read_inputs
-from halfbyte.report.studies import Study
 from tests.report import documents
 from tests.report.documents import write
+
+from halfbyte.report import make_studies, read_inputs
+from halfbyte.report.studies import Study
 
 
 def studies(folder: Path, *found: dict[str, Any]) -> list[Study]:
@@ -50,7 +51,9 @@ def test_two_measurements_that_contradict_each_other_stay_apart(tmp_path: Path) 
 
 
 def test_rounded_activations_are_a_row_of_their_own(tmp_path: Path) -> None:
-    second = documents.results(documents.row("base", 16_000, None), documents.row("small", 4_000, 0.09, activations="fp8"))
+    second = documents.results(
+        documents.row("base", 16_000, None), documents.row("small", 4_000, 0.09, activations="fp8")
+    )
     (study,) = studies(tmp_path, documents.results(), second)
     assert [row.label for row in study.rows][-1] == "small + fp8 activations"
 
