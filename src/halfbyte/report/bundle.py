@@ -38,7 +38,12 @@ def vega() -> Script:
     code = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
     # in a function, so that its hundreds of short names stay out of the page
     script = f"(() => {{{code}\n}})();"
-    return Script(base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode(), sha256(script))
+    return Script(pack(script), sha256(script))
+
+
+def pack(text: str) -> str:
+    """gzip in base64, which the page unpacks."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def sha256(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -68,17 +69,22 @@ def render(studies: Sequence[Study]) -> str:
     ]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script, vega = _asset("report.js"), bundle.vega()
-    figures: list[Figure] = [figure for section in sections for figure in section["figures"]]
+    drawn = {"data": data, "specs": {f.id: f.spec for section in sections for f in section["figures"]}}
     return environment.from_string(_asset("report.html.jinja")).render(
-        title=" · ".join(dict.fromkeys(study.name for study in studies)),
+        title=_title(studies),
         sections=sections,
-        charts={"data": data, "specs": {figure.id: figure.spec for figure in figures}},
+        charts=bundle.pack(json.dumps(drawn, allow_nan=False, separators=(",", ":"))),
         style=_asset("report.css"),
         script=script,
         vega=vega.packed,
         policy=bundle.policy(bundle.sha256(script), vega.sha256),
         version=halfbyte.__version__,
     )
+
+
+def _title(studies: Sequence[Study]) -> str:
+    names = list(dict.fromkeys(study.name for study in studies))
+    return " · ".join(names) if len(names) <= 2 else f"{len(names)} models"
 
 
 def _asset(name: str) -> str:

@@ -89,7 +89,7 @@
   };
   const read = (id) => document.getElementById(id).textContent;
   const draw = async () => {
-    const { data, specs } = JSON.parse(read("charts"));
+    const { data, specs } = JSON.parse(await unpack(read("charts")));
     const script = document.createElement("script");
     script.textContent = await unpack(read("vega")); // the page's policy knows its hash
     document.head.append(script);
