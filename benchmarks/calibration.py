@@ -1,13 +1,14 @@
-"""Calibration methods on small trained models, through halfbyte's own steps: calibrate, quantize, verify, evaluate.
+"""Calibration methods on small trained models, through halfbyte's own steps: calibrate, quantize, evaluate.
 
-    python benchmarks/calibration.py ../shared/data [--only MODEL...] [--docs docs/methods.md]
+    python benchmarks/calibration.py ../shared/data [--only MODEL...] [--parts FORMAT... tokens] [--docs FILE]
 
 The folder holds ``models/NAME`` and ``text/...``. Models named ``*-wiki`` are calibrated with the first 3 MB of
 ``enwiki2015/train_first12MB.txt.xz`` and judged on ``enwiki2015/valid.txt``; the others with the first half of
 ``calibration/tiny.utf8`` and judged on the second. All linear weights are quantized where their K allows. For the wiki
 models also: fewer and more tokens, stronger damping and, with experts, all tokens for all experts.
-One results file per model in ``benchmarks/results/calibration``; the tables between the markers in the document are
-written anew from all of them. Needs ``halfbyte[transformers]``; takes about twenty minutes on one core.
+One results file per model in ``benchmarks/results/calibration``, which grows part by part (``--parts``, default all
+that it lacks); the tables between the markers in the document are written anew from all of them.
+Needs ``halfbyte[transformers]``; takes about twenty minutes on one core.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import argparse
 import json
 import lzma
 import os
+import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "GPTQ in-loop, act, AWQ": {**GPTQ, "mode": "in_loop", "order": "act", "transform": "awq"},
     "GPTQ in-loop, act, damping 0.05": {**GPTQ, "mode": "in_loop", "order": "act", "damping": 0.05},
 }
-STUDY = ("sweep, importance", "sweep, local Hessian", "GPTQ in-loop, act", "GPTQ in-loop, act, damping 0.05")
+STUDY = ("sweep, importance", "GPTQ in-loop, act", "GPTQ in-loop, act, damping 0.05")
+TOKENS = "tokens"  # the part that varies these
 SAMPLES = 128
 FEWER_AND_MORE = (16, 64, 256)
-MAX_RELMSE = 0.5  # GPTQ moves weights of experts that few tokens reached far, for the sake of their outputs
 
 
 @dataclass
@@ -67,7 +69,6 @@ class Case:
     all_experts: bool = False
     kept: int = 0
     quantized: int = 0
-    notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -91,18 +92,18 @@ def exists(fmt: str, method: str) -> bool:
     return True
 
 
-def cases(wiki: bool, experts: bool) -> list[Case]:
+def cases(part: str, wiki: bool, experts: bool) -> list[Case]:
+    """What a part consists of: one format by all methods, or one method with other statistics."""
     found = []
-    for fmt in FORMATS:
+    if part != TOKENS:
         for method, rule in METHODS.items():
-            if exists(fmt, method) and "damping" not in rule:
+            if exists(part, method) and "damping" not in rule:
                 needs = "method" in rule or rule["weight"] != "none"
-                found.append(Case(fmt, method, SAMPLES if needs else None))
-    if wiki:
+                found.append(Case(part, method, SAMPLES if needs else None))
+    elif wiki:
         for method in STUDY:
-            for samples in (*FEWER_AND_MORE, SAMPLES):
-                if samples != SAMPLES or "damping" in METHODS[method]:
-                    found.append(Case("nvfp4", method, samples))
+            for samples in sorted((*FEWER_AND_MORE, SAMPLES)):
+                found.append(Case("nvfp4", method, samples))
                 if experts and samples in (FEWER_AND_MORE[0], SAMPLES):
                     found.append(Case("nvfp4", method, samples, all_experts=True))
     return found
@@ -150,34 +151,42 @@ class Bench:
             return None
         out = self.work / case.name
         done = halfbyte.quantize(plan, out)
-        problems = halfbyte.verify(out, self.source, max_relmse=MAX_RELMSE).problems
-        if problems:
-            raise SystemExit(f"{self.source.name} {case.name}: {problems[0]}")
         print(f"{self.source.name} {case.name}: relMSE {done.relmse:.5f}", flush=True)
         return out
 
-    def run(self) -> dict[str, Any]:
-        """Everything on one model."""
-        made = [(case, out) for case in cases(self.wiki, self.experts) if (out := self.make(case))]
+    def run(self, part: str) -> dict[str, Any]:
+        """One part on one model; {} where there is nothing to do."""
+        made = [(case, out) for case in cases(part, self.wiki, self.experts) if (out := self.make(case))]
+        if not made:
+            return {}
         settings = Settings(
-            text=self.held_out, length=self.length, max_tokens=self.held_tokens, dequantize=True, noise_floor=True
+            text=self.held_out,
+            length=self.length,
+            max_tokens=self.held_tokens,
+            dequantize=True,
+            noise_floor=True,
+            cache=self.work / "cache",
         )
         document = measure([out for _, out in made], self.source, settings)
         source, *rows = document["rows"]
-        return {
+        for _, out in made:
+            shutil.rmtree(out)
+        found = {
             "model": self.source.name,
             "calibration": {"samples": SAMPLES, "length": self.length},
             "held_out": source["protocol"],
             "perplexity": source["perplexity"],
             "noise_floor": document["noise_floor"],
-            "experts": self.tokens_per_expert() if self.experts else None,
-            "rows": [_row(case, row, made) for (case, _), row in zip(made, rows, strict=True)],
+            "rows": [_row(part, case, row) for (case, _), row in zip(made, rows, strict=True)],
         }
+        if part == TOKENS and self.experts:
+            found["experts"] = self.tokens_per_expert()
+        return found
 
     def tokens_per_expert(self) -> dict[str, dict[str, int]]:
         """The fewest and the median number of tokens that an expert saw, by number of samples."""
         found = {}
-        for samples in sorted((SAMPLES, *FEWER_AND_MORE) if self.wiki else (SAMPLES,)):
+        for samples in sorted((SAMPLES, *FEWER_AND_MORE)):
             statistics = Statistics(self.statistics(samples, False))
             counts = [c for n in statistics.names if (c := statistics.array(n, "count")) is not None and c.ndim]
             flat = sorted(int(n) for c in counts for n in c)
@@ -185,10 +194,10 @@ class Bench:
         return found
 
 
-def _row(case: Case, row: dict[str, Any], made: list[tuple[Case, Path]]) -> dict[str, Any]:
-    """What a results file keeps of a checkpoint."""
-    alike = {other.name for other, _ in made if other.format == case.format}
+def _row(part: str, case: Case, row: dict[str, Any]) -> dict[str, Any]:
+    """What a results file keeps of a checkpoint; ``same``: others of its part whose divergence may be the same."""
     return {
+        "part": part,
         "format": case.format,
         "method": case.method,
         "samples": case.samples,
@@ -201,7 +210,7 @@ def _row(case: Case, row: dict[str, Any], made: list[tuple[Case, Path]]) -> dict
         "top1": row["kl"]["top1"],
         "perplexity": row["perplexity"],
         "perplexity_ratio": row["perplexity_ratio"],
-        "same": sorted(alike & set(row["indistinguishable"]["kl"])),
+        "same": sorted(row["indistinguishable"]["kl"]),
     }
 
 
@@ -211,16 +220,25 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "calibration")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
     parser.add_argument("--only", nargs="*", metavar="MODEL", help="without names: write the tables anew, no more")
+    parser.add_argument("--parts", nargs="+", metavar="P", choices=(*FORMATS, TOKENS), help="to measure (again)")
     args = parser.parse_args()
     for model in sorted(p for p in (args.data / "models").iterdir() if (p / "config.json").exists()):
         if args.only is not None and model.name not in args.only:
             continue
-        about = head("torch", "transformers")
+        path = args.output / f"{model.name}.json"
         with tempfile.TemporaryDirectory(prefix="halfbyte-calibration-") as work:
-            found = Bench(model, args.data, Path(work)).run()
-        write_results(args.output / f"{model.name}.json", {**about, **found}, "rows")
+            bench = Bench(model, args.data, Path(work))
+            for part in args.parts or (*FORMATS, TOKENS):
+                before = json.loads(path.read_text()) if path.exists() else {"rows": []}
+                others = [row for row in before["rows"] if row["part"] != part]
+                if len(others) < len(before["rows"]) and not args.parts:
+                    continue
+                about = head("torch", "transformers")
+                if found := bench.run(part):
+                    found["rows"] = others + found["rows"]
+                    write_results(path, {**before, **about, **found}, "rows")
     documents = [json.loads(path.read_text()) for path in sorted(args.output.glob("*.json"))]
-    for name, text in calibration_tables.tables(documents, FORMATS, METHODS, STUDY, SAMPLES).items():
+    for name, text in calibration_tables.tables(documents, FORMATS, METHODS, STUDY, TOKENS).items():
         replace_part(args.docs, name, text)
 
 

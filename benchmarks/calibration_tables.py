@@ -13,37 +13,38 @@ def tables(
     formats: Iterable[str],
     methods: Iterable[str],
     study: Sequence[str],
-    usual: int,
+    apart: str,
 ) -> dict[str, str]:
     """Markdown by marker: the main table, and what more tokens and all experts change."""
     known = list(methods)
     return {
-        "calibration methods": "\n".join([about(documents, usual), *main(documents, formats, known, usual)]),
-        "calibration tokens": "\n".join(tokens(documents, study)),
+        "calibration methods": "\n".join([about(documents), *main(documents, formats, known)]),
+        "calibration tokens": "\n".join(tokens(documents, study, apart)),
     }
 
 
-def about(documents: Sequence[dict[str, Any]], usual: int) -> str:
+def about(documents: Sequence[dict[str, Any]]) -> str:
     """What was measured, and where."""
     first = documents[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     scored = ", ".join(
         f"{d['model']} {d['calibration']['length']}, {d['held_out']['tokens']:,} tokens" for d in documents
     )
+    samples = first["calibration"]["samples"]
     return (
-        f"{first['date']}, {first['machine']['cpu']}, {versions}. Calibrated with {usual} samples; judged on other "
+        f"{first['date']}, {first['machine']['cpu']}, {versions}. Calibrated with {samples} samples; judged on other "
         f"text, windows of ({scored}). KL divergence from the source, nats per token × 1000. **Bold**: the least of "
         "its column; *italic*: not distinguishable from it (paired 95 % interval)."
     )
 
 
-def main(documents: Sequence[dict[str, Any]], formats: Iterable[str], methods: list[str], usual: int) -> list[str]:
+def main(documents: Sequence[dict[str, Any]], formats: Iterable[str], methods: list[str]) -> list[str]:
     """A part per format, a row per method, a column per model."""
     lines: list[str] = []
     names = [d["model"] for d in documents]
     notes: list[str] = []
     for fmt in formats:
-        columns = [[r for r in d["rows"] if r["format"] == fmt and _usual(r, usual)] for d in documents]
+        columns = [[r for r in d["rows"] if r["part"] == fmt] for d in documents]
         heads = []
         for name, column in zip(names, columns, strict=True):
             kept = max((r["kept"] for r in column), default=0)
@@ -59,11 +60,11 @@ def main(documents: Sequence[dict[str, Any]], formats: Iterable[str], methods: l
     return lines + (["", *notes] if notes else [])
 
 
-def tokens(documents: Sequence[dict[str, Any]], study: Sequence[str]) -> list[str]:
+def tokens(documents: Sequence[dict[str, Any]], study: Sequence[str], apart: str) -> list[str]:
     """For the models that have it: KL by number of samples, and with all tokens for all experts."""
     lines: list[str] = []
     for document in documents:
-        rows = [r for r in document["rows"] if r["format"] == "nvfp4" and r["method"] in study and r["samples"]]
+        rows = [r for r in document["rows"] if r["part"] == apart]
         ways = sorted({(r["all_experts"], r["samples"]) for r in rows})
         if len(ways) < 2:
             continue
@@ -78,17 +79,13 @@ def tokens(documents: Sequence[dict[str, Any]], study: Sequence[str]) -> list[st
                 )
                 cells.append(f"{_number(row['kl'])} ({_number(_half(row))})" if row else "")
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        if document["experts"]:
+        if document.get("experts"):
             seen = ", ".join(
                 f"{samples} samples {c['least']:,} to the least used and {c['median']:,} to the median expert"
                 for samples, c in document["experts"].items()
             )
             lines += ["", f"Tokens that reached an expert: {seen}."]
-    return lines
-
-
-def _usual(row: Row, usual: int) -> bool:
-    return row["samples"] in (None, usual) and not row["all_experts"] and "damping" not in row["method"]
+    return lines[1:]
 
 
 def _cell(row: Row | None, column: list[Row]) -> str:
