@@ -90,6 +90,23 @@ def test_a_checkpoint_that_is_chosen_changes_every_chart_that_has_it(browser: An
     assert all(a != b for a, b in zip(before, after, strict=True))
 
 
+def test_the_menu_of_tables_holds_those_of_the_checkpoint_and_the_map_is_never_empty(
+    browser: Any, real_page: Path
+) -> None:
+    show(browser, real_page)
+    menu = browser.find_element("css selector", "select[data-chart='s1-tables'][data-parameter='checkpoint_shown']")
+    offered = set()
+    for name in ("mixfp4", "if4", "iq4_nl"):
+        change = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change', {bubbles: true}))"
+        browser.execute_script(change, menu, name)
+        time.sleep(0.5)
+        tables = "[...document.querySelector('[data-chart=s1-tables][data-parameter=table_shown]').options]"
+        offered.add(tuple(script(browser, f"{tables}.map(option => option.value)")))
+        cells = script(browser, "document.querySelectorAll('#s1-tables .mark-rect path').length")
+        assert menu.get_property("value") == name and cells > 10
+    assert len(offered) > 1
+
+
 def test_a_click_sorts_as_numbers_and_another_turns_it(browser: Any, real_page: Path) -> None:
     show(browser, real_page)
     header = browser.find_elements("css selector", "table:not(.plain) thead th")[2]

@@ -87,6 +87,21 @@
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(stream).text();
   };
+  // each format has its own tables: the menu offers those of the checkpoint that is shown
+  const offerTables = (id, rows) => {
+    const [checkpoint, table] = ["checkpoint_shown", "table_shown"].map((parameter) =>
+      [...document.querySelectorAll("select")].find((menu) => menu.dataset.chart === id && menu.dataset.parameter === parameter));
+    if (!checkpoint || !table) return;
+    const offer = () => {
+      const before = table.value;
+      const known = [...new Set(rows.filter((row) => row.checkpoint === checkpoint.value).map((row) => row.table))];
+      table.replaceChildren(...known.map((name) => new Option(name, name)));
+      if (known.includes(before)) table.value = before;
+      else table.dispatchEvent(new Event("change"));
+    };
+    checkpoint.addEventListener("change", offer);
+    offer();
+  };
   const read = (id) => document.getElementById(id).textContent;
   const draw = async () => {
     const { data, specs } = JSON.parse(await unpack(read("charts")));
@@ -98,6 +113,7 @@
       tooltip: { disableDefaultStyle: true },
     };
     for (const [id, spec] of Object.entries(specs)) {
+      offerTables(id, data[id]);
       const menus = [...document.querySelectorAll("select")].filter((menu) => menu.dataset.chart === id);
       const chosen = Object.fromEntries(menus.map((menu) => [menu.dataset.parameter, menu.value]));
       for (const parameter of spec.params ?? []) if (parameter.name in chosen) parameter.value = chosen[parameter.name];
