@@ -38,6 +38,8 @@ BYTE_SCALES: dict[str, Callable[[int], float]] = {
     "e6m2": lambda code: math.ldexp(4 + (code & 3), (code >> 2) - 50),
 }
 
+BYTE_TABLES: dict[str, Callable[[int], float]] = {"e4m3": _e4m3, "int8": lambda code: code - (code & 128) * 2}
+
 
 class Decoder:
     """FP32 values of codes and scales, bit for bit those of halfbyte's reference; ``about`` describes the format."""
@@ -49,8 +51,7 @@ class Decoder:
         self.offset: str | None = about.get("offset")
         # bits of the scale's code: the selector lies above them in the same byte
         self.shift = int(about["selector"].split(">>")[1]) if about.get("selector") else None
-        eight = [_e4m3(code) for code in range(256)] if "tables" in about else list(range(256))
-        tables = about.get("table_values") or [list(range(16)) if self.bits == 4 else eight]
+        tables = about.get("table_values") or [_table(self.bits, *about.get("tables", ()))]
         self._values = _constant([_per_byte(table) for table in tables]).flatten(0, 1)
         found = BYTE_SCALES.get("e6m2" if self.scale == "hif4" else self.scale)
         mask = 255 if self.shift is None else (1 << self.shift) - 1
@@ -95,6 +96,12 @@ class Decoder:
         bit = torch.arange(16, device=scales.device, dtype=torch.int32)
         exponents = ((words >> (8 + bit // 2)) & 1) + ((words >> (16 + bit)) & 1)
         return self._scales[words & 255] * (1 << exponents).float()
+
+
+def _table(bits: int, name: str | None = None) -> list[float]:
+    """What codes stand for in the table of this name; without one they are numbers. All but 4 bits are in bytes."""
+    number = BYTE_TABLES[name] if name else float
+    return [number(code) for code in range(16 if bits == 4 else 256)]
 
 
 def _per_byte(table: list[float]) -> list[tuple[float, ...]]:
