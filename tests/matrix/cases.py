@@ -8,13 +8,15 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from halfbyte.convert import convert
 from halfbyte.dialects import Dialect, get_dialect, list_dialects
 from halfbyte.formats import BlockFormat, Format, get_format, list_formats
 from halfbyte.models import Piece, Weight
+from halfbyte.plan import make_plan
 from halfbyte.quantized import misfit
 from halfbyte.view import Checkpoint
 from matrix.sources import MODELS, write
-from small_models import recipe, run
+from small_models import recipe
 
 _QUANTIZED = re.compile(r"(_proj(\.weight)?|shared_expert_gate\.weight|embed_tokens\.weight|lm_head\.weight)$")
 _PROBES = tuple(
@@ -87,11 +89,11 @@ PAIRS = _pairs()
 
 @dataclass
 class Made:
-    """A quantized checkpoint; ``out`` is its folder."""
+    """A quantized checkpoint in the folder ``out``; ``errors``: squared error by weight, as counted while encoding."""
 
     source: Path
     out: Path
-    names: list[str]
+    errors: dict[str, float]
 
 
 def make(root: Path, dialect: str, fmt: Format, model: str, other: str | None = None) -> Made:
@@ -106,8 +108,8 @@ def make(root: Path, dialect: str, fmt: Format, model: str, other: str | None = 
         if names:
             out = root / "out"
             rule = {"match": [f"re:^{re.escape(name)}$" for name in names], "format": fmt.name, "search": "absmax"}
-            run(source, out, recipe(rule), dialect)
-            return Made(source, out, names)
+            done = convert(make_plan(checkpoint, recipe(rule), dialect), out, workers=1)
+            return Made(source, out, {error.name: error.squared_error for error in done.errors})
     raise AssertionError(f"{dialect} holds no weight of the model {model!r} in {fmt.name}")
 
 
