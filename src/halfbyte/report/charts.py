@@ -25,7 +25,7 @@ Ends = tuple[float, float]
 
 def sizes(data: str, ends: Ends, floor: float | None) -> Spec:
     """Bytes against divergence, with intervals and the frontier."""
-    x = alt.X("bytes:Q", title="Size of all tensors", scale=alt.Scale(zero=False, padding=28), axis=_bytes_axis())
+    x = alt.X("bytes:Q", title="Size of all tensors", scale=alt.Scale(zero=False, padding=64), axis=_bytes_axis())
     y = alt.Y("kl:Q", title="KL divergence, nats per token", scale=_log(14), axis=_log_axis(ends))
     tooltip = [
         _tip("checkpoint:N", "checkpoint"),
@@ -43,7 +43,8 @@ def sizes(data: str, ends: Ends, floor: float | None) -> Spec:
     bars = bars.encode(y=alt.Y("low:Q", title=None), y2="high:Q")
     colour = alt.condition("datum.frontier", alt.value(ACCENT), alt.value(MUTED))
     points = base.mark_point(filled=True, size=70, opacity=1).encode(color=colour, tooltip=tooltip)
-    label = {"align": "left", "dx": 7, "dy": -9, "fontSize": 11, "fontWeight": 500, "limit": 170}
+    # below and to the left of the frontier there is nothing else
+    label = {"align": "right", "baseline": "top", "dx": -5, "dy": 4, "fontSize": 11, "fontWeight": 500, "limit": 140}
     names = best.mark_text(**label).encode(text="checkpoint:N", color=alt.value(ACCENT))
     layers: list[Any] = [line, bars, points, names]
     if floor:
