@@ -144,7 +144,7 @@ def test_marks_say_what_cannot_be_told_apart(tmp_path: Path) -> None:
     document = documents.results()
     document["rows"][1]["indistinguishable"]["kl"] = ["middle"]
     document["rows"][3]["indistinguishable"]["noise"] = True
-    notes = [a["data-note"] or "" for _, a in Page(page_of(tmp_path, document)).elements if "data-note" in a]
+    notes = [a["aria-label"] or "" for _, a in Page(page_of(tmp_path, document)).elements if "data-same" in a]
     assert any("small is not distinguishable from that of middle" in note for note in notes)
     assert any("large is within the noise floor" in note for note in notes)
 

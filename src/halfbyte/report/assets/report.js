@@ -64,9 +64,10 @@
     table.addEventListener("click", (event) => {
       const mark = event.target.closest(".mark");
       if (!mark) return;
-      const again = status.textContent === mark.dataset.note;
+      const note = mark.getAttribute("aria-label");
+      const again = status.textContent === note;
       const names = again ? [] : [mark.closest("tr").dataset.name, ...JSON.parse(mark.dataset.same)];
-      status.textContent = again ? "" : mark.dataset.note;
+      status.textContent = again ? "" : note;
       rows.forEach((row) => row.classList.toggle("same", names.includes(row.dataset.name)));
     });
   }
