@@ -164,6 +164,16 @@ def test_each_dialect_says_how_it_is_run(
     assert front_matter(text)["library_name"] == library
 
 
+def test_a_gguf_file_is_named_where_llama_cpp_runs_it(shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = shared / "data/models/qwen3-tiny-wiki"
+    halfbyte.quantize(halfbyte.plan(model, "mxfp4", dialect="gguf"), tmp_path / "out")
+    found = overview(Checkpoint.open(tmp_path / "out"))
+    (engine, _, command), *others = serve.usage(found, "me/it")
+    assert (engine, command) == ("llama.cpp", "llama-server -m me/it/qwen3-tiny-wiki-mxfp4.gguf") and not others
+    assert serve.library_of(found) == "gguf"
+
+
 def test_an_engine_that_computes_wrong_numbers_is_not_recommended(tmp_path: Path) -> None:
     halfbyte.quantize(halfbyte.plan(DEMO, "nvfp4-fp8", dialect="compressed-tensors"), tmp_path / "out")
     found = overview(Checkpoint.open(tmp_path / "out"))

@@ -58,6 +58,15 @@ def test_rounded_activations_are_a_row_of_their_own(tmp_path: Path) -> None:
     assert [row.label for row in study.rows][-1] == "small + fp8 activations"
 
 
+def test_checkpoints_of_one_name_are_told_apart_also_where_they_are_spoken_of(tmp_path: Path) -> None:
+    other = documents.row("small", 5_000, 0.05, fingerprint="e" * 64)
+    last = documents.row("last", 6_000, 0.06, indistinguishable={"kl": ["small"], "perplexity": [], "noise": False})
+    second = documents.results(documents.row("base", 16_000, None), other, last)
+    (study,) = studies(tmp_path, documents.results(), second)
+    assert [row.name for row in study.rows] == ["base", "small", "middle", "large", "small (eeeeeeee)", "last"]
+    assert study.rows[-1].indistinguishable.kl == ("small (eeeeeeee)",)
+
+
 def test_errors_of_a_file_of_their_own_go_to_their_row(tmp_path: Path) -> None:
     errors = documents.real()["rows"][1]["errors"] | {"out": "./somewhere/small", "against": "base"}
     (study,) = studies(tmp_path, documents.results(), errors)

@@ -116,6 +116,7 @@ def _mergeable(a: Row, b: Row) -> bool:
 
 def _add(study: Study, document: Results) -> None:
     study.results.append(document)
+    document = _distinct(study, document)
     study.comparisons += [c for c in document.comparisons if c not in study.comparisons]
     study.noise_floor = study.noise_floor or document.noise_floor
     for row in document.rows:
@@ -129,6 +130,32 @@ def _add(study: Study, document: Results) -> None:
             study.rows[at] = merged
         if study.source is None and row.name == document.source:
             study.source = row
+
+
+def _distinct(study: Study, document: Results) -> Results:
+    """The document, with other names for checkpoints that share theirs with another one of the study."""
+    new: dict[str, str] = {}
+    for row in document.rows:
+        mine = next((r for r in study.rows if _same(r, row)), None)
+        if mine is not None:
+            new[row.name] = mine.name
+        elif any(r.label == row.label for r in study.rows):
+            new[row.name] = f"{row.name} ({(row.fingerprint or 'no fingerprint')[:8]})"
+    if all(old == name for old, name in new.items()):
+        return document
+
+    def renamed(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(new.get(name, name) for name in names)
+
+    rows = []
+    for row in document.rows:
+        same = row.indistinguishable
+        others = {"kl": renamed(same.kl), "perplexity": renamed(same.perplexity)}
+        update = {"name": new.get(row.name, row.name), "indistinguishable": same.model_copy(update=others)}
+        rows.append(row.model_copy(update=update))
+    pairs = [c.model_copy(update={"a": new.get(c.a, c.a), "b": new.get(c.b, c.b)}) for c in document.comparisons]
+    source = document.source and new.get(document.source, document.source)
+    return document.model_copy(update={"rows": tuple(rows), "comparisons": tuple(pairs), "source": source})
 
 
 def _merge(first: Row, second: Row) -> Row:
