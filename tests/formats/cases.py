@@ -16,6 +16,9 @@ CASES = [(f, s) for f in FORMATS for s in SEARCHES if SEARCHES[s].problem(get_fo
 QUICK = [(f, s) for f, s in CASES if s != "exhaustive"]
 TENSOR_SCALED = [f for f in FORMATS if "tensor_scale" in get_format(f).parts((64, 256))]
 
+# block scales below which a type's steps are too coarse for absmax to find a scale again: subnormals and a margin
+FINE_FROM = {"e4m3": 2.0**-4, "e3m3": 2.0**-4, "fp16": 2.0**-12}
+
 KINDS = ("normal", "heavy", "uniform", "sparse", "steps", "constant", "outlier", "ramp")
 
 
@@ -67,6 +70,29 @@ def scale_values(tensor: QuantizedTensor) -> NDArray[np.float32]:
         return E6M2.to_value(tensor.scales & np.uint32(255))
     assert isinstance(fmt, AffineFormat)
     return tensor.scales.astype(np.float32)
+
+
+def fine_scales(tensor: QuantizedTensor) -> NDArray[np.bool_]:
+    """[blocks]: which scales lie where their type has its full precision."""
+    fmt = tensor.format
+    from_here = FINE_FROM.get(fmt.scale.name, 0.0) if isinstance(fmt, BlockFormat) else 0.0
+    return scale_values(tensor).reshape(-1) >= from_here
+
+
+def reach(fmt: Format) -> tuple[float, float]:
+    """Block maxima between which a format keeps its precision, whatever the rest of the tensor is."""
+    if isinstance(fmt, HiF4Format):
+        return 2.0**-48, 2.0**18
+    # BF16 scales end where FP32 turns subnormal, ranges of 2 * 3e38 overflow
+    if not isinstance(fmt, BlockFormat) or fmt.has_tensor_scale or fmt.scale.name not in FINE_FROM:
+        return 1e-35, 1e35
+    tops = [table.top for table in fmt.tables]
+    return FINE_FROM[fmt.scale.name] * max(tops), fmt.scale.maximum * min(tops)
+
+
+def smallest_magnitude(fmt: Format) -> float:
+    """Of the table's values, without scales: 0 in all tables but IQ4_NL's."""
+    return min(abs(v) for t in fmt.tables for v in t.values) if isinstance(fmt, BlockFormat) else 0.0
 
 
 def by_block(array: NDArray[np.floating], fmt: Format) -> NDArray[np.floating]:
