@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,15 @@ def test_one_command_calibrates_and_quantizes(tmp_path: Path, capsys: pytest.Cap
     told = json.loads(capsys.readouterr().out)
     assert told["importance"]["rounded_with_hessian"] == 33 and told["verification"]["ok"]
     assert (tmp_path / "out.statistics" / "statistics.json").is_file()
+
+
+def test_weights_that_errors_were_fed_back_to_may_be_further_from_their_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halfbyte.quantize(MODEL, tmp_path / "gptq", NVFP4, importance=_statistics(tmp_path / "s"))
+    halfbyte.quantize(MODEL, tmp_path / "nearest", NEAREST)
+    # both errors lie between this and 0.5
+    monkeypatch.setattr(import_module("halfbyte.verify"), "MAX_RELMSE", 1e-3)
+    assert halfbyte.verify(tmp_path / "gptq", MODEL, max_relmse=1e-3).ok
+    assert not halfbyte.verify(tmp_path / "nearest", MODEL, max_relmse=1e-3).ok
+    assert not halfbyte.verify(tmp_path / "gptq", MODEL, max_relmse=2e-3).ok

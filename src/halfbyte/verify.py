@@ -29,6 +29,8 @@ from halfbyte.weighting import stored_folds
 
 MAX_RELMSE = 0.1
 """A quantized tensor further than this from its source is not the same tensor."""
+MAX_RELMSE_FEEDBACK = 0.5
+"""The same where rounding fed errors back: weights move for the sake of outputs then, far where tokens are few."""
 
 
 @dataclass
@@ -156,7 +158,8 @@ class _Pair:
         elif keep and (before is None or self.ours.dialect is self.source.dialect):
             self._kept(weight, [o.name for o in self.source.stored(weight)] if before else weight.sources)
         elif fmt is not None:
-            self._quantized(weight, twin, fmt)
+            fed_back = decision is not None and decision.method is not None and self.max_relmse == MAX_RELMSE
+            self._quantized(weight, twin, fmt, MAX_RELMSE_FEEDBACK if fed_back else self.max_relmse)
 
     def respelled(self, weight: Weight, output: OutputTensor) -> None:
         """A scale of activations, which may have become its reciprocal."""
@@ -210,7 +213,7 @@ class _Pair:
         parts = refolded(self.source, self.right, weight, fold, SLICE_BYTES, {name})
         return all(self.left.read(name, i, i + len(part)).tobytes() == part.tobytes() for _, i, part in parts)
 
-    def _quantized(self, weight: Weight, twin: Weight, fmt: Format) -> None:
+    def _quantized(self, weight: Weight, twin: Weight, fmt: Format, max_relmse: float) -> None:
         self.result.quantized += 1
         problems = self.result.problems
         before = self.source.formats.get(weight.name)
@@ -228,11 +231,11 @@ class _Pair:
             part.add(dense, tensor)
             whole.merge(part)
             if len(twin.shape) > 2:
-                self._judge(part, f"expert {first} of {weight.name}")
+                self._judge(part, f"expert {first} of {weight.name}", max_relmse)
             if _vanished(dense, tensor):
                 problems.append(f"{weight.name} has a zero scale on a block that is not zero in the source")
         if len(twin.shape) == 2:
-            self._judge(whole, weight.name)
+            self._judge(whole, weight.name, max_relmse)
         if before and not whole.lossless and self._claim(weight, before, fmt) == LOSSLESS:
             problems.append(f"{weight.name} has the format of the source, {fmt.name}, but other values")
         for output in self.ours.stored(twin):
@@ -243,13 +246,13 @@ class _Pair:
         assert self.source.dialect is not None and self.ours.dialect is not None
         return claim(weight, before, fmt, self.source.dialect, self.ours.dialect)
 
-    def _judge(self, error: TensorError, what: str) -> None:
+    def _judge(self, error: TensorError, what: str, max_relmse: float) -> None:
         if not math.isfinite(error.squared_error):
             self.result.problems.append(f"{what} decodes to a NaN or an infinity")
-        elif not error.relmse <= self.max_relmse:
+        elif not error.relmse <= max_relmse:
             self.result.problems.append(
                 f"{what} has a relative error of {error.relmse:.3g} against the source "
-                f"(at most {self.max_relmse:g} is allowed)"
+                f"(at most {max_relmse:g} is allowed)"
             )
 
 

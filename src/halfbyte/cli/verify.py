@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         type=float,
         default=None,
-        help="largest squared error of a weight relative to its sum of squares (default 0.1)",
+        help="largest squared error of a weight relative to its sum of squares (default 0.1, or 0.5 with GPTQ)",
     )
 
 
