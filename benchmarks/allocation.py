@@ -9,7 +9,7 @@ quantized with the same searches and without a calibration, verified, and judged
 sensitivities have seen. Then the measured divergence of allocations of several sizes (c), beside that of recipes with
 one format. Models: the bundled demo model (its text cut in half) and ``models/*-wiki``. One results file per model in
 ``benchmarks/results/allocation``; the tables between the markers in the document are written anew from all of them.
-Needs ``halfbyte[transformers,allocate]``; takes about ten minutes on one core.
+Needs ``halfbyte[transformers,allocate]``; takes about eight minutes on one core.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 For the demo model and ``models/*-wiki``, each kind of calibration and a plain forward pass of the whole model over the
 same samples run in processes of their own, one after the other; times are given as ratios, since they depend on the
 machine. Memory is the peak above that of the imports. The estimate comes from the headers in ``inventories`` beside
-the data and a formula, not from a run. Needs ``halfbyte[transformers]``; takes about two minutes on one core.
+the data and a formula, not from a run. Needs ``halfbyte[transformers]``; takes about a minute on one core.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from halfbyte.checkpoint.inventory import Inventory
 from halfbyte.demo import MODEL as DEMO
 from halfbyte.models import Weight, family_for
 
-SAMPLES, LENGTH = 64, 256
+SAMPLES, LENGTH = 32, 256
 KINDS = ("importance", "hessians", "hessians, all experts")
 
 

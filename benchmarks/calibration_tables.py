@@ -45,6 +45,8 @@ def main(documents: Sequence[dict[str, Any]], formats: Iterable[str], methods: l
     notes: list[str] = []
     for fmt in formats:
         columns = [[r for r in d["rows"] if r["part"] == fmt] for d in documents]
+        if not any(columns):
+            continue
         heads = []
         for name, column in zip(names, columns, strict=True):
             kept = max((r["kept"] for r in column), default=0)
