@@ -97,7 +97,7 @@ def matrices(rows: int) -> dict[str, NDArray[Any]]:
 
 
 def measure(x: NDArray[Any], name: str, search: str, runs: int) -> dict[str, float]:
-    importance = np.random.default_rng(1).random(K).astype(np.float32)
+    importance = np.random.default_rng(1).random(x.shape[-1]).astype(np.float32)
     tensor = encode(x, name, search)
     narrow, wide = np.empty(x.shape, dtype=ml_dtypes.bfloat16), np.empty(x.shape, dtype=np.float32)
 
