@@ -40,7 +40,7 @@ def test_an_empty_stage_is_passed_over() -> None:
 
 
 def test_tasks_of_one_job_run_side_by_side() -> None:
-    together = threading.Barrier(3, timeout=10)
+    together = threading.Barrier(3, timeout=60)
     with Pipeline(3) as pipeline:
         pipeline.add(job([together.wait] * 3), nothing)
         pipeline.finish()
@@ -53,7 +53,7 @@ def test_no_more_jobs_are_begun_than_threads_can_use() -> None:
     def stages() -> Iterator[list[Task]]:
         nonlocal begun
         begun += 1
-        yield [lambda: bool(go.wait(10)) and None]
+        yield [lambda: bool(go.wait(60)) and None]
 
     def feed(pipeline: Pipeline) -> None:
         for _ in range(20):
@@ -62,6 +62,8 @@ def test_no_more_jobs_are_begun_than_threads_can_use() -> None:
     with Pipeline(2) as pipeline:
         feeder = threading.Thread(target=feed, args=(pipeline,))
         feeder.start()
+        while begun < 4:
+            time.sleep(0.001)
         time.sleep(0.1)
         assert begun == 4
         go.set()
@@ -102,7 +104,7 @@ def test_failures_outside_of_tasks_are_raised_too(where: str) -> None:
 
 def test_what_runs_in_the_background_runs_beside_tasks_and_one_after_the_other() -> None:
     order: list[int] = []
-    meeting = threading.Barrier(2, timeout=10)
+    meeting = threading.Barrier(2, timeout=60)
 
     def background(number: int) -> Callable[[], None]:
         def call() -> None:
@@ -131,6 +133,6 @@ def test_leaving_with_an_error_waits_for_tasks_that_run() -> None:
 
     with pytest.raises(RuntimeError, match="outside"), Pipeline(1) as pipeline:
         pipeline.add(job([task]), nothing)
-        running.wait(10)
+        running.wait(60)
         raise RuntimeError("outside")
     assert ended.is_set()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from small_models import (
     run,
     write_checkpoint,
 )
+from timing import within
 
 DIALECTS = ["halfbyte", "compressed-tensors"]
 
@@ -215,12 +215,14 @@ def test_125_000_tensors_are_planned_in_two_seconds_from_headers_alone(tmp_path:
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(layout.header)
         file.truncate(layout.total)  # a hole: no weight is there to be read
-    began = time.process_time()
-    plan = make_plan(Checkpoint.open(tmp_path), "nvfp4")
-    assert len(plan.summary()["classes"]) == 3 and plan.fingerprint
-    seconds = time.process_time() - began
+
+    def planned() -> Plan:
+        plan = make_plan(Checkpoint.open(tmp_path), "nvfp4")
+        assert len(plan.summary()["classes"]) == 3 and plan.fingerprint
+        return plan
+
+    plan = within(6, planned)  # about 2 s when nothing else runs
     assert len(entries) >= 124_000 and plan.parameters == 3 * 32 * 64 * layers * experts + 64 * layers * experts
-    assert seconds < 2 * 3  # machines that run tests are slow and shared
 
 
 def test_the_same_inputs_give_the_same_plan_and_others_another_one(moe: Path) -> None:

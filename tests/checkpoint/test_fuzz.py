@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ INDEX = b'{"metadata":{"total_size":21.0},"weight_map":{"a.weight":"m.safetensor
 positions = st.integers(0, len(GOOD) - 1)
 fuzz = settings(
     max_examples=150,
-    deadline=1000,
+    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
 def read_everything(folder: Path) -> None:
+    began = time.process_time()
     try:
         inventory = Inventory.open(folder)
         assert len(inventory.fingerprint) == 64
@@ -34,6 +36,7 @@ def read_everything(folder: Path) -> None:
                 reader.read(name)
     except CheckpointError as error:
         assert str(error)  # any other exception fails the test
+    assert time.process_time() - began < 1
 
 
 @fuzz

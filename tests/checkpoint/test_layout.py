@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from hypothesis import given
@@ -11,6 +10,7 @@ from halfbyte.checkpoint.dtypes import BITS, nbytes
 from halfbyte.checkpoint.header import parse_header
 from halfbyte.checkpoint.layout import Layout, build_header
 from halfbyte.errors import OutputError
+from timing import within
 
 
 def test_tensors_follow_the_header_in_the_order_given() -> None:
@@ -84,7 +84,5 @@ def test_a_header_that_no_library_would_load_is_refused(monkeypatch) -> None:
 
 def test_125000_tensors_are_laid_out_within_a_second_or_two() -> None:
     entries = [(f"model.layers.0.mlp.experts.{i}.down_proj.weight", "U8", (2048, 256)) for i in range(125_000)]
-    begin = time.process_time()
-    layout = build_header(entries)
-    assert time.process_time() - begin < 2  # about 0.3 s when nothing else runs
+    layout = within(2, lambda: build_header(entries))  # about 0.3 s when nothing else runs
     assert layout.total - len(layout.header) == 125_000 * 2048 * 256

@@ -239,15 +239,15 @@ def test_the_server_answers(tmp_path: Path) -> None:
         f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
     )
     try:
-        for _ in range(240):
+        for _ in range(1200):
             assert server.poll() is None, (tmp_path / "log").read_text()
             try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
+                with urllib.request.urlopen(request, timeout=300) as answer:
                     said = json.load(answer)
                 break
             except OSError:
                 time.sleep(0.25)
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(300)
     assert said["usage"]["completion_tokens"] == 3 and said["choices"][0]["text"]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from halfbyte.checkpoint.inventory import Inventory
 from halfbyte.errors import CheckpointError
 from halfbyte.models import Piece, family_for
+from timing import within
 
 from .helpers import experts, inventory
 
@@ -153,8 +153,5 @@ def test_an_fp8_weight_is_marked_as_quantized() -> None:
 
 def test_200_000_names_are_classified_in_about_a_second(shared: Path) -> None:
     checkpoint = Inventory.from_json(shared / "inventories" / "kimi_k2_thinking.patterns.json")
-    start = time.process_time()
-    weights = family_for(checkpoint.config).weights(checkpoint)
-    seconds = time.process_time() - start
+    weights = within(5, lambda: family_for(checkpoint.config).weights(checkpoint))  # about 0.7 s when nothing else runs
     assert len(weights) == len(checkpoint.tensors) == 208_215
-    assert seconds < 5, f"208,215 names took {seconds:.1f} s"  # about 0.7 s; the rest is for slow machines
