@@ -11,24 +11,20 @@ written anew. Needs ``halfbyte[transformers]``; takes about ten minutes on one c
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import lzma
 import os
-import platform
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
 import halfbyte
+from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.calibrate.collect import collect_statistics
 from halfbyte.evaluate.errors import tensor_errors
 from halfbyte.recipes import Recipe, load_recipe
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FORMATS = ("mxfp4", "nvfp4", "int4_g32", "int4_g128")
 # name: (errors weighted by importance, weights folded)
 METHODS = {
@@ -39,7 +35,6 @@ METHODS = {
 }
 BUILTIN = ("ud-mxfp4", "ud-q4")
 LENGTH, CALIBRATION, HELD_OUT = 512, 64, 24
-START, END = "<!-- table of benchmarks/awq.py -->", "<!-- end of table -->"
 
 
 def recipe(fmt: str, method: str) -> Recipe:
@@ -131,15 +126,12 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=REPOSITORY / "benchmarks/results/awq.json")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "awq.json")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
     args = parser.parse_args()
     builtin = {name: load_recipe(name) for name in BUILTIN}
-    packages = ("numpy", "torch", "transformers")
     results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        **head("torch", "transformers"),
         "models": [],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -157,10 +149,8 @@ def main() -> None:
                     row = bench.measure(what, given)
                     model["builtin"].append({"recipe": name, "importance": given, **row})
                     print(f"{source.name} {name} {'with' if given else 'without'} importance: {row}", flush=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    content = args.docs.read_text(encoding="utf-8")
-    before, rest = content.split(START)
-    args.docs.write_text(f"{before}{START}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_results(args.output, results)
+    replace_part(args.docs, "awq", f"\n{table(results)}\n")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,9 @@ written anew. Needs ``halfbyte[transformers]``; takes about half an hour on one 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import lzma
 import os
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.checkpoint import Reader
 from halfbyte.formats import QuantizedTensor
 from halfbyte.models.roles import LINEAR, is_under
@@ -36,9 +33,7 @@ from halfbyte.search.hessian import output_error
 from halfbyte.search.local_hessian import encode_local
 from halfbyte.view import Checkpoint
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 LENGTH = 512
-START, END = "<!-- table of benchmarks/gptq.py -->", "<!-- end of the table of benchmarks/gptq.py -->"
 Method = Callable[..., QuantizedTensor]
 
 
@@ -256,15 +251,12 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=REPOSITORY / "benchmarks/results/gptq.json")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "gptq.json")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
     parser.add_argument("--quick", action="store_true", help="16 windows for calibration, 4 to judge")
     args = parser.parse_args()
-    packages = ("numpy", "torch", "transformers")
     results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        **head("torch", "transformers"),
         "synthetic": synthetic(),
         "models": [],
     }
@@ -280,10 +272,8 @@ def main() -> None:
                 f"{folder.name} {fmt} {method}: error {row['error']:.5f} KL {row['kl']:.6f} top-1 {row['top1']:.4f}",
                 flush=True,
             )
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    content = args.docs.read_text(encoding="utf-8")
-    before, rest = content.split(START)
-    args.docs.write_text(f"{before}{START}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        write_results(args.output, results)
+    replace_part(args.docs, "gptq", f"\n{table(results)}\n")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
 import halfbyte
+from common import REPOSITORY, replace_part
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Settings
 from halfbyte.evaluate import measure as evaluate
 from halfbyte.recipes import Recipe, parse_recipe
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 # by weight error, the largest first; then other formats and sizes
 RECIPES = (
     *("mxfp4", "mxfp4-sweep", "nvfp4-absmax", "nvfp4-four-over-six", "nvfp4", "mixfp4-absmax", "mixfp4"),
@@ -35,7 +35,6 @@ RECIPES = (
 )
 FORMATS = ("nvint4", "nf4", "iq4_nl", "affine4_g64", "int4_asym_g32", "mxfp8")
 LENGTH, TOKENS = 256, 12_288
-START, END = "<!-- tables of benchmarks/models.py -->", "<!-- end of tables -->"
 
 
 def recipes() -> list[Recipe]:
@@ -141,12 +140,6 @@ def perplexity(row: dict[str, Any]) -> str:
     return f"{row['perplexity']:.3f}{'*' if low <= 1 <= high else ''}"
 
 
-def write_docs(path: Path, text: str) -> None:
-    content = path.read_text(encoding="utf-8")
-    before, rest = content.split(START)
-    path.write_text(f"{before}{START}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -169,7 +162,7 @@ def main() -> None:
         )
     for path in sorted(args.output.glob("*.json")):
         documents[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-    write_docs(args.docs, tables(documents))
+    replace_part(args.docs, "models", f"\n{tables(documents)}\n")
 
 
 if __name__ == "__main__":

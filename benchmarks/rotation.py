@@ -11,12 +11,8 @@ alone (W4A16), or weights and inputs (W4A4). The table between the markers in th
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import lzma
 import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +22,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.search import encode
 from halfbyte.search.gptq import gptq
 from halfbyte.search.rotation import fold_values, hadamard, outlier_rotations, rotate_columns
 from halfbyte.search.soar import soar_tensor_scale
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 LENGTH, WINDOWS = 512, 4
-START, END = "<!-- table of benchmarks/rotation.py -->", "<!-- end of the table of benchmarks/rotation.py -->"
 ROTATIONS = ("none", "Hadamard", "outlier-aware")
 # name: format, search, GPTQ, inputs quantized too
 COLUMNS = {
@@ -145,14 +140,11 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=REPOSITORY / "benchmarks/results/rotation.json")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "rotation.json")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
     args = parser.parse_args()
-    packages = ("numpy", "torch", "transformers")
     results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        **head("torch", "transformers"),
         "models": [],
     }
     train = lzma.decompress((args.data / "text/enwiki2015/train_first12MB.txt.xz").read_bytes())[:200_000]
@@ -174,10 +166,8 @@ def main() -> None:
         found = {"model": folder.name, "weights": len(weights), "errors": errors, "fits": fits(weights)}
         results["models"].append({**found, "folded": folded(model, tokens[1])})
         print(folder.name, results["models"][-1]["fits"], results["models"][-1]["folded"], flush=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    content = args.docs.read_text(encoding="utf-8")
-    before, rest = content.split(START)
-    args.docs.write_text(f"{before}{START}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_results(args.output, results)
+    replace_part(args.docs, "rotation", f"\n{table(results)}\n")
 
 
 if __name__ == "__main__":
