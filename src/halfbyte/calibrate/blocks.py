@@ -79,6 +79,16 @@ class Blocks:
                 if (weight.name, expert) not in uses[-1:]:
                     uses.append((weight.name, expert))
                 self._sources.setdefault(target, []).append(piece.source)
+        self._follow_tied()
+
+    def _follow_tied(self) -> None:
+        """Tied embeddings may be stored as the output matrix alone; they are then filled from there."""
+        pair = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        first, last = (f"{self._names[id(m)]}.weight" if m is not None else "" for m in pair)
+        tied = self.model.config.get_text_config().tie_word_embeddings
+        if tied and last in self._sources and first not in self._sources:
+            self._read[first] = self._read[self._sources[last][0]]
+            self._sources[first] = [first]
 
     def columns(self, target: str) -> int:
         """How wide the inputs of a matrix of the model are."""
