@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,16 +19,17 @@ from halfbyte.dialects import Dialect, OutputTensor, get_dialect, quantization_c
 from halfbyte.errors import FormatError, PlanError
 from halfbyte.folding import FOLDS, layout
 from halfbyte.formats import get_format
+from halfbyte.groups import check_groups, check_tied
 from halfbyte.models import Weight
 from halfbyte.models.folds import FoldGroup
-from halfbyte.quantized import REQUANTIZED, claim, misfit, obstacle, respelled, settle_input_scales, shares_scale
+from halfbyte.quantized import claim, misfit, obstacle, respelled, settle_input_scales
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.search import get_search
 from halfbyte.shards import Item, Shard, make_index, make_shards
 from halfbyte.slices import Limits, Resources, find_resources
 from halfbyte.summary import summarize, to_dict
 from halfbyte.view import FLOATS, Checkpoint
-from halfbyte.weighting import Weighting, is_tied, optional_note, settle
+from halfbyte.weighting import Weighting, optional_note, settle
 
 MAX_SHARD_BYTES = 5_000_000_000
 CONFIG, INDEX, PROVENANCE = "config.json", "model.safetensors.index.json", "halfbyte.json"
@@ -190,13 +191,13 @@ def make_plan(
     items = [_item(checkpoint, w, d, dialect) for w, d in zip(weights, decisions, strict=True)]
     if not any(item.format for item in items):
         raise PlanError(f"recipe {recipe.name} quantizes nothing in {inventory.source}; check its rules")
-    _check_groups(items)
+    check_groups(items)
     notes = [checkpoint.family.note] if checkpoint.family.note else []
     choose_activations(items, decisions, dialect)
     notes += settle_input_scales(checkpoint, items, dialect)
     more = calibrated_scales(items, dialect, calibration)
     activations = settled_activations(checkpoint, [*items, *more], dialect)
-    _check_tied(inventory.config, items)
+    check_tied(inventory.config, items)
     weighting = settle(checkpoint, recipe, items, decisions, calibration)
     notes += weighting.notes() if weighting else optional_note(recipe, decisions)
     items += more
@@ -328,37 +329,6 @@ def _original(weight: Weight) -> OutputTensor:
     """A weight that the source spells in its own way, as a plain checkpoint has it."""
     lying = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2]) if weight.transposed else weight.shape
     return OutputTensor(weight.sources[0], weight.dtype, lying, "turned" if weight.transposed else "values")
-
-
-def _check_groups(items: Iterable[Item]) -> None:
-    """Members of a fusion group stay together: in one format, and requantized where only some are quantized yet."""
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        if item.weight.group:
-            groups.setdefault(item.weight.group, []).append(item)
-    for name, members in groups.items():
-        if len({m.format or m.action for m in members}) > 1:
-            raise PlanError(
-                f"engines fuse the group {name}, so its members need one format, but they have {_fates(members)}"
-            )
-        if shares_scale(members[0].format) and any(m.action == "quantize" for m in members):
-            for m in members:
-                m.action, m.reason = "quantize", m.reason if m.action == "quantize" else REQUANTIZED
-
-
-def _check_tied(config: Mapping[str, Any], items: Iterable[Item]) -> None:
-    """Tied embeddings are one tensor for an engine, also where a checkpoint stores them twice."""
-    if not is_tied(config):
-        return
-    ends = [item for item in items if item.weight.role in ("embedding", "lm_head") and item.action != "drop"]
-    if len({item.format for item in ends}) > 1:
-        raise PlanError(
-            f"the embeddings are tied (tie_word_embeddings), so they need one format, but they have {_fates(ends)}"
-        )
-
-
-def _fates(items: Iterable[Item]) -> str:
-    return ", ".join(f"{i.weight.name}: {i.format.name if i.format else i.action}" for i in items)
 
 
 def _json(content: Any) -> bytes:

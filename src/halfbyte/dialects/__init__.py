@@ -10,10 +10,9 @@ from halfbyte.dialects.base import (
     Written,
     get_dialect,
     list_dialects,
-    quantization_config_of,
     register_dialect,
-    unquantized_config,
 )
+from halfbyte.dialects.settings import quantization_config_of, unquantized_config
 
 __all__ = [
     "Container",

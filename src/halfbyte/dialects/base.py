@@ -11,15 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Inventory, Layout, Reader, TensorInfo, build_header, numpy_dtype
+from halfbyte.dialects.settings import quantization_config_of
 from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.models import Weight
 
 Array = NDArray[Any]
-
-
-# the second is an older name, the third MLX's
-_SETTINGS = ("quantization_config", "compression_config", "quantization")
 
 
 class UnequalScalesError(CheckpointError):
@@ -322,26 +319,6 @@ def _region(rows: tuple[int, int, int], part: str, fmt: Format) -> slice:
     first, stop, step = rows
     per = fmt.block[0] if part == "scales" else 1
     return slice(first // per, -(-stop // per), step)
-
-
-def quantization_config_of(inventory: Inventory) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint's config.json or of its text model, {} where there is none."""
-    text = inventory.config.get("text_config")
-    for part in (inventory.config, text if isinstance(text, dict) else {}):
-        for key in _SETTINGS:
-            found = part.get(key)
-            if isinstance(found, dict) and found:
-                return found
-    return {}
-
-
-def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without its ``quantization_config``, wherever it stands."""
-    plain = {key: value for key, value in config.items() if key not in _SETTINGS}
-    text = plain.get("text_config")
-    if isinstance(text, dict):
-        plain["text_config"] = {key: value for key, value in text.items() if key not in _SETTINGS}
-    return plain
 
 
 _DIALECTS: dict[str, Dialect] = {}

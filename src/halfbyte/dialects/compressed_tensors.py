@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, InputScale, OutputTensor, quantization_config_of, register_dialect
+from halfbyte.dialects.base import Array, Dialect, InputScale, OutputTensor, register_dialect
 from halfbyte.dialects.compressed_tensors_config import (
     SPELLINGS,
     Schemes,
@@ -24,6 +24,7 @@ from halfbyte.dialects.compressed_tensors_config import (
 )
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
+from halfbyte.dialects.settings import quantization_config_of
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import AffineFormat, BlockFormat, Format
 from halfbyte.models import Weight

@@ -39,11 +39,11 @@ class GgufBase(Dialect):
 
     def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
         """Codes and scales lie in one tensor; see ``write``."""
-        raise NotImplementedError
+        raise TypeError("codes and scales of GGUF lie in one tensor, which write packs")
 
     def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
         """Codes and scales lie in one tensor; see ``assemble``."""
-        raise NotImplementedError
+        raise TypeError("codes and scales of GGUF lie in one tensor, which assemble unpacks")
 
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """The types stand in the file."""

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo, safetensors_name
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, quantization_config_of, register_dialect
+from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
 from halfbyte.dialects.patterns import compact, spaces
+from halfbyte.dialects.settings import quantization_config_of
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats import AffineFormat, BlockFormat, Format, HiF4Format, get_format
 from halfbyte.formats.hif4 import MAGNITUDES

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from halfbyte.dialects.base import quantization_config_of
+from halfbyte.dialects import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.runtime.loading import load
 from halfbyte.view import Checkpoint

@@ -1,0 +1,31 @@
+"""Where config.json says how a checkpoint is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from halfbyte.checkpoint import Inventory
+
+# the second is an older name, the third MLX's
+_SETTINGS = ("quantization_config", "compression_config", "quantization")
+
+
+def quantization_config_of(inventory: Inventory) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint's config.json or of its text model, {} where there is none."""
+    text = inventory.config.get("text_config")
+    for part in (inventory.config, text if isinstance(text, dict) else {}):
+        for key in _SETTINGS:
+            found = part.get(key)
+            if isinstance(found, dict) and found:
+                return found
+    return {}
+
+
+def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without its ``quantization_config``, wherever it stands."""
+    plain = {key: value for key, value in config.items() if key not in _SETTINGS}
+    text = plain.get("text_config")
+    if isinstance(text, dict):
+        plain["text_config"] = {key: value for key, value in text.items() if key not in _SETTINGS}
+    return plain
