@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
 TEXT = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+
+
+def _is_recorded(name: str, table: str) -> bool:
+    inside = TEXT.split(f"<!-- begin: {name} -->")[1].split(f"<!-- end: {name} -->")[0]
+    return inside.strip() == table.strip()
+
+
+def _documents(name: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / name).glob("*.json"))]
 
 
 @pytest.mark.parametrize("name", ["gptq", "rotation"])
 def test_the_table_is_the_recorded_one(name: str) -> None:
     pytest.importorskip("transformers")
-    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", REPOSITORY / "benchmarks" / f"{name}.py")
-    assert spec and spec.loader
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    results = json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    assert f"{benchmark.START}\n\n{benchmark.table(results)}\n\n{benchmark.END}" in TEXT
+    results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert _is_recorded(name, import_module(name).table(results))
+
+
+def test_the_tables_of_calibration_methods_are_the_recorded_ones() -> None:
+    pytest.importorskip("transformers")
+    bench, tables = import_module("calibration"), import_module("calibration_tables")
+    found = tables.tables(_documents("calibration"), bench.FORMATS, bench.METHODS, bench.STUDY, bench.TOKENS)
+    assert [name for name, table in found.items() if not _is_recorded(name, table)] == []
+
+
+def test_the_tables_of_allocation_are_the_recorded_ones() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("highspy")
+    bench, tables = import_module("allocation"), import_module("allocation_tables")
+    found = tables.tables(_documents("allocation"), list(bench.HAND))
+    assert [name for name, table in found.items() if not _is_recorded(name, table)] == []
