@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,9 @@ __all__ = ["Conversion", "Progress", "convert", "source_bytes"]
 OPEN_FILES = 3
 # units that one task takes at most, so that progress is seen
 SMALL_UNITS = 64
+# where units of less take as much time in Python as in the kernels
+TINY_BYTES = 1 << 17
+_TINY_LOCK = threading.Lock()
 
 
 @dataclass
@@ -186,10 +190,13 @@ def _jobs(units: Iterable[Unit], limit: int) -> Iterator[list[Unit]]:
 def _stages(units: Sequence[Unit]) -> Stages:
     if not units[0].small:
         return units[0].stages()
+    # threads that only pass Python's lock to and fro are slower than one
+    alone = _TINY_LOCK if sum(unit.bytes for unit in units) < TINY_BYTES * len(units) else nullcontext()
 
     def run() -> None:
-        for unit in units:
-            unit.run()
+        with alone:
+            for unit in units:
+                unit.run()
 
     return iter([[run]])
 
