@@ -50,7 +50,7 @@ def _where(found: dict[str, Any], loads: bool = True) -> str:
     text = f"{text}, {machine['system']}; {packages}; {found['date']}"
     load = (found.get("load_at_start") or [0])[0]
     if loads and load > 1:
-        text += f". **The machine was busy with other work (load {load:.1f}): a first run, to be repeated.**"
+        text += f", load of the machine in the minute before: {load:.1f}"
     return text
 
 
