@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -219,8 +220,11 @@ def test_a_disk_that_fills_up_on_the_way(source: Path, small_disk: Path) -> None
 
     def fill(_: int) -> None:
         if not seen:
-            # files are reserved in full when they are begun, so this is what the later ones would need
-            (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
+            # files are reserved in full when they are begun, so this is what the later ones would need; the next one
+            # may be begun meanwhile
+            with open(small_disk / "other", "wb", buffering=0) as other, contextlib.suppress(OSError):
+                while (room := shutil.disk_usage(small_disk).free - 20_000) > 0:
+                    other.write(bytes(min(room, 4096)))
         seen.append(1)
 
     with pytest.raises(OutputError, match="the disk has no room for"):
