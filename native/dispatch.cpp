@@ -65,7 +65,7 @@ const hb_kernels* kernels(int isa) {
 
 extern "C" {
 
-int hb_interface(void) { return 2 * 1000003 + (int)(sizeof(hb_codec) + sizeof(hb_task) + sizeof(hb_gptq_task)); }
+int hb_interface(void) { return 3 * 1000003 + (int)(sizeof(hb_codec) + sizeof(hb_task) + sizeof(hb_gptq_task)); }
 
 int hb_has_isa(int isa) { return isa >= HB_BASELINE && isa <= largest_isa(); }
 
@@ -97,6 +97,13 @@ int hb_gptq(int isa, const hb_codec* codec, const hb_gptq_task* task) {
   const StandardArithmetic guard;
   const hb_kernels* k = kernels(isa);
   return k ? k->gptq(codec, task) : 2;
+}
+
+int hb_rotate(int isa, float* x, int64_t lead, int64_t rows, int64_t k, int size, float norm, const uint8_t* swaps,
+              int steps, int inverse) {
+  const StandardArithmetic guard;
+  const hb_kernels* kernel = kernels(isa);
+  return kernel ? kernel->rotate(x, lead, rows, k, size, norm, swaps, steps, inverse) : 2;
 }
 
 int hb_factor(int isa, int64_t count, int64_t k, double* m, double* inverse, double* gain) {

@@ -127,6 +127,11 @@ HB_EXPORT int hb_decode(int isa, const hb_codec* codec, const hb_task* task);
 HB_EXPORT int hb_compare(int isa, const hb_codec* codec, const hb_task* task);
 // Rounds with error feedback. Weights must be finite. Returns 0, 2 for a codec it does not know, 3 without memory.
 HB_EXPORT int hb_gptq(int isa, const hb_codec* codec, const hb_gptq_task* task);
+// Rotates x FP32 [lead, rows, k] in place, in blocks of `size` (16, 32, 64, 128) columns: by the Hadamard matrix times
+// `norm`, or, with swaps [lead, k / size, steps], by steps that first exchange a channel (< size) with the block's first;
+// `inverse` undoes it. Returns 0, 2 for another size.
+HB_EXPORT int hb_rotate(int isa, float* x, int64_t lead, int64_t rows, int64_t k, int size, float norm,
+                        const uint8_t* swaps, int steps, int inverse);
 // Factors `count` symmetric FP64 matrices m [k, k], k a multiple of 8, m = L L^T: m becomes L^T with its rows over
 // their diagonals, inverse [k, k] the inverse of L with its columns over their diagonals, gain [k] the squares of
 // the diagonals. Returns 0, 1 where a matrix is not positive definite, 2 for another k.

@@ -6,6 +6,7 @@
 #include "factor.h"
 #include "gptq.h"
 #include "hif4.h"
+#include "rotate.h"
 #include "wide.h"
 
 namespace {
@@ -90,6 +91,17 @@ int gptq(const hb_codec* codec, const hb_gptq_task* task) {
   return Gptq(*codec, *task).run();
 }
 
+int rotate(float* x, int64_t lead, int64_t rows, int64_t k, int size, float norm, const uint8_t* swaps, int steps,
+           int inverse) {
+  if (k % size) return 2;
+  if (size == 16) Rotate<16>::all_matrices(x, lead, rows, k, norm, swaps, steps, inverse);
+  else if (size == 32) Rotate<32>::all_matrices(x, lead, rows, k, norm, swaps, steps, inverse);
+  else if (size == 64) Rotate<64>::all_matrices(x, lead, rows, k, norm, swaps, steps, inverse);
+  else if (size == 128) Rotate<128>::all_matrices(x, lead, rows, k, norm, swaps, steps, inverse);
+  else return 2;
+  return 0;
+}
+
 int factor(int64_t count, int64_t k, double* m, double* inverse, double* gain) {
   if (k % Factor::P) return 2;
   const Factor f{k};
@@ -105,5 +117,5 @@ int factor(int64_t count, int64_t k, double* m, double* inverse, double* gain) {
 
 extern "C" {
 extern const hb_kernels HB_NAME;
-const hb_kernels HB_NAME = {amax, encode, decode, compare, gptq, factor};
+const hb_kernels HB_NAME = {amax, encode, decode, compare, gptq, rotate, factor};
 }

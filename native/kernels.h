@@ -8,6 +8,8 @@ struct hb_kernels {
   int (*decode)(const hb_codec* codec, const hb_task* task);
   int (*compare)(const hb_codec* codec, const hb_task* task);
   int (*gptq)(const hb_codec* codec, const hb_gptq_task* task);
+  int (*rotate)(float* x, int64_t lead, int64_t rows, int64_t k, int size, float norm, const uint8_t* swaps, int steps,
+                int inverse);
   int (*factor)(int64_t count, int64_t k, double* m, double* inverse, double* gain);
 };
 

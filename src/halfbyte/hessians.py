@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -12,8 +13,11 @@ import numpy as np
 from halfbyte.calibrate import Calibration
 from halfbyte.calibrate.importance import Floats
 from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.formats import BlockFormat
+from halfbyte.formats.rotation import Swaps, plain_swaps
 from halfbyte.search.gptq import Prepared, prepare
 from halfbyte.search.local_hessian import prepare_local
+from halfbyte.search.rotation import duquant_swaps, rotated_hessian
 from halfbyte.shards import Item
 
 MIN_TOKENS = 32
@@ -39,10 +43,43 @@ class Hessians:
         self.calibration = calibration
         self.limit = limit
         self._found: OrderedDict[tuple[object, ...], tuple[int, Future[Prepared]]] = OrderedDict()
+        self._rotations: dict[tuple[object, ...], Swaps] = {}
         self._lock = threading.Lock()
 
+    def rotation(self, item: Item, first: int, stop: int, scale: Floats | None) -> Swaps | None:
+        """Steps of a rotation that is found from the inputs, for a matrix or experts first..stop of a stack.
+
+        None for the Hadamard matrix: where the format has no such steps, or too few tokens were seen.
+        """
+        fmt, weight = item.format, item.weight
+        assert isinstance(fmt, BlockFormat)
+        reached = enough(self.calibration, weight.name)
+        if fmt.rotation is None or not fmt.rotation.steps or reached is None:
+            return None
+        if len(weight.shape) < 3:
+            return self._swaps(item, None, scale) if reached[0] else None
+        found = plain_swaps(fmt.rotation.swaps_shape((stop - first,), weight.shape[-1], fmt.block[1]))
+        for expert in range(first, stop):
+            if reached[expert if len(reached) > 1 else 0]:
+                own = scale if scale is None or scale.ndim == 1 else scale[expert]
+                found[expert - first] = self._swaps(item, expert, own)
+        return found
+
+    def _swaps(self, item: Item, expert: int | None, scale: Floats | None) -> Swaps:
+        assert isinstance(item.format, BlockFormat) and item.format.rotation is not None
+        key = self._key(item, expert, scale)
+        # a few bytes, which every slice of a weight asks for; threads that find them twice find the same
+        if key not in self._rotations:
+            hessian = self.calibration.hessian(item.weight.name, expert, scale)
+            with _named(item, expert):
+                self._rotations[key] = duquant_swaps(hessian, item.format.block[1], item.format.rotation.steps)
+        return self._rotations[key]
+
     def slice(self, item: Item, first: int, stop: int, scale: Floats | None) -> Sequence[Prepared | None]:
-        """For a matrix one, for experts first..stop of a stack one each; ``scale`` as in ``Calibration.slice``."""
+        """For a matrix one, for experts first..stop of a stack one each; ``scale`` as in ``Calibration.slice``.
+
+        For a format in rotated space it is that of the rotated inputs, made ready for the format without the rotation.
+        """
         reached = enough(self.calibration, item.weight.name)
         assert reached is not None
         if len(item.weight.shape) < 3:
@@ -55,18 +92,22 @@ class Hessians:
             found.append(self._one(item, expert, own) if reached[expert] else None)
         return found
 
-    def _one(self, item: Item, expert: int | None, scale: Floats | None) -> Prepared:
+    def _key(self, item: Item, expert: int | None, scale: Floats | None) -> tuple[object, ...]:
+        """What a Hessian and what is made of it depend on."""
         statistics, name = self.calibration.statistics, item.weight.name
-        assert statistics is not None and item.format is not None and item.method is not None
+        assert statistics is not None and item.format is not None
         own = statistics.array(name, "hessian")
         pooled = own is not None and own.ndim == 2
-        key = (
+        return (
             statistics.same.get(name, name),
             None if pooled else expert,
             item.format.name,
             item.method,
             None if scale is None else scale.tobytes(),
         )
+
+    def _one(self, item: Item, expert: int | None, scale: Floats | None) -> Prepared:
+        key = self._key(item, expert, scale)
         with self._lock:
             known = self._found.get(key)
             if known is not None:
@@ -90,11 +131,21 @@ class Hessians:
     def _prepare(self, item: Item, expert: int | None, scale: Floats | None) -> Prepared:
         assert item.format is not None and item.method is not None
         hessian = self.calibration.hessian(item.weight.name, expert, scale)
-        method = item.method
-        try:
+        method, fmt = item.method, item.format
+        with _named(item, expert):
+            if isinstance(fmt, BlockFormat) and fmt.rotation:
+                swaps = self._swaps(item, expert, scale) if fmt.rotation.steps else None
+                hessian, fmt = rotated_hessian(hessian, fmt, swaps), fmt.plain
             if method.name == "local_hessian":
-                return prepare_local(hessian, item.format, damping=method.damping)
-            return prepare(hessian, item.format, mode=method.mode, order=method.order, damping=method.damping)
-        except FormatError as error:
-            where = item.weight.name if expert is None else f"expert {expert} of {item.weight.name}"
-            raise CheckpointError(f"{where}: {error}") from error
+                return prepare_local(hessian, fmt, damping=method.damping)
+            return prepare(hessian, fmt, mode=method.mode, order=method.order, damping=method.damping)
+
+
+@contextlib.contextmanager
+def _named(item: Item, expert: int | None) -> Iterator[None]:
+    """Errors say whose Hessian it was."""
+    try:
+        yield
+    except FormatError as error:
+        where = item.weight.name if expert is None else f"expert {expert} of {item.weight.name}"
+        raise CheckpointError(f"{where}: {error}") from error

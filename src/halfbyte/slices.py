@@ -105,6 +105,8 @@ def need(item: Item, count: int, quantized: bool, folded: bool = False) -> int:
     total = nbytes(weight.dtype, (elements,)) * (2 if weight.transposed else 1)
     total += wide if weight.dtype == "F64" else 0
     total += 2 * wide if quantized else wide if folded else 0
+    if isinstance(item.format, BlockFormat) and item.format.rotation:
+        total += wide
     if item.format is not None and not kernels.supports(item.format):
         total += _REFERENCE_BYTES * elements
     if item.method is not None:

@@ -19,7 +19,8 @@ from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.folding import Fold, refolded
 from halfbyte.formats import BlockFormat, QuantizedTensor, stacked
 from halfbyte.hessians import Hessians
-from halfbyte.kernels import ErrorStats
+from halfbyte.formats.rotation import Swaps, check_swaps
+from halfbyte.kernels import ErrorStats, rotate
 from halfbyte.kernels import amax as largest
 from halfbyte.measure import TensorError
 from halfbyte.pipeline import Stages, Task
@@ -179,7 +180,7 @@ class Unit:
 
     def _look(self, k: int, first: int, stop: int) -> None:
         """The amax of a slice that shares it with others."""
-        array, self._amax[k, first] = _read(self.plan, self.reader, self._chosen[k], first, stop, self.folds)
+        array, self._amax[k, first] = self._read(k, first, stop)
         if self._holds:
             self._held[k, first] = array
 
@@ -206,7 +207,7 @@ class Unit:
         array = self._held.pop((k, first), None)
         found = self._shared
         if array is None:
-            array, amax = _read(self.plan, self.reader, item, first, stop, self.folds)
+            array, amax = self._read(k, first, stop)
             found = amax if found is None else found
         assert found is not None
         stats = ErrorStats()
@@ -215,6 +216,20 @@ class Unit:
         error.count(stats)
         error.requantized += array.size if error.source else 0
         return tensor
+
+    def _read(self, k: int, first: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """A slice as it is encoded: folded, and rotated where its format is that of rotated weights."""
+        item = self._chosen[k]
+        array, amax = _read(self.plan, self.reader, item, first, stop, self.folds)
+        fmt = item.format
+        if not isinstance(fmt, BlockFormat) or fmt.rotation is None:
+            return array, amax
+        turned = array.astype(np.float32)
+        rotate(turned, fmt, _rotation(item, first, stop, self.folds, self.hessians))
+        amax, finite = largest(turned)
+        if not finite:
+            raise _not_finite(item.weight.name)
+        return turned, amax
 
     def _write(self, parts: Iterator[Written], places: Mapping[str, int]) -> None:
         for part in parts:
@@ -249,10 +264,15 @@ def encode_slice(
 ) -> QuantizedTensor:
     """Codes and scales of a slice; ``amax`` of the tensors that share its scale, or of each expert.
 
-    ``known``: what is known of the inputs that meet the slice.
+    ``known``: what is known of the inputs that meet the slice. For a format in rotated space, array and ``amax`` are
+    those of the rotated weight.
     """
     fmt = item.format
     assert fmt is not None
+    if isinstance(fmt, BlockFormat) and fmt.rotation:
+        given = known.rotation if known else None
+        tensor = encode_slice(plan, replace(item, format=fmt.plain), array, amax, stats, known)
+        return replace(tensor, format=fmt, rotation=check_swaps(given, fmt.rotation, array.shape, fmt.block[1]))
     scales: dict[str, Any] = {"amax": amax}
     if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
         scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two)
@@ -296,16 +316,27 @@ def _activations(
     plan: Plan, item: Item, first: int, stop: int, folds: Folds, hessians: Hessians | None
 ) -> Activations | None:
     """What is known of the inputs of part of a weight, divided as its columns are multiplied."""
-    if plan.weighting is None or not (item.weighted or item.method):
+    turned = isinstance(item.format, BlockFormat) and item.format.rotation is not None
+    if plan.weighting is None or not (item.weighted or item.method or turned):
         return None
-    fold = folds.get(item.weight.name)
-    scale = fold.columns if fold else None
-    known = Activations()
+    scale = _columns(item, folds)
+    known = Activations(rotation=_rotation(item, first, stop, folds, hessians) if turned else None)
     if item.weighted:
         known = plan.weighting.calibration.slice(item.weight.name, first, stop, scale)
     if item.method and hessians:
         known = replace(known, prepared=hessians.slice(item, first, stop, scale))
     return known
+
+
+def _columns(item: Item, folds: Folds) -> NDArray[np.float32] | None:
+    """What a weight's columns are multiplied by."""
+    fold = folds.get(item.weight.name)
+    return fold.columns if fold else None
+
+
+def _rotation(item: Item, first: int, stop: int, folds: Folds, hessians: Hessians | None) -> Swaps | None:
+    """Steps of the rotation of a slice that are found from its inputs; None for the Hadamard matrix."""
+    return hessians.rotation(item, first, stop, _columns(item, folds)) if hessians else None
 
 
 def _read(

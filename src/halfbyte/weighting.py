@@ -11,6 +11,7 @@ from halfbyte.calibrate import Calibration
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import CheckpointError, PlanError, RecipeError
 from halfbyte.folding import FOLDS, Fold, make_folds, read_scales
+from halfbyte.formats import BlockFormat, Format
 from halfbyte.hessians import MIN_TOKENS, enough
 from halfbyte.models.folds import FoldGroup, find_groups
 from halfbyte.models.patterns import normalise
@@ -21,6 +22,8 @@ from halfbyte.search.gptq import problem as gptq_problem
 from halfbyte.shards import Item
 from halfbyte.view import Checkpoint
 
+# transforms that depend on activations
+NEED = ("awq", "duquant")
 UNFED = "nothing before it can be divided"
 UNKNOWN = "the importance file says nothing of it"
 DROPPED = "what comes before it is dropped"
@@ -34,7 +37,8 @@ class Weighting:
     weigh errors by importance. ``folds``: groups whose scales the conversion chooses. ``refused``: reason -> names
     of the weights that were to be folded and are not. ``rounded``: names of the weights that are rounded with a
     Hessian, ``unrounded`` of those that should have been and have none, ``starved`` experts with too few tokens for
-    one: weight -> expert numbers.
+    one: weight -> expert numbers. ``turned``: names of the weights whose rotation is found from their Hessian,
+    ``unturned`` of those that have none and get the Hadamard matrix.
     """
 
     calibration: Calibration
@@ -45,6 +49,8 @@ class Weighting:
     rounded: list[str] = field(default_factory=list)
     unrounded: list[str] = field(default_factory=list)
     starved: dict[str, list[int]] = field(default_factory=dict)
+    turned: list[str] = field(default_factory=list)
+    unturned: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """What a user should know, one sentence each."""
@@ -54,8 +60,12 @@ class Weighting:
             notes.append(f"{len(self.rounded)} weights are rounded with Hessians")
         if total:
             notes.append(f"importance weighs the errors of {len(self.weighted)} of {total} searches")
-        elif not self.rounded:
+        elif not (self.rounded or self.turned):
             notes.append("no search of the recipe has a choice, so importance weighs no errors")
+        if self.turned:
+            notes.append(f"blocks of {len(self.turned)} weights are rotated by what their inputs are")
+        if self.unturned:
+            notes.append(f"no Hessian for {_some(self.unturned)}: rotated by the Hadamard matrix")
         if self.unrounded:
             notes.append(f"no Hessian for {_some(self.unrounded)}: rounded to nearest")
         if self.starved:
@@ -93,6 +103,8 @@ class Weighting:
             "rounded_with_hessian": len(self.rounded),
             "without_hessian": self.unrounded,
             "experts_without_hessian": self.starved,
+            "rotated_by_inputs": len(self.turned),
+            "rotated_by_hadamard": self.unturned,
             "folds": [group.name for group in self.folds],
             "not_folded": [{"reason": why, "weights": names} for why, names in self.refused.items()],
         }
@@ -112,7 +124,7 @@ def settle(
     """
     chosen = [(i, d) for i, d in zip(items, decisions, strict=True) if i.action == "quantize"]
     if calibration is None:
-        asked = next((d for _, d in chosen if d.weight == "importance" or d.transform or d.method), None)
+        asked = next((d for _, d in chosen if d.weight == "importance" or d.transform in NEED or d.method), None)
         if asked and recipe.calibration == "required":
             file = "" if asked.method else "an importance file (--importance FILE) or "
             raise RecipeError(
@@ -123,10 +135,13 @@ def settle(
         return None
     result = Weighting(calibration)
     _methods(recipe, chosen, result)
+    _rotations(recipe, chosen, result)
     known = calibration.matched.values
     for item, decision in chosen:
         assert item.format is not None
         if bare_role(item.weight.role) == "embedding":  # rows are looked up, so no input meets its columns
+            continue
+        if _is_turned(item.format):  # importance is about the same for all of a block then
             continue
         if item.method and item.weight.name not in result.starved:
             continue
@@ -136,7 +151,7 @@ def settle(
         (result.weighted if item.weighted else result.unweighted).append(item.weight.name)
     wanted = {i.weight.name for i, d in chosen if d.transform == "awq"}
     _folds(checkpoint, items, wanted, result)
-    if not (result.weighted or result.folds or result.rounded):
+    if not (result.weighted or result.folds or result.rounded or result.turned):
         raise PlanError(
             f"the importance file {calibration.name} changes nothing with recipe {recipe.name}: no weight that has "
             "importance is quantized by a search with a choice; leave the file out, or use a recipe with "
@@ -172,6 +187,23 @@ def _methods(recipe: Recipe, chosen: Sequence[tuple[Item, Decision]], result: We
         )
 
 
+def _is_turned(fmt: Format) -> bool:
+    return isinstance(fmt, BlockFormat) and fmt.rotation is not None
+
+
+def _rotations(recipe: Recipe, chosen: Sequence[tuple[Item, Decision]], result: Weighting) -> None:
+    """Which rotations are found from Hessians; RecipeError where a recipe needs them and none was collected."""
+    for item, _ in chosen:
+        if isinstance(item.format, BlockFormat) and item.format.rotation and item.format.rotation.steps:
+            reached = enough(result.calibration, item.weight.name)
+            (result.turned if reached and any(reached) else result.unturned).append(item.weight.name)
+    if result.unturned and not result.turned and recipe.calibration == "required":
+        raise RecipeError(
+            f"recipe {recipe.name} rotates weights by what their inputs are, but {result.calibration.name} holds no "
+            "Hessians for them; collect them with `halfbyte calibrate`, or say `transform: hadamard`"
+        )
+
+
 def _wish(decision: Decision) -> str:
     """What a rule asks of activations."""
     if decision.method:
@@ -181,7 +213,8 @@ def _wish(decision: Decision) -> str:
 
 def optional_note(recipe: Recipe, decisions: Iterable[Decision]) -> list[str]:
     """What a recipe leaves out because no importance file is given."""
-    left = {"AWQ folding": any(d.transform for d in decisions)}
+    left = {"AWQ folding": any(d.transform == "awq" for d in decisions)}
+    left["rotations by inputs (the Hadamard matrix takes their place)"] = any(d.transform == "duquant" for d in decisions)
     left["weighting of errors"] = any(d.weight == "importance" for d in decisions)
     left["rounding with Hessians"] = any(d.method for d in decisions)
     names = [name for name, asked in left.items() if asked]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from halfbyte.calibrate.importance import Floats, Importance, Matched, match_importance, read_importance
 from halfbyte.calibrate.statistics import Statistics
 from halfbyte.errors import PlanError
+from halfbyte.formats.rotation import Swaps
 from halfbyte.models import Weight
 from halfbyte.search.gptq import Prepared
 
@@ -24,11 +25,12 @@ class Activations:
 
     ``importance``: FP32 [K], or [E, K] for a slice of E experts; the largest of each row is 1. ``prepared``: what
     GPTQ or the local-Hessian search was given, one for a matrix or one for each expert, None for experts that too
-    few tokens reached.
+    few tokens reached. ``rotation``: steps of a rotation that was found from the inputs.
     """
 
     importance: Floats | None = None
     prepared: Sequence[Prepared | None] | None = None
+    rotation: Swaps | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """halfbyte's own dialect: every format, arrays as they are in memory, fused experts stay fused.
 
-A weight T becomes ``T_codes``, ``T_scales`` and, where the format has them, ``T_tensor_scale`` (a multiplier) and
-``T_offsets``. The configuration states each format in full, so that no reader has to guess a convention.
+A weight T becomes ``T_codes``, ``T_scales`` and, where the format has them, ``T_tensor_scale`` (a multiplier),
+``T_offsets`` and ``T_rotation``. The configuration states each format in full, so that no reader has to guess a convention.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class HalfbyteDialect(Dialect):
                 safetensors_name(np.dtype(kind)),
                 shape,
                 part,
-                rows_per_row=1 if part == "codes" else 0 if part == "tensor_scale" or rows < 0 else rows,
+                rows_per_row=1 if part == "codes" else 0 if part in ("tensor_scale", "rotation") or rows < 0 else rows,
             )
             for part, (kind, shape) in fmt.parts(weight.shape).items()
         ]
@@ -120,6 +120,8 @@ def describe(fmt: Format) -> dict[str, Any]:
         about["tables"] = [t.name for t in fmt.tables]
         if fmt.bits == 4:
             about["table_values"] = [list(t.values) for t in fmt.tables]
+        if fmt.rotation:
+            about["rotation"] = {"name": fmt.rotation.name, "size": fmt.block[1], "steps": fmt.rotation.steps}
         if len(fmt.tables) > 1:
             about["selector"] = f"scale byte >> {fmt.scale.bits}"
     return about

@@ -19,7 +19,7 @@ from halfbyte.dialects import UnequalScalesError
 from halfbyte.errors import CheckpointError
 from halfbyte.folding import Fold
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
-from halfbyte.kernels import amax
+from halfbyte.kernels import amax, in_rotated_space
 from halfbyte.measure import TensorError
 from halfbyte.models import Weight
 from halfbyte.view import Checkpoint
@@ -178,7 +178,7 @@ class _Job:
                     f"{weight.name} has shape {list(tensor.shape)}, but {list(dense.shape)} in the source"
                 )
             found.error.add(dense, tensor)
-            _count_blocks(found, fmt, tensor, dense)
+            _count_blocks(found, fmt, *in_rotated_space(tensor, dense))
             if weight.name in self.importance:
                 self._weighted(found, weight, dense, tensor.decode(), first)
         if len(weight.shape) > 2 and stop - first == 1:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.errors import FormatError
+from halfbyte.formats.rotation import ROTATIONS, rotated
 from halfbyte.formats.tensor import QuantizedTensor
 
 
@@ -75,12 +76,19 @@ def get_format(name: str | Format) -> Format:
     """The format of this name or alias; FormatError names the nearest ones otherwise."""
     if isinstance(name, Format):
         return name
-    found = _FORMATS.get(_ALIASES.get(name, name))
+    found = _FORMATS.get(_ALIASES.get(name, name)) or _rotated(name)
     if found is None:
         near = difflib.get_close_matches(name, [*_FORMATS, *_ALIASES], n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else f"known formats: {', '.join(_FORMATS)}"
         raise FormatError(f"unknown format {name!r}: {hint}")
     return found
+
+
+def _rotated(name: str) -> Format | None:
+    """A format in rotated space, by the names of both."""
+    base, _, rotation = name.rpartition("_")
+    known = _FORMATS.get(_ALIASES.get(base, base))
+    return rotated(known, rotation) if known and rotation in ROTATIONS else None
 
 
 def list_formats() -> list[str]:

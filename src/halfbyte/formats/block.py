@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from halfbyte.formats.base import Format
 from halfbyte.formats.packing import unpack_nibbles
+from halfbyte.formats.rotation import Rotation, check_swaps, rotate_reference
 from halfbyte.formats.scales import ScaleType
 from halfbyte.formats.tables import Table
 from halfbyte.formats.tensor import QuantizedTensor
@@ -24,6 +25,7 @@ class BlockFormat(Format):
     first wins ties. ``block_shape`` is (rows, columns) that share a scale, -1 for all of that dimension.
     ``shared_base``: all tables use the first tried table's absmax scale (IF4) instead of their own.
     ``tensor_top``: the tensor scale maps the tensor's amax to ``tensor_top`` times the largest scale.
+    ``rotation``: codes and scales are those of the weight times a rotation of each block's columns.
     """
 
     tables: tuple[Table, ...]
@@ -33,6 +35,14 @@ class BlockFormat(Format):
     order: tuple[int, ...] = (0,)
     shared_base: bool = False
     tensor_top: float = 6.0
+    rotation: Rotation | None = None
+
+    @property
+    def plain(self) -> BlockFormat:
+        """The same format without its rotation."""
+        if self.rotation is None:
+            return self
+        return replace(self, name=self.name.removesuffix(f"_{self.rotation.name}"), rotation=None)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -62,6 +72,8 @@ class BlockFormat(Format):
         }
         if self.has_tensor_scale:
             found["tensor_scale"] = (np.float32, shape[:-2])
+        if self.rotation and self.rotation.steps:
+            found["rotation"] = (np.uint8, self.rotation.swaps_shape(shape[:-2], shape[-1], self.block_shape[1]))
         return found
 
     def problem(self, shape: tuple[int, ...]) -> str | None:
@@ -103,7 +115,7 @@ class BlockFormat(Format):
         return scales, chosen
 
     def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
-        """FP32: table value times (scale times tensor scale), each product rounded once."""
+        """FP32: table value times (scale times tensor scale), each product rounded once; then a rotation is undone."""
         scales, chosen = self.decode_scales(tensor)
         codes = unpack_nibbles(tensor.codes) if self.bits == 4 else tensor.codes
         if chosen is None:
@@ -112,4 +124,11 @@ class BlockFormat(Format):
             stacked = np.concatenate([t.array for t in self.tables])
             index = self.spread(chosen, tensor.shape) * np.uint8(len(self.tables[0].values)) + codes
             values = stacked[index]
-        return np.asarray(values * self.spread(scales, tensor.shape), dtype=np.float32)
+        values = np.asarray(values * self.spread(scales, tensor.shape), dtype=np.float32)
+        if self.rotation:
+            size = self.block_shape[1]
+            swaps = check_swaps(tensor.rotation, self.rotation, tensor.shape, size)
+            matrices = values.reshape((-1, *values.shape[-2:]) if values.ndim > 1 else (1, 1, -1))
+            own = None if swaps is None else swaps.reshape(-1, *swaps.shape[-2:])
+            rotate_reference(matrices, size, own, inverse=True)
+        return values

@@ -29,7 +29,8 @@ class QuantizedTensor:
     ``scales`` [..., N, K/B] in the format's own type (bytes for E4M3, E8M0 and the like, any selector bits included);
     ``tensor_scale`` FP32 [...] multiplies every scale, or None; ``offsets``: biases or
     zero points of affine formats, shaped like ``scales``. ``divisor`` FP32 [...]: where a checkpoint stores the
-    reciprocal of the tensor scale, that stored number is the exact one and decoding divides by it.
+    reciprocal of the tensor scale, that stored number is the exact one and decoding divides by it. ``rotation`` uint8
+    [..., K/B, steps]: channels that make up the rotation of each block (``halfbyte.formats.rotation``), or None.
     """
 
     format: Format
@@ -39,6 +40,7 @@ class QuantizedTensor:
     tensor_scale: NDArray[np.float32] | None = None
     offsets: NDArray[Any] | None = None
     divisor: NDArray[np.float32] | None = None
+    rotation: NDArray[np.uint8] | None = None
 
     def decode(self, dtype: Any = np.float32) -> NDArray[Any]:
         """The values that the codes stand for, in the weight's shape: FP32, or rounded to another type."""
@@ -50,7 +52,7 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays together."""
-        arrays = (self.codes, self.scales, self.tensor_scale, self.offsets)
+        arrays = (self.codes, self.scales, self.tensor_scale, self.offsets, self.rotation)
         return sum(a.nbytes for a in arrays if a is not None)
 
     @property
@@ -64,7 +66,7 @@ def stacked(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
     first = tensors[0]
     if len(tensors) == 1:
         return first
-    names = ("codes", "scales", "tensor_scale", "offsets", "divisor")
+    names = ("codes", "scales", "tensor_scale", "offsets", "divisor", "rotation")
     parts: dict[str, Any] = {
         name: np.concatenate([getattr(t, name) for t in tensors]) for name in names if getattr(first, name) is not None
     }

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.formats import AffineFormat, BlockFormat, Format, QuantizedTensor
+from halfbyte.formats.rotation import check_swaps, norm, rotate_reference
 from halfbyte.formats.tensor import add_decoder
 from halfbyte.kernels.buffers import as_array
 from halfbyte.kernels.codec import NativeStats, SearchLike, describe
@@ -36,6 +38,8 @@ __all__ = [
     "encode_into",
     "factor_into",
     "gptq_into",
+    "in_rotated_space",
+    "rotate",
     "supports",
     "supports_gptq",
     "use_backend",
@@ -188,15 +192,48 @@ def decode_into(tensor: QuantizedTensor, out: NDArray[Any]) -> bool:
     arrays = _arrays(tensor)
     if arrays is None:
         return False
-    _native.call("decode", _current, codec, _matrices(out), arrays)
+    turned = isinstance(tensor.format, BlockFormat) and tensor.format.rotation is not None
+    wide = np.empty(out.shape, dtype=np.float32) if turned and out.dtype != np.float32 else out
+    _native.call("decode", _current, codec, _matrices(wide), arrays)
+    if turned:
+        rotate(wide, tensor.format, tensor.rotation, inverse=True)
+    if wide is not out:
+        out[...] = wide.astype(out.dtype)
     return True
+
+
+def rotate(x: NDArray[np.float32], fmt: Format, swaps: NDArray[np.uint8] | None = None, inverse: bool = False) -> None:
+    """x R for contiguous x FP32 [..., N, K] and the rotation of a format, in place; ``inverse``: x R^T.
+
+    ``swaps`` uint8 [..., K/B, steps] as in ``QuantizedTensor.rotation``. FormatError where they do not fit.
+    """
+    assert isinstance(fmt, BlockFormat) and fmt.rotation is not None
+    size = fmt.block[1]
+    found = check_swaps(swaps, fmt.rotation, x.shape, size)
+    matrices = _matrices(x)
+    own = None if found is None else found.reshape(-1, *found.shape[-2:])
+    if _current == _REFERENCE or _native is None:
+        rotate_reference(matrices, size, own, inverse)
+    else:
+        _native.rotate(_current, matrices, size, float(norm(size)), own, inverse)
+
+
+def in_rotated_space(tensor: QuantizedTensor, source: NDArray[Any]) -> tuple[QuantizedTensor, NDArray[Any]]:
+    """A tensor without its rotation beside a source with it: the same error, where blocks are what they are."""
+    fmt = tensor.format
+    if not isinstance(fmt, BlockFormat) or fmt.rotation is None:
+        return tensor, source
+    turned = source.astype(np.float32)
+    rotate(turned, fmt, tensor.rotation)
+    return replace(tensor, format=fmt.plain, rotation=None), turned
 
 
 def compare(tensor: QuantizedTensor, source: NDArray[Any], stats: ErrorStats) -> bool:
     """Add the error of a tensor against ``source`` (BF16, FP16 or FP32, its shape) to ``stats``.
 
-    False where a decoded value is a NaN or an infinity.
+    False where a decoded value is a NaN or an infinity. Formats in rotated space are compared there.
     """
+    tensor, source = in_rotated_space(tensor, source)
     codec = describe(tensor.format, None) if _current != _REFERENCE else None
     arrays = _arrays(tensor) if codec is not None and source.dtype.name in _SOURCES else None
     if codec is None or _native is None or arrays is None:

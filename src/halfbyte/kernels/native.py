@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterable
-from ctypes import c_int, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from halfbyte.kernels.codec import NativeCodec, NativeGptq, NativeStats, NativeTask
 
-_INTERFACE = 2
+_INTERFACE = 3
 _ISAS = {"avx512": 2, "avx2": 1, "baseline": 0}
 _TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
@@ -33,6 +33,8 @@ class Native:
         for name in ("hb_encode", "hb_decode", "hb_compare", "hb_gptq"):
             getattr(library, name).argtypes = (c_int, c_void_p, c_void_p)
         library.hb_amax.argtypes = (c_int, c_void_p, c_int32, c_int64, c_int64, c_void_p)
+        sizes_of_rotation = (c_int64, c_int64, c_int64, c_int, c_float)
+        library.hb_rotate.argtypes = (c_int, c_void_p, *sizes_of_rotation, c_void_p, c_int, c_int)
         library.hb_factor.argtypes = (c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
         self._library = library
         self.isas = tuple(name for name, number in _ISAS.items() if library.hb_has_isa(number))
@@ -69,6 +71,16 @@ class Native:
         if status > 1:
             raise RuntimeError(f"the native kernel hb_{name} refused its arguments (status {status})")
         return bool(status == 0)
+
+    def rotate(
+        self, isa: str, x: NDArray[np.float32], size: int, norm: float, swaps: NDArray[np.uint8] | None, inverse: bool
+    ) -> None:
+        """Run hb_rotate on x [L, N, K], in place."""
+        assert x.flags.c_contiguous and (swaps is None or swaps.flags.c_contiguous)
+        given = (None, 0) if swaps is None else (swaps.ctypes.data, swaps.shape[-1])
+        status = self._library.hb_rotate(_ISAS[isa], x.ctypes.data, *x.shape, size, norm, *given, inverse)
+        if status:
+            raise RuntimeError(f"the native kernel hb_rotate refused its arguments (status {status})")
 
     def factor(
         self, isa: str, matrices: NDArray[np.float64], inverse: NDArray[np.float64], gain: NDArray[np.float64]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from halfbyte.errors import RecipeError
+from halfbyte.formats.rotation import ROTATIONS
 from halfbyte.models.roles import ROLES, is_known
 from halfbyte.models.strict_yaml import load_yaml
 
@@ -43,7 +44,7 @@ class Rule(BaseModel):
     mode: Literal["in_loop", "local_hessian", "compensated", "static"] | None = None
     order: Literal["none", "act"] | None = None
     damping: float | None = Field(default=None, ge=0, lt=1)
-    transform: Literal["awq"] | None = None
+    transform: Literal["awq", "hadamard", "duquant"] | None = None
     activations: Literal["none", "dynamic", "static"] | None = None
     optional: bool = False
     reason: str | None = None
@@ -52,6 +53,11 @@ class Rule(BaseModel):
     def action(self) -> Literal["quantize", "keep", "drop"]:
         """What the rule does with the weights that it matches."""
         return "quantize" if self.format else "keep" if self.keep else "drop"
+
+    @property
+    def turns(self) -> bool:
+        """Whether blocks of columns are rotated."""
+        return self.transform in ROTATIONS
 
     @field_validator("match", mode="before")
     @classmethod
@@ -85,6 +91,8 @@ class Rule(BaseModel):
                 raise ValueError(f"`{sorted(useless)[0]}` has no meaning without `format`")
         elif self.method != "gptq" and of_gptq:
             raise ValueError(f"`{sorted(of_gptq)[0]}` has no meaning without `method: gptq`")
+        elif self.turns and self.weight == "importance":
+            raise ValueError(f"`transform: {self.transform}` mixes columns, so the importance of single ones says nothing")
         elif self.method == "gptq" and self.weight is not None:
             raise ValueError("`method: gptq` judges by its own loss; leave `weight` out, or see `mode`")
         return self
@@ -94,7 +102,7 @@ class Recipe(BaseModel):
     """Rules in order, the last match wins; weights that no rule matches are kept as they are.
 
     `dialect` is what the recipe is written in when the user names none. `calibration`: whether what rules ask of
-    activations (`weight: importance`, `method: gptq`, `transform: awq`) may be left out where nothing is known.
+    activations (`weight: importance`, `method: gptq`, `transform: awq` or `duquant`) may be left out where nothing is known.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -110,7 +118,10 @@ class Recipe(BaseModel):
     @property
     def needs_calibration(self) -> bool:
         """Whether nothing can be done without knowing activations."""
-        asks = (rule.method == "gptq" or rule.weight not in (None, "none") or rule.transform for rule in self.rules)
+        asks = (
+            rule.method == "gptq" or rule.weight not in (None, "none") or rule.transform in ("awq", "duquant")
+            for rule in self.rules
+        )
         return self.calibration == "required" and any(asks)
 
     @field_validator("rules", "aliases", mode="before")

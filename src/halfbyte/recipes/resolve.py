@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from halfbyte.errors import RecipeError
+from halfbyte.formats import get_format
 from halfbyte.models.patterns import normalise
 from halfbyte.models.roles import LINEAR, is_under
 from halfbyte.models.weight import Weight
@@ -28,7 +29,7 @@ class Decision:
     """What happens to one weight, and why.
 
     `format`, `search` and `tensor_scale` are None unless the action is `quantize`. `rule` counts from 1, as the
-    messages do; None means that no rule matched. `weight`, `method` (None for rounding to nearest), `transform` and
+    messages do; None means that no rule matched. `format` is the one in rotated space where the rule rotates. `weight`, `method` (None for rounding to nearest), `transform` and
     `activations` are the rule's.
     """
 
@@ -41,7 +42,7 @@ class Decision:
     rule: int | None
     weight: Literal["importance", "local_hessian", "none"] | None = None
     method: Method | None = None
-    transform: Literal["awq"] | None = None
+    transform: Literal["awq", "hadamard", "duquant"] | None = None
     activations: Literal["none", "dynamic", "static"] | None = None
 
 
@@ -77,7 +78,8 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
         return Decision(rule.action, None, None, None, "error", reason, number)
     return Decision(
         "quantize",
-        rule.format,
+        # a rotation is part of what codes mean, and so of the format
+        f"{get_format(rule.format).name}_{rule.transform}" if rule.format and rule.turns else rule.format,
         rule.search,
         rule.tensor_scale,
         rule.indivisible,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from halfbyte import kernels
 from halfbyte.errors import FormatError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
+from halfbyte.formats.rotation import Swaps, check_swaps
 from halfbyte.kernels import ErrorStats
 from halfbyte.search.numpy_backend import encode_reference
 from halfbyte.search.rules import SMALLEST
@@ -29,6 +31,7 @@ def encode(
     divisor: ArrayLike | None = None,
     amax: ArrayLike | None = None,
     power_of_two: bool = False,
+    rotation: ArrayLike | None = None,
     stats: ErrorStats | None = None,
 ) -> QuantizedTensor:
     """Quantize ``weight`` [..., N, K] (BF16, FP16, FP32 or FP64; a NumPy array or a torch CPU tensor) to ``format``.
@@ -38,7 +41,8 @@ def encode(
     a tensor scale of its own; ``tensor_scale`` FP32 [...] sets them (tensors that an engine fuses must share
     one), ``divisor`` FP32 [...] sets them as the reciprocals that some checkpoints store, ``amax`` FP32 [...]
     derives them where ``weight`` is a slice of a larger tensor or fusion group, and ``power_of_two`` rounds them
-    up to powers of two. The error of the result is added to ``stats``.
+    up to powers of two. ``rotation`` uint8 [..., K/B, steps]: steps of a format in rotated space, by default the
+    Hadamard matrix. The error of the result is added to ``stats``.
 
     Native code does the work where there is some (``halfbyte.kernels.backend()``), on one thread and without
     holding Python's lock. Raises FormatError for unknown names, shapes that the format cannot hold, NaN and
@@ -46,6 +50,15 @@ def encode(
     """
     fmt = get_format(format)
     how = get_search(search, fmt)
+    if isinstance(fmt, BlockFormat) and fmt.rotation:
+        if importance is not None:
+            raise FormatError(f"{fmt.name} mixes the channels of each block, so importance of single ones cannot weigh")
+        turned, swaps = into_rotated_space(weight, fmt, rotation)
+        scales: dict[str, Any] = {"tensor_scale": tensor_scale, "divisor": divisor, "amax": amax}
+        plain = encode(turned, fmt.plain, search, power_of_two=power_of_two, stats=stats, **scales)
+        return replace(plain, format=fmt, rotation=swaps)
+    if rotation is not None:
+        raise FormatError(f"{fmt.name} is in no rotated space; leave the argument rotation out")
     array = as_weight(weight, fmt)
     flat = array.reshape((-1, *array.shape[-2:]) if array.ndim > 1 else (1, 1, -1))
     weights = _importance(importance, array.shape)
@@ -74,6 +87,17 @@ def as_weight(weight: ArrayLike, fmt: Format) -> NDArray[Any]:
     if array.dtype.name not in ("bfloat16", "float16", "float32"):
         array = array.astype(np.float32)
     return np.ascontiguousarray(array)
+
+
+def into_rotated_space(weight: ArrayLike, fmt: BlockFormat, rotation: ArrayLike | None) -> tuple[Floats, Swaps | None]:
+    """A weight [..., N, K] times the rotation of its format, FP32, and that rotation's steps as they are stored."""
+    array = as_weight(weight, fmt)
+    assert fmt.rotation is not None
+    swaps = check_swaps(rotation, fmt.rotation, array.shape, fmt.block[1])
+    turned = array.astype(np.float32)
+    check_finite(bool(np.isfinite(turned).all()), array)
+    kernels.rotate(turned, fmt, swaps)
+    return turned, swaps
 
 
 def empty(fmt: Format, shape: tuple[int, ...]) -> QuantizedTensor:

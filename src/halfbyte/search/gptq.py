@@ -23,6 +23,7 @@ from halfbyte.kernels import ErrorStats
 from halfbyte.search.encode import as_weight, check_finite, empty, encode, set_scales
 from halfbyte.search.gptq_reference import Rounding, round_reference
 from halfbyte.search.hessian import Doubles, Factors, checked, diagonal_blocks, factor
+from halfbyte.search.rotation import in_rotated_space
 from halfbyte.search.searches import Search, get_search
 
 Mode = Literal["in_loop", "local_hessian", "compensated", "static"]
@@ -77,18 +78,25 @@ def gptq(
 
     ``order`` "act" rounds the columns with the largest activations first: single columns in mode ``static``, whole
     blocks otherwise, since a block's scale is chosen once. ``damping``: see ``halfbyte.search.hessian.factor``. The
-    other arguments are those of ``encode``. Rows are independent, so slices of rows (with the ``amax`` or
+    other arguments are those of ``encode``. For formats in rotated space the Hessian, which must not be prepared, is
+    rotated too, and DuQuant's rotation is found from it. Rows are independent, so slices of rows (with the ``amax`` or
     ``tensor_scale`` of the whole) give the bytes of the whole. FormatError for what the format, the Hessian or the
     arguments do not allow.
     """
     fmt = get_format(format)
     how = get_search(search, fmt)
+    options: dict[str, Any] = {"tensor_scale": tensor_scale, "divisor": divisor, "amax": amax}
+    if isinstance(fmt, BlockFormat) and fmt.rotation:
+        turned, own, swaps = in_rotated_space(weight, fmt, hessian)
+        options |= {"mode": mode, "order": order, "damping": damping, "power_of_two": power_of_two, "stats": stats}
+        start = None if given is None else dataclasses.replace(given, format=fmt.plain, rotation=None)
+        plain = gptq(turned, fmt.plain, search, own, given=start, **options)
+        return dataclasses.replace(plain, format=fmt, rotation=swaps)
     array = as_weight(weight, fmt)
     prepared = _prepared(hessian, fmt, mode, order, damping, array.shape)
     kind = prepared[0].mode
     if given is not None and kind != "static":
         raise FormatError(f"scales are given, but mode {kind!r} chooses them; use mode 'static'")
-    options: dict[str, Any] = {"tensor_scale": tensor_scale, "divisor": divisor, "amax": amax}
     largest, finite = kernels.amax(array)
     check_finite(finite, array)
     if float(np.max(largest, initial=0)) > _LARGEST:

@@ -6,16 +6,18 @@ with blocks along K and with every search's candidates. Blocks do not touch each
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from halfbyte.formats import Format, QuantizedTensor, get_format
+from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import ErrorStats
 from halfbyte.search.gptq import Prepared, check, gptq, local_factors, lower
 from halfbyte.search.gptq_reference import Rounding
 from halfbyte.search.hessian import checked
+from halfbyte.search.rotation import in_rotated_space
 
 Codes = Literal["nearest", "feedback"]
 
@@ -44,9 +46,13 @@ def encode_local(
     given = np.asarray(hessian)
     if given.ndim < 2 or given.shape[-2:] != (k, k):
         checked(given, k)
+    scales: dict[str, Any] = {"tensor_scale": tensor_scale, "divisor": divisor, "amax": amax}
+    if isinstance(fmt, BlockFormat) and fmt.rotation:
+        turned, own, swaps = in_rotated_space(weight, fmt, given)
+        scales |= {"codes": codes, "damping": damping, "power_of_two": power_of_two, "stats": stats}
+        return replace(encode_local(turned, fmt.plain, search, own, **scales), format=fmt, rotation=swaps)
     each = [given] if given.ndim == 2 else given.reshape(-1, k, k)
     prepared = [prepare_local(one, fmt, codes=codes, damping=damping) for one in each]
-    scales: dict[str, Any] = {"tensor_scale": tensor_scale, "divisor": divisor, "amax": amax}
     return gptq(weight, fmt, search, prepared, power_of_two=power_of_two, stats=stats, **scales)
 
 

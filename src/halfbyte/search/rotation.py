@@ -1,4 +1,4 @@
-"""Rotations of blocks of channels: x W^T = (x R) (W R)^T for orthogonal R, and large values are spread over a block.
+"""Which rotation a format in rotated space gets, and rotations as matrices: x W^T = (x R) (W R)^T for orthogonal R.
 
 R acts on consecutive groups of channels, one matrix for all groups [B, B] or one for each [K/B, B, B]. What a weight
 gains must be undone on its input: by a rotation while the model runs, or, where the input is made by another
@@ -13,6 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from halfbyte.errors import FormatError
+from halfbyte.formats import BlockFormat
+from halfbyte.formats.rotation import END, ROTATIONS, Swaps, check_swaps, hadamard_blocks, rotate_reference
+from halfbyte.search.encode import into_rotated_space
+from halfbyte.search.hessian import checked, diagonal_blocks
+
+_CLOSE = 1.01**2  # of mean squares
 
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -28,44 +34,68 @@ def hadamard(size: int) -> Doubles:
     return np.asarray(matrix / np.sqrt(size))
 
 
-def outlier_rotations(samples: ArrayLike, block: int = 32, steps: int = 16) -> Doubles:
-    """Rotations [K/B, B, B] that spread the channels with the largest values in ``samples`` [T, K].
+def duquant_swaps(hessian: ArrayLike, size: int = 32, steps: int = ROTATIONS["duquant"].steps) -> Swaps:
+    """Steps uint8 [..., K/size, steps] that spread the largest activations of each block of channels.
 
-    The greedy construction of DuQuant (arXiv 2406.01721), one rotation per block of the format as in DuQuant++
-    (arXiv 2604.17789): the channel with the largest magnitude is moved to the front, a rotation whose first row is
-    uniform spreads it over the block, and so on; the product with the least largest magnitude is kept.
+    ``hessian`` [..., K, K] is the sum or mean of x x^T. The greedy construction of DuQuant (arXiv 2406.01721), one
+    rotation per block of the format as in DuQuant++ (arXiv 2604.17789): the channel with the largest activation is
+    swapped with the block's first, the Hadamard matrix, whose first row is even, spreads it over the block, and so on;
+    the product with the least largest activation is kept, or the first that comes within one per cent of it. How large a channel is says its root mean square, which
+    calibrations sum up, where the papers take the maximum. A block without activations gets the Hadamard matrix.
     """
-    x = np.asarray(samples, dtype=np.float64)
-    if x.ndim != 2 or x.shape[1] % block or not len(x):
-        raise FormatError(f"samples have shape {list(x.shape)}; rotations of {block} channels need [T, a multiple]")
-    if not np.isfinite(x).all():
-        raise FormatError("the samples hold a NaN or infinity; rotations need finite activations")
-    return np.stack([_greedy(part, steps) for part in np.split(x, x.shape[1] // block, axis=1)])
+    blocks = diagonal_blocks(checked(hessian, np.shape(hessian)[-1] if np.ndim(hessian) else 0), size)
+    x = np.array(blocks.reshape(-1, size, size))
+    swaps = np.full((len(x), steps), END, dtype=np.uint8)
+    largest = np.empty((steps, len(x)))
+    every = np.arange(len(x))
+    for step in range(steps):
+        channels = np.einsum("gii->gi", x).argmax(axis=1)
+        swaps[:, step] = channels
+        for _ in range(2):  # columns, then rows
+            first = x[:, :, 0].copy()
+            x[:, :, 0] = x[every, :, channels]
+            x[every, :, channels] = first
+            hadamard_blocks(x)
+            x = np.ascontiguousarray(np.swapaxes(x, 1, 2))
+        largest[step] = np.einsum("gii->gi", x).max(axis=1)
+    kept = (largest <= _CLOSE * largest.min(axis=0)).argmax(axis=0)
+    swaps[np.arange(steps) > kept[:, None]] = END
+    return swaps.reshape(*blocks.shape[:-2], steps)
 
 
-def _greedy(x: Doubles, steps: int) -> Doubles:
-    size = x.shape[1]
-    spread = hadamard(size) if not size & (size - 1) else _uniform(size)
-    best = rotation = np.eye(size)
-    least = np.abs(x).max()
-    for _ in range(steps):
-        channel = int(np.abs(x).max(axis=0).argmax())
-        swap = np.eye(size)
-        swap[[0, channel]] = swap[[channel, 0]]
-        step = swap @ spread
-        x, rotation = x @ step, rotation @ step
-        largest = np.abs(x).max()
-        if largest < least:
-            best, least = rotation, largest
-    return best
+def rotation_matrices(size: int, swaps: Swaps | None = None) -> Doubles:
+    """The rotations [..., size, size] that steps [..., steps] stand for; without any the Hadamard matrix [size, size]."""
+    lead = () if swaps is None else swaps.shape[:-1]
+    found = np.tile(np.eye(size), (*lead, 1, 1))
+    flat = found.reshape(-1, size, size)
+    rotate_reference(flat, size, None if swaps is None else swaps.reshape(len(flat), 1, -1))
+    return found
 
 
-def _uniform(size: int) -> Doubles:
-    """An orthogonal matrix whose first row is uniform: a Householder reflection."""
-    v = np.full(size, -1 / np.sqrt(size))
-    v[0] += 1
-    norm = v @ v
-    return np.eye(size) - (2 / norm) * np.outer(v, v) if norm else np.eye(size)
+def rotated_hessian(hessian: ArrayLike, fmt: BlockFormat, swaps: Swaps | None) -> Doubles:
+    """The Hessian R^T H R [..., K, K] of inputs that a format's rotation was applied to."""
+    h = checked(hessian, np.shape(hessian)[-1] if np.ndim(hessian) else 0)
+    found = check_swaps(swaps, fmt.rotation, h.shape, fmt.block[1]) if fmt.rotation else None
+    own = None if found is None else found.reshape(-1, *found.shape[-2:])
+    for _ in range(2):  # columns, then rows
+        rotate_reference(h.reshape(-1, *h.shape[-2:]), fmt.block[1], own)
+        h = np.ascontiguousarray(np.swapaxes(h, -1, -2))
+    return h
+
+
+def in_rotated_space(
+    weight: ArrayLike, fmt: BlockFormat, hessian: Any
+) -> tuple[Floats, Doubles, Swaps | None]:
+    """A weight [..., N, K] and its Hessian [K, K] or [..., K, K] in the rotated space of a format, and the steps of the
+    rotation, which are found from the Hessian where the format has any."""
+    if not hasattr(hessian, "shape"):
+        raise FormatError(f"a Hessian for {fmt.name} is rotated with the weight; give the array, not what was prepared")
+    assert fmt.rotation is not None
+    found = duquant_swaps(hessian, fmt.block[1], fmt.rotation.steps) if fmt.rotation.steps else None
+    lead = np.shape(weight)[:-2]
+    swaps = None if found is None else np.broadcast_to(found, (*lead, *found.shape[-2:]))
+    turned, stored = into_rotated_space(weight, fmt, swaps)
+    return turned, rotated_hessian(hessian, fmt, found), stored
 
 
 def rotate_columns(weight: ArrayLike, rotation: ArrayLike) -> Floats:
@@ -83,12 +113,6 @@ def rotate_rows(weight: ArrayLike, rotation: ArrayLike) -> Floats:
     """R^T W for a weight [..., N, K], so that its outputs y become y R; also for a bias given as [N, 1]."""
     turned = np.swapaxes(np.asarray(weight, dtype=np.float64), -1, -2)
     return np.ascontiguousarray(np.swapaxes(rotate_columns(turned, rotation), -1, -2))
-
-
-def rotate_hessian(hessian: ArrayLike, rotation: ArrayLike) -> Doubles:
-    """The Hessian R^T H R [K, K] of rotated inputs."""
-    full = block_diagonal(rotation, np.shape(hessian)[-1])
-    return np.asarray(full.T @ np.asarray(hessian, dtype=np.float64) @ full)
 
 
 def block_diagonal(rotation: ArrayLike, columns: int) -> Doubles:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-PARTS = ("codes", "scales", "tensor_scale", "offsets")
+PARTS = ("codes", "scales", "tensor_scale", "offsets", "rotation")
 CHUNK = 1 << 22  # values decoded at a time
 
 
@@ -51,6 +51,7 @@ class Decoder:
         self.offset: str | None = about.get("offset")
         # bits of the scale's code: the selector lies above them in the same byte
         self.shift = int(about["selector"].split(">>")[1]) if about.get("selector") else None
+        self.rotation: dict[str, Any] | None = about.get("rotation")
         tables = about.get("table_values") or [_table(self.bits, *about.get("tables", ()))]
         self._values = _constant([_per_byte(table) for table in tables]).flatten(0, 1)
         found = BYTE_SCALES.get("e6m2" if self.scale == "hif4" else self.scale)
@@ -63,8 +64,19 @@ class Decoder:
         scales: torch.Tensor,
         tensor_scale: torch.Tensor | None = None,
         offsets: torch.Tensor | None = None,
+        rotation: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Values [..., N, K] of codes [..., N, K*bits/8], scales, tensor_scale [...] and offsets."""
+        """Values [..., N, K] of codes [..., N, K*bits/8], scales, tensor_scale [...], offsets, rotation [..., K/B, S]."""
+        values = self._decoded(codes, scales, tensor_scale, offsets)
+        return unrotated(values, self.rotation["size"], rotation) if self.rotation else values
+
+    def _decoded(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        tensor_scale: torch.Tensor | None,
+        offsets: torch.Tensor | None,
+    ) -> torch.Tensor:
         if self._values.device != codes.device:
             self._values, self._scales = self._values.to(codes.device), self._scales.to(codes.device)
         shape = (*codes.shape[:-1], codes.shape[-1] * 8 // self.bits)
@@ -96,6 +108,40 @@ class Decoder:
         bit = torch.arange(16, device=scales.device, dtype=torch.int32)
         exponents = ((words >> (8 + bit // 2)) & 1) + ((words >> (16 + bit)) & 1)
         return self._scales[words & 255] * (1 << exponents).float()
+
+
+def unrotated(x: torch.Tensor, size: int, swaps: torch.Tensor | None) -> torch.Tensor:
+    """x R^T for x FP32 [..., N, K]: blocks of columns times the Hadamard matrix, or steps of it and of a swap, undone.
+
+    ``swaps`` [..., K/size, steps]: the channel that each step exchanges with the block's first, 255 for no step.
+    """
+    blocks = x.unflatten(-1, (-1, size))
+    if swaps is None:
+        return hadamard(blocks).flatten(-2)
+    channels = swaps.long()[..., None, :, :]  # the same for all rows
+    lanes = torch.arange(size, device=x.device)
+    for step in reversed(range(swaps.shape[-1])):
+        channel = channels[..., step, None]
+        active = channel < size
+        if not bool(active.any()):
+            continue
+        order = torch.where(lanes == 0, channel, torch.where(lanes == channel, 0, lanes)).where(active, lanes)
+        turned = hadamard(blocks).gather(-1, order.expand_as(blocks))
+        blocks = torch.where(active, turned, blocks)
+    return blocks.flatten(-2)
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """The last axis times the normalised Hadamard matrix; the order of operations is part of the format."""
+    size = x.shape[-1]
+    distance = 1
+    while distance < size:
+        pairs = x.unflatten(-1, (-1, 2, distance))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        distance *= 2
+    # the FP32 number nearest to 1 / sqrt(size)
+    return x * torch.tensor(size**-0.5, dtype=torch.float32, device=x.device)
 
 
 def _table(bits: int, name: str | None = None) -> list[float]:
@@ -168,7 +214,7 @@ def _in_chunks(decoder: Decoder, parts: dict[str, torch.Tensor], dtype: torch.dt
 
     def cut(part: str, tensor: torch.Tensor, start: int) -> torch.Tensor:
         rows = 1 if part == "codes" else decoder.rows
-        return tensor if part == "tensor_scale" else tensor[start // rows : -(-(start + step) // rows)]
+        return tensor if part in ("tensor_scale", "rotation") else tensor[start // rows : -(-(start + step) // rows)]
 
     starts = range(0, codes.shape[0], step)
     pieces = ({part: cut(part, tensor, start) for part, tensor in parts.items()} for start in starts)
