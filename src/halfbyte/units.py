@@ -16,6 +16,7 @@ from halfbyte.carry import Carrier
 from halfbyte.checkpoint import Reader, ShardWriter, nbytes, numpy_dtype
 from halfbyte.dialects import OutputTensor, Written
 from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.fitting import shared_scale
 from halfbyte.folding import Fold, refolded
 from halfbyte.formats import BlockFormat, QuantizedTensor, stacked
 from halfbyte.hessians import Hessians
@@ -26,6 +27,7 @@ from halfbyte.pipeline import Stages, Task
 from halfbyte.plan import Plan
 from halfbyte.search import encode, get_search, tensor_scale
 from halfbyte.search.gptq import Prepared, gptq
+from halfbyte.search.soar import soar_tensor_scale
 from halfbyte.shards import Item
 from halfbyte.slices import Limits, cuts, item_bytes, shares_amax, whole_rows
 from halfbyte.view import FLOATS
@@ -68,6 +70,7 @@ class Unit:
         self._held: dict[tuple[int, int], NDArray[Any]] = {}
         self._amax: dict[tuple[int, int], NDArray[np.float32]] = {}
         self._shared: NDArray[np.float32] | None = None
+        self._fitted: NDArray[np.float32] | None = None
         self._carrier: Carrier | None = None
         self._errors: dict[tuple[int, int], TensorError] = {}
 
@@ -97,6 +100,10 @@ class Unit:
         if self._together and not (self._carrier and self._carrier.ready):
             yield [partial(self._look, *piece) for piece in pieces]
             self._shared = np.max(list(self._amax.values()))
+            if self._chosen[0].fitted:
+                self._fitted = yield from shared_scale(
+                    self._chosen, pieces, self._shared, self.plan.dialect.divisor, self._values
+                )
         places = [dict(zip([o.name for o in i.outputs], i.offsets, strict=True)) for i in self._chosen]
         yield [*others, *(partial(self._convert, *piece, places[piece[0]]) for piece in pieces)]
 
@@ -183,6 +190,14 @@ class Unit:
         if self._holds:
             self._held[k, first] = array
 
+    def _values(self, k: int, first: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        """A slice and its importance, held or read again."""
+        item, array = self._chosen[k], self._held.get((k, first))
+        if array is None:
+            array = _read(self.plan, self.reader, item, first, stop, self.folds)[0]
+        known = _activations(self.plan, item, first, stop, self.folds, None)
+        return array, known.importance if known else None
+
     def _convert(self, k: int, first: int, stop: int, places: Mapping[str, int]) -> None:
         item = self._chosen[k]
         fmt = item.format
@@ -211,7 +226,7 @@ class Unit:
         assert found is not None
         stats = ErrorStats()
         known = _activations(self.plan, item, first, stop, self.folds, self.hessians)
-        tensor = encode_slice(self.plan, item, array, found, stats, known)
+        tensor = encode_slice(self.plan, item, array, found, stats, known, self._fitted)
         error.count(stats)
         error.requantized += array.size if error.source else 0
         return tensor
@@ -246,18 +261,22 @@ def encode_slice(
     amax: NDArray[np.float32],
     stats: ErrorStats,
     known: Activations | None = None,
+    fitted: NDArray[np.float32] | None = None,
 ) -> QuantizedTensor:
     """Codes and scales of a slice; ``amax`` of the tensors that share its scale, or of each expert.
 
-    ``known``: what is known of the inputs that meet the slice.
+    ``known``: what is known of the inputs that meet the slice; ``fitted``: the tensor scale that was found for
+    matrices that share it, while each expert's is found here.
     """
     fmt = item.format
     assert fmt is not None
     scales: dict[str, Any] = {"amax": amax}
-    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
-        scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two)
-        scales = {"divisor": np.float32(1) / scale} if plan.dialect.divisor else {"tensor_scale": scale}
     weights = known.importance if known else None
+    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
+        scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two) if fitted is None else fitted
+        if item.fitted and len(array.shape) > 2:
+            scale = soar_tensor_scale([array], fmt, item.search, weights, divisor=plan.dialect.divisor).tensor_scale
+        scales = {"divisor": np.float32(1) / scale} if plan.dialect.divisor else {"tensor_scale": scale}
     prepared = known.prepared if known else None
     try:
         if prepared is None or len(array.shape) < 3:

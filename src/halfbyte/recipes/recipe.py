@@ -36,7 +36,7 @@ class Rule(BaseModel):
     keep: Literal[True] | None = None
     drop: Literal[True] | None = None
     search: str = "sweep"
-    tensor_scale: Literal["amax", "power_of_two"] = "amax"
+    tensor_scale: Literal["amax", "power_of_two", "soar"] = "amax"
     indivisible: Literal["error", "keep"] = "error"
     weight: Literal["importance", "local_hessian", "none"] | None = None
     method: Literal["nearest", "gptq"] | None = None
