@@ -19,8 +19,10 @@ from halfbyte.errors import PlanError, RecipeError
 from halfbyte.hessians import MIN_TOKENS
 from halfbyte.models import Weight
 from halfbyte.recipes import parse_recipe
-from halfbyte.search.gptq import gptq
+from halfbyte.search.gptq import gptq, prepare
 from halfbyte.search.hessian import output_error
+from halfbyte.search.local_hessian import prepare_local
+from halfbyte.search.soar import soar_tensor_scale
 from halfbyte.view import Checkpoint
 
 NVFP4 = parse_recipe("rules: [{match: linear, format: nvfp4, method: gptq}]", "t", "t")
@@ -91,6 +93,26 @@ def test_the_conversion_gives_what_the_function_gives(quantized: Path, statistic
             expected = gptq(array, "nvfp4", "sweep", hessian, tensor_scale=mine.tensor_scale)
             np.testing.assert_array_equal(mine.codes, expected.codes)
             np.testing.assert_array_equal(mine.scales, expected.scales)
+
+
+@pytest.mark.parametrize("asked", ["method: gptq", "weight: local_hessian"])
+def test_a_fitted_tensor_scale_is_given_to_the_rounding(statistics: Path, tmp_path: Path, asked: str) -> None:
+    rule = f"{{match: linear, format: nvfp4, search: absmax, tensor_scale: soar, {asked}}}"
+    plan = halfbyte.plan(MODEL, parse_recipe(f"rules: [{rule}]", "t", "t"), importance=statistics)
+    convert(plan, tmp_path / "out")
+    assert plan.weighting is not None
+    known, prepared = plan.weighting.calibration, prepare if "gptq" in asked else prepare_local
+    source, out = Checkpoint.open(MODEL), Checkpoint.open(tmp_path / "out")
+    names = {w.role: w for w in source.weights}
+    with Reader(source.inventory) as reader, Reader(out.inventory) as written:
+        for role, expert, stop in (("attention.o", None, None), ("experts.down", 0, 1)):
+            array = source.read(reader, names[role], 0, stop)
+            mine = out.read_quantized(written, names[role], 0, stop)
+            scale = soar_tensor_scale([array], "nvfp4", "absmax").tensor_scale
+            hessian = prepared(known.hessian(names[role].name, expert), "nvfp4")
+            expected = gptq(array, "nvfp4", "absmax", hessian, tensor_scale=scale)
+            np.testing.assert_array_equal(mine.tensor_scale, scale)
+            np.testing.assert_array_equal(mine.codes, expected.codes)
 
 
 def test_the_error_of_outputs_is_smaller_than_that_of_rounding_to_nearest(

@@ -80,10 +80,10 @@ def many(folder: Path, layers: int) -> Path:
     return sparse(folder, config, tensors)
 
 
-def measured(source: Path, out: Path, fmt: str, threads: int, memory: int) -> tuple[int, int]:
+def measured(source: Path, out: Path, fmt: str, threads: int, memory: int, **more: str) -> tuple[int, int]:
     """Peak resident memory of a conversion in a process of its own, and what the plan states."""
     chosen = ["attention"] if fmt == "keep" else ["linear", "lm_head", "embedding"]
-    rule = {"format": "nvfp4" if fmt == "keep" else fmt, "search": "absmax", "optional": True}
+    rule = {"format": "nvfp4" if fmt == "keep" else fmt, "search": "absmax", "optional": True, **more}
     recipe = {"name": "all", "rules": [{"match": role, **rule} for role in chosen]}
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(
@@ -112,6 +112,13 @@ def test_a_dense_model_takes_the_memory_that_the_plan_states(
 @pytest.mark.parametrize(("threads", "memory"), [(1, 2048), (4, 2048), (4, 64)])
 def test_experts_take_the_memory_that_the_plan_states(tmp_path: Path, threads: int, memory: int) -> None:
     peak, stated = measured(experts(tmp_path / "source"), tmp_path / "out", "mixfp4", threads, memory * MIB)
+    assert stated / 2 < peak <= stated
+
+
+@pytest.mark.parametrize("memory", [2048, 64])
+def test_fitting_tensor_scales_takes_the_memory_that_the_plan_states(shared: Path, tmp_path: Path, memory: int) -> None:
+    source = dense(tmp_path / "source", shared)
+    peak, stated = measured(source, tmp_path / "out", "nvfp4", 2, memory * MIB, tensor_scale="soar")
     assert stated / 2 < peak <= stated
 
 

@@ -20,6 +20,7 @@ from halfbyte.checkpoint import (
     prepare_output,
     write_file_atomic,
 )
+from halfbyte.encoding import Context, Progress
 from halfbyte.errors import OutputError, PlanError
 from halfbyte.fold_search import FOLD_BYTES, FoldReport, sample_bytes, settle_folds
 from halfbyte.hessians import Hessians
@@ -28,7 +29,7 @@ from halfbyte.pipeline import Pipeline, Stages
 from halfbyte.plan import CONFIG, INDEX, PROVENANCE, Plan
 from halfbyte.shards import Shard
 from halfbyte.slices import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
-from halfbyte.units import Context, Progress, Unit
+from halfbyte.units import Unit
 
 __all__ = ["Conversion", "Progress", "convert", "source_bytes"]
 

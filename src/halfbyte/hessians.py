@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from halfbyte.calibrate import Calibration
 from halfbyte.calibrate.importance import Floats
@@ -130,7 +131,7 @@ class Hessians:
 
     def _prepare(self, item: Item, expert: int | None, scale: Floats | None) -> Prepared:
         assert item.format is not None and item.method is not None
-        hessian = self.calibration.hessian(item.weight.name, expert, scale)
+        hessian: ArrayLike = self.calibration.hessian(item.weight.name, expert, scale)
         method, fmt = item.method, item.format
         with _named(item, expert):
             if isinstance(fmt, BlockFormat) and fmt.rotation:

@@ -17,6 +17,7 @@ from halfbyte.calibrate import Calibration
 from halfbyte.checkpoint.files import collector_paused
 from halfbyte.dialects import Dialect, OutputTensor, get_dialect, quantization_config_of, unquantized_config
 from halfbyte.errors import FormatError, PlanError
+from halfbyte.fitting import check_fitted, fitted_note
 from halfbyte.folding import FOLDS, layout
 from halfbyte.formats import get_format
 from halfbyte.groups import check_groups, check_tied
@@ -200,6 +201,7 @@ def make_plan(
     check_tied(inventory.config, items)
     weighting = settle(checkpoint, recipe, items, decisions, calibration)
     notes += weighting.notes() if weighting else optional_note(recipe, decisions)
+    notes += fitted_note(items)
     items += more
     spelled = [(i.weight, i.format, i.outputs) for i in items if i.outputs]
     shards = make_shards(items, max_shard_bytes, dialect.container(inventory, recipe.name, spelled))
@@ -266,6 +268,7 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
     assert decision.format is not None and decision.search is not None
     fmt = dialect.format_for(weight, get_format(decision.format))
     get_search(decision.search, fmt)
+    check_fitted(weight, decision, dialect)
     problem = misfit(weight, fmt, dialect)
     if weight.dtype not in FLOATS or (len(weight.shape) < 2 and decision.indivisible == "error"):
         raise PlanError(
@@ -287,10 +290,10 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
     if before:
         checkpoint.stored(weight)  # a missing part is found now and not in the middle of the conversion
     said = claim(weight, before, fmt, checkpoint.dialect, dialect) if before and checkpoint.dialect else None
-    if said:
-        outputs = respelled(checkpoint, weight, fmt, dialect)
-        return Item(weight, "transcode", said, fmt, decision.search, power, outputs)
-    return Item(weight, "quantize", decision.reason, fmt, decision.search, power, dialect.outputs(weight, fmt))
+    outputs = respelled(checkpoint, weight, fmt, dialect) if said else dialect.outputs(weight, fmt)
+    action, reason = ("transcode", said) if said else ("quantize", decision.reason)
+    fitted = decision.tensor_scale == "soar"
+    return Item(weight, action, reason, fmt, decision.search, power, outputs, fitted=fitted)
 
 
 def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect) -> Item:

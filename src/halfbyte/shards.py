@@ -28,7 +28,8 @@ class Item:
     ``experts``: the leading indices that these outputs hold, where a stack is spread over several files; None
     for all. ``offsets``: where each output starts in its file, absolute. ``weighted``: importance weighs the
     errors of the search; ``method``: it is rounded with a Hessian. ``declined``: the format that the recipe wants
-    and that cannot hold the weight. ``activations``: how the recipe wants the weight's inputs quantized.
+    and that cannot hold the weight. ``activations``: how the recipe wants the weight's inputs quantized. ``fitted``:
+    the tensor scale is found by SOAR's alternation.
     """
 
     weight: Weight
@@ -44,6 +45,7 @@ class Item:
     method: Method | None = None
     declined: str = ""
     activations: Literal["none", "dynamic", "static"] | None = None
+    fitted: bool = False
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:

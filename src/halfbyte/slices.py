@@ -12,6 +12,7 @@ from typing import NamedTuple
 from halfbyte import kernels
 from halfbyte.checkpoint import nbytes
 from halfbyte.formats import BlockFormat, Format
+from halfbyte.search.soar import working_bytes
 from halfbyte.shards import Item
 
 SLICE_BYTES = 8 << 20
@@ -109,6 +110,8 @@ def need(item: Item, count: int, quantized: bool, folded: bool = False) -> int:
         total += wide
     if item.format is not None and not kernels.supports(item.format):
         total += _REFERENCE_BYTES * elements
+    if item.fitted:
+        total += working_bytes(weight.shape[-1])
     if item.method is not None:
         total += _HESSIAN_BYTES * weight.shape[-1] ** 2
     return total + 2 * item.nbytes * count // max(len(item.indices), 1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,41 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.calibrate import Activations
 from halfbyte.carry import Carrier
-from halfbyte.checkpoint import Reader, ShardWriter, nbytes, numpy_dtype
+from halfbyte.checkpoint import ShardWriter, nbytes, numpy_dtype
 from halfbyte.dialects import OutputTensor, Written
-from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.folding import Fold, refolded
-from halfbyte.formats import BlockFormat, QuantizedTensor, stacked
-from halfbyte.hessians import Hessians
-from halfbyte.formats.rotation import Swaps, check_swaps
-from halfbyte.kernels import ErrorStats, rotate
+from halfbyte.encoding import Context, encode_slice, importance_of, known_of, not_finite, read_slice, read_values
+from halfbyte.errors import CheckpointError
+from halfbyte.fitting import shared_scale
+from halfbyte.folding import refolded
+from halfbyte.formats import QuantizedTensor
+from halfbyte.kernels import ErrorStats
 from halfbyte.kernels import amax as largest
 from halfbyte.measure import TensorError
 from halfbyte.pipeline import Stages, Task
-from halfbyte.plan import Plan
-from halfbyte.search import encode, get_search, tensor_scale
-from halfbyte.search.gptq import Prepared, gptq
 from halfbyte.shards import Item
-from halfbyte.slices import Limits, cuts, item_bytes, shares_amax, whole_rows
+from halfbyte.slices import cuts, item_bytes, shares_amax, whole_rows
 from halfbyte.view import FLOATS
-
-Folds = Mapping[str, Fold]
-Progress = Callable[[int], None]
-"""Called with the number of source bytes that have just been dealt with."""
-
-
-@dataclass
-class Context:
-    """What all units of a conversion have in common; ``folds`` by weight name."""
-
-    plan: Plan
-    reader: Reader
-    folds: Folds
-    report: Progress
-    limits: Limits
-    hessians: Hessians | None = None
 
 
 class Unit:
@@ -57,7 +36,7 @@ class Unit:
 
     def __init__(self, common: Context, items: Sequence[Item], writer: ShardWriter) -> None:
         self.plan, self.reader, self.folds = common.plan, common.reader, common.folds
-        self.report, self.limits, self.hessians = common.report, common.limits, common.hessians
+        self.report, self.limits, self._common = common.report, common.limits, common
         self.items = items
         self.writer = writer
         self.bytes = sum(map(item_bytes, items))
@@ -69,6 +48,7 @@ class Unit:
         self._held: dict[tuple[int, int], NDArray[Any]] = {}
         self._amax: dict[tuple[int, int], NDArray[np.float32]] = {}
         self._shared: NDArray[np.float32] | None = None
+        self._fitted: NDArray[np.float32] | None = None
         self._carrier: Carrier | None = None
         self._errors: dict[tuple[int, int], TensorError] = {}
 
@@ -98,6 +78,10 @@ class Unit:
         if self._together and not (self._carrier and self._carrier.ready):
             yield [partial(self._look, *piece) for piece in pieces]
             self._shared = np.max(list(self._amax.values()))
+            if self._chosen[0].fitted:
+                self._fitted = yield from shared_scale(
+                    self._chosen, pieces, self._shared, self.plan.dialect.divisor, self._values
+                )
         places = [dict(zip([o.name for o in i.outputs], i.offsets, strict=True)) for i in self._chosen]
         yield [*others, *(partial(self._convert, *piece, places[piece[0]]) for piece in pieces)]
 
@@ -137,7 +121,7 @@ class Unit:
         for output, start, count, offset in some:
             chunk = self.reader.chunk(output.name, start, count)
             if output.dtype in FLOATS and not largest(np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))[1]:
-                raise _not_finite(item.weight.name)
+                raise not_finite(item.weight.name)
             if output.name.endswith(self.plan.dialect.input_scales):
                 _reciprocal(output.name, np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))
             self.writer.write_at(offset, chunk)
@@ -162,13 +146,13 @@ class Unit:
         fold, size = self.folds[item.weight.name], self.limits.slice_bytes
         for name, first, part in refolded(self.plan.checkpoint, self.reader, item.weight, fold, size, set(places)):
             if not largest(part)[1]:
-                raise _not_finite(item.weight.name)
+                raise not_finite(item.weight.name)
             self.writer.write_at(places[name] + first * (part.nbytes // len(part)), part)
         self.report(item_bytes(item))
 
     def _spell(self, item: Item, first: int, stop: int, places: Mapping[str, int]) -> None:
         """Part of a kept weight that the dialect stores in another type, order or tensor."""
-        values = _read(self.plan, self.reader, item, first, stop, {})[0]
+        values = read_values(self.plan, self.reader, item, first, stop)[0]
         if item.weight.name in self.folds:
             values = self.folds[item.weight.name].kept(values, first)
         self._write(self.plan.dialect.spell(item.outputs, values, first), places)
@@ -180,9 +164,16 @@ class Unit:
 
     def _look(self, k: int, first: int, stop: int) -> None:
         """The amax of a slice that shares it with others."""
-        array, self._amax[k, first] = self._read(k, first, stop)
+        array, self._amax[k, first] = read_slice(self._common, self._chosen[k], first, stop)
         if self._holds:
             self._held[k, first] = array
+
+    def _values(self, k: int, first: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        """A slice and its importance, held or read again."""
+        item, array = self._chosen[k], self._held.get((k, first))
+        if array is None:
+            array = read_slice(self._common, item, first, stop)[0]
+        return array, importance_of(self._common, item, first, stop)
 
     def _convert(self, k: int, first: int, stop: int, places: Mapping[str, int]) -> None:
         item = self._chosen[k]
@@ -207,29 +198,15 @@ class Unit:
         array = self._held.pop((k, first), None)
         found = self._shared
         if array is None:
-            array, amax = self._read(k, first, stop)
+            array, amax = read_slice(self._common, item, first, stop)
             found = amax if found is None else found
         assert found is not None
         stats = ErrorStats()
-        known = _activations(self.plan, item, first, stop, self.folds, self.hessians)
-        tensor = encode_slice(self.plan, item, array, found, stats, known)
+        known = known_of(self._common, item, first, stop)
+        tensor = encode_slice(self.plan, item, array, found, stats, known, self._fitted)
         error.count(stats)
         error.requantized += array.size if error.source else 0
         return tensor
-
-    def _read(self, k: int, first: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """A slice as it is encoded: folded, and rotated where its format is that of rotated weights."""
-        item = self._chosen[k]
-        array, amax = _read(self.plan, self.reader, item, first, stop, self.folds)
-        fmt = item.format
-        if not isinstance(fmt, BlockFormat) or fmt.rotation is None:
-            return array, amax
-        turned = array.astype(np.float32)
-        rotate(turned, fmt, _rotation(item, first, stop, self.folds, self.hessians))
-        amax, finite = largest(turned)
-        if not finite:
-            raise _not_finite(item.weight.name)
-        return turned, amax
 
     def _write(self, parts: Iterator[Written], places: Mapping[str, int]) -> None:
         for part in parts:
@@ -254,108 +231,6 @@ def _outputs(item: Item, first: int, stop: int) -> Sequence[OutputTensor]:
     return item.outputs[(first - begin) * each : (stop - begin) * each]
 
 
-def encode_slice(
-    plan: Plan,
-    item: Item,
-    array: NDArray[Any],
-    amax: NDArray[np.float32],
-    stats: ErrorStats,
-    known: Activations | None = None,
-) -> QuantizedTensor:
-    """Codes and scales of a slice; ``amax`` of the tensors that share its scale, or of each expert.
-
-    ``known``: what is known of the inputs that meet the slice. For a format in rotated space, array and ``amax`` are
-    those of the rotated weight.
-    """
-    fmt = item.format
-    assert fmt is not None
-    if isinstance(fmt, BlockFormat) and fmt.rotation:
-        given = known.rotation if known else None
-        tensor = encode_slice(plan, replace(item, format=fmt.plain), array, amax, stats, known)
-        return replace(tensor, format=fmt, rotation=check_swaps(given, fmt.rotation, array.shape, fmt.block[1]))
-    scales: dict[str, Any] = {"amax": amax}
-    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
-        scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two)
-        scales = {"divisor": np.float32(1) / scale} if plan.dialect.divisor else {"tensor_scale": scale}
-    weights = known.importance if known else None
-    prepared = known.prepared if known else None
-    try:
-        if prepared is None or len(array.shape) < 3:
-            return _encode(item, array, weights, prepared[0] if prepared else None, scales, stats)
-        each = [
-            _encode(
-                item,
-                array[i : i + 1],
-                weights if weights is None or weights.ndim == 1 else weights[i : i + 1],
-                one,
-                {name: value if np.ndim(value) == 0 else value[i : i + 1] for name, value in scales.items()},
-                stats,
-            )
-            for i, one in enumerate(prepared)
-        ]
-        return stacked(each)
-    except FormatError as error:
-        raise CheckpointError(f"{item.weight.name}: {error}") from error
-
-
-def _encode(
-    item: Item,
-    array: NDArray[Any],
-    weights: NDArray[np.float32] | None,
-    prepared: Prepared | None,
-    scales: dict[str, Any],
-    stats: ErrorStats,
-) -> QuantizedTensor:
-    assert item.format is not None
-    if prepared is None:
-        return encode(array, item.format, item.search, weights, stats=stats, **scales)
-    return gptq(array, item.format, item.search, prepared, stats=stats, **scales)
-
-
-def _activations(
-    plan: Plan, item: Item, first: int, stop: int, folds: Folds, hessians: Hessians | None
-) -> Activations | None:
-    """What is known of the inputs of part of a weight, divided as its columns are multiplied."""
-    turned = isinstance(item.format, BlockFormat) and item.format.rotation is not None
-    if plan.weighting is None or not (item.weighted or item.method or turned):
-        return None
-    scale = _columns(item, folds)
-    known = Activations(rotation=_rotation(item, first, stop, folds, hessians) if turned else None)
-    if item.weighted:
-        known = plan.weighting.calibration.slice(item.weight.name, first, stop, scale)
-    if item.method and hessians:
-        known = replace(known, prepared=hessians.slice(item, first, stop, scale))
-    return known
-
-
-def _columns(item: Item, folds: Folds) -> NDArray[np.float32] | None:
-    """What a weight's columns are multiplied by."""
-    fold = folds.get(item.weight.name)
-    return fold.columns if fold else None
-
-
-def _rotation(item: Item, first: int, stop: int, folds: Folds, hessians: Hessians | None) -> Swaps | None:
-    """Steps of the rotation of a slice that are found from its inputs; None for the Hadamard matrix."""
-    return hessians.rotation(item, first, stop, _columns(item, folds)) if hessians else None
-
-
-def _read(
-    plan: Plan, reader: Reader, item: Item, first: int, stop: int, folds: Folds
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Part of a weight, folded, and the largest magnitude of each of its matrices."""
-    array = plan.checkpoint.read(reader, item.weight, first, stop)
-    fold = folds.get(item.weight.name)
-    if fold is not None:
-        array = fold.apply(array, first)
-    if array.dtype.itemsize > 4:
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
-    found, finite = largest(array)
-    if not finite:
-        raise _not_finite(item.weight.name)
-    return array, found
-
-
 def _reciprocal(name: str, scale: NDArray[Any]) -> NDArray[np.float32]:
     """Of a scale of activations, which is zero where calibration sent no token to an expert; engines divide by it."""
     with np.errstate(divide="ignore", over="ignore"):
@@ -366,9 +241,3 @@ def _reciprocal(name: str, scale: NDArray[Any]) -> NDArray[np.float32]:
             "calibrate the source again, or drop such scales by a rule"
         )
     return value
-
-
-def _not_finite(name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name} holds a NaN, an infinity or a value beyond FP32; repair the source, or drop the tensor by a rule"
-    )

@@ -84,7 +84,7 @@ def test_hyphens_underscores_and_aliases_name_a_builtin(name: str) -> None:
         ("match: linear, keep: true, search: sweep", "`search` has no meaning without `format`"),
         ("match: linear, format: a, optional: 'yes'", "rule 2: optional"),
         ("match: linear, format: 4", "rule 2: format"),
-        ("match: linear, format: a, tensor_scale: max", "'amax' or 'power_of_two'"),
+        ("match: linear, format: a, tensor_scale: max", "'amax', 'power_of_two' or 'soar'"),
         ("match: [], format: a", "rule 2: match"),
         ("format: a", "rule 2: match: Field required"),
         ("match: expert, format: a", "no role 'expert'; nearest: experts"),

@@ -28,7 +28,7 @@ def _documents(name: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / name).glob("*.json"))]
 
 
-@pytest.mark.parametrize("name", ["gptq", "rotation"])
+@pytest.mark.parametrize("name", ["gptq", "rotation", "soar"])
 def test_the_table_is_the_recorded_one(name: str) -> None:
     pytest.importorskip("transformers")
     results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

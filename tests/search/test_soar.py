@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from halfbyte.errors import FormatError
+from halfbyte.formats import BlockFormat, get_format
 from halfbyte.search import encode
-from halfbyte.search.soar import soar_tensor_scale
+from halfbyte.search.soar import row_sums, soar_tensor_scale
 from search.hessians import weight
 
 
@@ -42,6 +43,33 @@ def test_experts_have_scales_of_their_own_and_fused_weights_one() -> None:
     assert found.tensor_scale.dtype == np.float32
 
 
+def test_experts_are_fitted_as_if_each_were_alone() -> None:
+    w = weight(4, 16, 64) * np.float32([[[1]], [[10]], [[0.1]], [[3]]])
+    importance = np.exp(weight(4, 64))
+    found = soar_tensor_scale([w], "nvfp4", "absmax", importance)
+    each = [soar_tensor_scale([w[i]], "nvfp4", "absmax", importance[i]) for i in range(4)]
+    assert found.tensor_scale.tolist() == [float(one.tensor_scale) for one in each]
+    assert np.isclose(min(found.errors), sum(min(one.errors) for one in each))
+    assert len(found.errors) == max(len(one.errors) for one in each)
+
+
+@pytest.mark.parametrize("columns", [16, 96, 1024])
+@pytest.mark.parametrize("divisor", [False, True])
+def test_sums_of_rows_do_not_depend_on_the_rows_around_them(columns: int, divisor: bool) -> None:
+    w, fmt = weight(301, columns), get_format("mixfp4")
+    assert isinstance(fmt, BlockFormat)
+    more = fmt, "sweep", np.float32(1e-3), np.exp(weight(columns)), divisor
+    parts = [row_sums(w[a:b], *more) for a, b in ((0, 1), (1, 8), (8, 200), (200, 301))]
+    np.testing.assert_array_equal(row_sums(w, *more), np.concatenate(parts))
+
+
+def test_a_stored_reciprocal_is_fitted_as_what_it_decodes_to() -> None:
+    w = weight(64, 256)
+    found = soar_tensor_scale([w], "nvfp4", "absmax", divisor=True)
+    decoded = encode(w, "nvfp4", "absmax", divisor=1 / found.tensor_scale).decode().astype(np.float64)
+    assert np.isclose(np.square(decoded - w).sum(), min(found.errors), rtol=1e-12)
+
+
 def test_weights_of_zero_keep_a_scale_of_one() -> None:
     assert soar_tensor_scale([np.zeros((4, 32), dtype=np.float32)], "nvfp4").tensor_scale == 1
 
@@ -53,3 +81,5 @@ def test_bad_arguments_are_refused() -> None:
         soar_tensor_scale([weight(4, 32), weight(2, 4, 32)], "nvfp4")
     with pytest.raises(FormatError, match="the same leading shape"):
         soar_tensor_scale([], "nvfp4")
+    with pytest.raises(FormatError, match="importance has shape"):
+        soar_tensor_scale([weight(2, 4, 32)], "nvfp4", importance=np.ones(16))

@@ -66,6 +66,7 @@ def _show(recipe: Recipe) -> None:
                         *([f"weight: {rule.weight}"] if rule.weight else []),
                         *([f"transform: {rule.transform}"] if rule.transform else []),
                         *(["tensor scales are powers of two"] if rule.tensor_scale == "power_of_two" else []),
+                        *(["tensor scales are fitted (SOAR)"] if rule.tensor_scale == "soar" else []),
                         *([rule.reason] if rule.reason else []),
                     )
                 ),

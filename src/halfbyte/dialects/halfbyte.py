@@ -1,7 +1,8 @@
 """halfbyte's own dialect: every format, arrays as they are in memory, fused experts stay fused.
 
 A weight T becomes ``T_codes``, ``T_scales`` and, where the format has them, ``T_tensor_scale`` (a multiplier),
-``T_offsets`` and ``T_rotation``. The configuration states each format in full, so that no reader has to guess a convention.
+``T_offsets`` and ``T_rotation``. The configuration states each format in full, so that no reader has to guess a
+convention.
 """
 
 from __future__ import annotations

@@ -11,4 +11,4 @@ MXFP8 = register(BlockFormat("mxfp8", (tables.E4M3,), scales.E8M0, (1, 32)))
 MXFP4_HADAMARD = register(rotated(MXFP4, "hadamard"))
 """MXFP4 of weights times the Hadamard matrix of 32 (MR-GPTQ, arXiv 2509.23202)."""
 MXFP4_DUQUANT = register(rotated(MXFP4, "duquant"))
-"""MXFP4 of weights whose blocks are rotated so that the largest activations are spread (DuQuant++, arXiv 2604.17789)."""
+"""MXFP4 of weights whose blocks are rotated so that large activations are spread (DuQuant++, arXiv 2604.17789)."""

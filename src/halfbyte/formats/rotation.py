@@ -49,8 +49,8 @@ def plain_swaps(shape: tuple[int, ...]) -> Swaps:
     return swaps
 
 
-def rotate_reference(x: Floats, size: int, swaps: Swaps | None, inverse: bool = False) -> None:
-    """x R, or x R^T, in place, for x FP32 [L, N, K] in blocks of ``size`` columns; ``swaps`` [L, K/size, steps]."""
+def rotate_reference(x: NDArray[Any], size: int, swaps: Swaps | None, inverse: bool = False) -> None:
+    """x R, or x R^T, in place, for x FP32 (or FP64) [L, N, K] in blocks of ``size``; ``swaps`` [L, K/size, steps]."""
     blocks = x.reshape(*x.shape[:2], -1, size)
     with np.errstate(over="ignore", invalid="ignore"):
         if swaps is None:
@@ -60,7 +60,7 @@ def rotate_reference(x: Floats, size: int, swaps: Swaps | None, inverse: bool = 
             _steps(matrix, own, inverse)
 
 
-def _steps(matrix: Floats, own: Swaps, inverse: bool) -> None:
+def _steps(matrix: NDArray[Any], own: Swaps, inverse: bool) -> None:
     for step in reversed(range(own.shape[-1])) if inverse else range(own.shape[-1]):
         active = np.flatnonzero(own[:, step] != END)
         if not len(active):
@@ -74,7 +74,7 @@ def _steps(matrix: Floats, own: Swaps, inverse: bool) -> None:
         matrix[:, active] = part
 
 
-def _swap(part: Floats, channels: NDArray[np.int64]) -> None:
+def _swap(part: NDArray[Any], channels: NDArray[np.int64]) -> None:
     """Exchange channel 0 of block g with ``channels[g]``; part [N, G, B]."""
     blocks = np.arange(len(channels))
     first = part[:, :, 0].copy()
@@ -111,7 +111,7 @@ def check_swaps(swaps: Any, rotation: Rotation, shape: tuple[int, ...], size: in
     found = np.asarray(swaps)
     if found.dtype != np.uint8 or found.shape != wanted or ((found >= size) & (found != END)).any():
         raise FormatError(
-            f"the rotation is {found.dtype} {list(found.shape)}; it must be uint8 {list(wanted)} of channels below {size}"
+            f"the rotation is {found.dtype} {list(found.shape)}, not uint8 {list(wanted)} with channels below {size}"
         )
     return np.array(found)
 

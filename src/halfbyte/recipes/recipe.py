@@ -37,7 +37,7 @@ class Rule(BaseModel):
     keep: Literal[True] | None = None
     drop: Literal[True] | None = None
     search: str = "sweep"
-    tensor_scale: Literal["amax", "power_of_two"] = "amax"
+    tensor_scale: Literal["amax", "power_of_two", "soar"] = "amax"
     indivisible: Literal["error", "keep"] = "error"
     weight: Literal["importance", "local_hessian", "none"] | None = None
     method: Literal["nearest", "gptq"] | None = None
@@ -92,7 +92,7 @@ class Rule(BaseModel):
         elif self.method != "gptq" and of_gptq:
             raise ValueError(f"`{sorted(of_gptq)[0]}` has no meaning without `method: gptq`")
         elif self.turns and self.weight == "importance":
-            raise ValueError(f"`transform: {self.transform}` mixes columns, so the importance of single ones says nothing")
+            raise ValueError(f"`transform: {self.transform}` mixes columns, so importance of single ones cannot weigh")
         elif self.method == "gptq" and self.weight is not None:
             raise ValueError("`method: gptq` judges by its own loss; leave `weight` out, or see `mode`")
         return self
@@ -102,7 +102,7 @@ class Recipe(BaseModel):
     """Rules in order, the last match wins; weights that no rule matches are kept as they are.
 
     `dialect` is what the recipe is written in when the user names none. `calibration`: whether what rules ask of
-    activations (`weight: importance`, `method: gptq`, `transform: awq` or `duquant`) may be left out where nothing is known.
+    activations (`weight: importance`, `method: gptq`, `transform: awq`, `duquant`) may be left out if nothing is known.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

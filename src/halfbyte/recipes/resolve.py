@@ -28,9 +28,9 @@ class Method(NamedTuple):
 class Decision:
     """What happens to one weight, and why.
 
-    `format`, `search` and `tensor_scale` are None unless the action is `quantize`. `rule` counts from 1, as the
-    messages do; None means that no rule matched. `format` is the one in rotated space where the rule rotates. `weight`, `method` (None for rounding to nearest), `transform` and
-    `activations` are the rule's.
+    `format`, `search` and `tensor_scale` are None unless the action is `quantize`; `format` is the one in rotated space
+    where the rule rotates. `rule` counts from 1, as the messages do; None means that no rule matched. `weight`,
+    `method` (None for rounding to nearest), `transform` and `activations` are the rule's.
     """
 
     action: Literal["quantize", "keep", "drop"]

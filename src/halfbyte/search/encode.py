@@ -61,7 +61,7 @@ def encode(
         raise FormatError(f"{fmt.name} is in no rotated space; leave the argument rotation out")
     array = as_weight(weight, fmt)
     flat = array.reshape((-1, *array.shape[-2:]) if array.ndim > 1 else (1, 1, -1))
-    weights = _importance(importance, array.shape)
+    weights = relative_importance(importance, array.shape)
     out = empty(fmt, array.shape)
     set_scales(out, how, array, tensor_scale, divisor, amax, power_of_two)
     if kernels.supports(fmt, how):
@@ -167,7 +167,7 @@ def _per_matrix(given: ArrayLike, lead: tuple[int, ...], name: str) -> Floats:
     return np.broadcast_to(values, lead)
 
 
-def _importance(importance: ArrayLike | None, shape: tuple[int, ...]) -> Floats | None:
+def relative_importance(importance: ArrayLike | None, shape: tuple[int, ...]) -> Floats | None:
     """Column weights [L, K] or [1, K], scaled so that the largest is 1."""
     if importance is None:
         return None

@@ -40,8 +40,9 @@ def duquant_swaps(hessian: ArrayLike, size: int = 32, steps: int = ROTATIONS["du
     ``hessian`` [..., K, K] is the sum or mean of x x^T. The greedy construction of DuQuant (arXiv 2406.01721), one
     rotation per block of the format as in DuQuant++ (arXiv 2604.17789): the channel with the largest activation is
     swapped with the block's first, the Hadamard matrix, whose first row is even, spreads it over the block, and so on;
-    the product with the least largest activation is kept, or the first that comes within one per cent of it. How large a channel is says its root mean square, which
-    calibrations sum up, where the papers take the maximum. A block without activations gets the Hadamard matrix.
+    the product with the least largest activation is kept, or the first that comes within one per cent of it. How
+    large a channel is says its root mean square, which calibrations sum up, where the papers take the maximum. A block
+    without activations gets the Hadamard matrix.
     """
     blocks = diagonal_blocks(checked(hessian, np.shape(hessian)[-1] if np.ndim(hessian) else 0), size)
     x = np.array(blocks.reshape(-1, size, size))
@@ -64,7 +65,7 @@ def duquant_swaps(hessian: ArrayLike, size: int = 32, steps: int = ROTATIONS["du
 
 
 def rotation_matrices(size: int, swaps: Swaps | None = None) -> Doubles:
-    """The rotations [..., size, size] that steps [..., steps] stand for; without any the Hadamard matrix [size, size]."""
+    """The rotations [..., size, size] that steps [..., steps] stand for; without any the Hadamard matrix."""
     lead = () if swaps is None else swaps.shape[:-1]
     found = np.tile(np.eye(size), (*lead, 1, 1))
     flat = found.reshape(-1, size, size)
@@ -83,9 +84,7 @@ def rotated_hessian(hessian: ArrayLike, fmt: BlockFormat, swaps: Swaps | None) -
     return h
 
 
-def in_rotated_space(
-    weight: ArrayLike, fmt: BlockFormat, hessian: Any
-) -> tuple[Floats, Doubles, Swaps | None]:
+def in_rotated_space(weight: ArrayLike, fmt: BlockFormat, hessian: Any) -> tuple[Floats, Doubles, Swaps | None]:
     """A weight [..., N, K] and its Hessian [K, K] or [..., K, K] in the rotated space of a format, and the steps of the
     rotation, which are found from the Hessian where the format has any."""
     if not hasattr(hessian, "shape"):

@@ -4,12 +4,17 @@ For given codes and block scales the best tensor scale has a closed form, a proj
 search finds codes and block scales. The paper's block step, least squares and rounding with a search scale apart
 from the stored one, is replaced by the search itself: for a stored scale nearest rounding is already the best, so
 a sweep over stored scales contains it.
+
+``Fit`` and ``row_sums`` are the alternation for weights that come in parts, as in a conversion; sums of rows do not
+depend on how many rows are at hand, and neither does their exact sum on the parts or their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,20 +22,56 @@ from numpy.typing import ArrayLike, NDArray
 from halfbyte import kernels
 from halfbyte.errors import FormatError
 from halfbyte.formats import BlockFormat, Format, get_format
-from halfbyte.search.encode import as_weight, encode
+from halfbyte.search.encode import as_weight, encode, relative_importance
+from halfbyte.search.rules import SMALLEST
 from halfbyte.search.rules import tensor_scale as absmax_scale
 from halfbyte.search.searches import get_search
 
 Doubles = NDArray[np.float64]
 
+ITERATIONS, TOLERANCE = 15, 1e-3
+# elements that are compared at a time, few enough for their FP64 copies to stay in a core's cache
+_CHUNK = 1 << 16
+# what a chunk takes: codes and scales, decoded values, and these, the weights and products in FP64
+_CHUNK_BYTES = 64
+
 
 @dataclass(frozen=True)
 class Alternation:
-    """``tensor_scale`` FP32 [...] of least error, and the (weighted) squared error after each step, the first by
-    the amax rule."""
+    """``tensor_scale`` FP32 [...] of least error, and the least (weighted) squared error until after each step, the
+    first by the amax rule. Experts that have settled wait for the others."""
 
     tensor_scale: NDArray[np.float32]
     errors: list[float]
+
+
+class Fit:
+    """The alternation for one tensor scale: ``step`` wants the sums at ``scale``, until it is ``done``.
+
+    ``best`` is the scale of least error so far, ``errors`` holds the error of each step.
+    """
+
+    def __init__(self, first: float | np.floating[Any], iterations: int = ITERATIONS, tolerance: float = TOLERANCE):
+        self.scale = self.best = np.float32(first)
+        self.errors: list[float] = []
+        self.done = False
+        self._iterations, self._tolerance = iterations, tolerance
+
+    def step(self, sums: Iterable[Doubles]) -> None:
+        """Move the scale to where it fits the codes best; ``sums``: what ``row_sums`` found, in any order."""
+        parts = list(sums)
+        error, cross, squares = (math.fsum(x for part in parts for x in part[:, i].tolist()) for i in range(3))
+        if not self.errors or error < min(self.errors):
+            self.best = self.scale
+        self.errors.append(error)
+        ratio = cross / squares if cross > 0 and squares > 0 else 1.0
+        fitted = np.maximum(np.float32(float(self.scale) * ratio), SMALLEST)
+        change = abs(float(fitted) / float(self.scale) - 1)
+        self.done = len(self.errors) > self._iterations or change < self._tolerance or self._settled()
+        self.scale = fitted
+
+    def _settled(self) -> bool:
+        return len(self.errors) > 1 and abs(self.errors[-2] - self.errors[-1]) <= self._tolerance * self.errors[-2]
 
 
 def soar_tensor_scale(
@@ -39,58 +80,75 @@ def soar_tensor_scale(
     search: str = "sweep",
     importance: ArrayLike | None = None,
     *,
-    iterations: int = 15,
-    tolerance: float = 1e-3,
+    divisor: bool = False,
+    iterations: int = ITERATIONS,
+    tolerance: float = TOLERANCE,
 ) -> Alternation:
     """The tensor scale of weights [..., N, K] that share one, by at most ``iterations`` steps.
 
-    Leading indices (experts) have a scale each. Stops where the scale or the error changes by less than
-    ``tolerance`` relatively. ``encode`` with the result gives the tensors. FormatError for formats without tensor
-    scales.
+    Leading indices (experts) have a scale each, fitted on its own. Stops where the scale or the error changes by
+    less than ``tolerance`` relatively. ``importance`` as in ``encode``, the largest of each expert counting as 1.
+    ``divisor``: the reciprocals are what is stored, so errors are those that they lead to. ``encode`` with the
+    result gives the tensors. FormatError for formats without tensor scales.
     """
     fmt = get_format(format)
-    if not isinstance(fmt, BlockFormat) or not fmt.has_tensor_scale:
-        raise FormatError(f"{fmt.name} has no tensor scale to fit; use the search alone")
+    problem = unfittable(fmt)
+    if problem:
+        raise FormatError(f"{problem}; use the search alone")
+    assert isinstance(fmt, BlockFormat)
     arrays = [as_weight(w, fmt) for w in weights]
     if not arrays or any(a.shape[:-2] != arrays[0].shape[:-2] for a in arrays):
         raise FormatError("weights that share a tensor scale must be given together, with the same leading shape")
+    relative_importance(importance, arrays[0].shape)  # refuses what does not fit
+    lead, columns = arrays[0].shape[:-2], arrays[0].shape[-1]
     amax = np.max([kernels.amax(a)[0] for a in arrays], axis=0)
-    scale = absmax_scale(amax, fmt, get_search(search, fmt))
-    best = scale
-    errors: list[float] = []
-    for _ in range(iterations + 1):
-        error, fitted = _step(arrays, fmt, search, importance, scale)
-        if not errors or error < min(errors):
-            best = scale
-        errors.append(error)
-        if np.abs(fitted / scale - 1).max() < tolerance or (len(errors) > 1 and _settled(errors, tolerance)):
-            break
-        scale = fitted
-    return Alternation(best, errors)
+    first = absmax_scale(amax, fmt, get_search(search, fmt)).reshape(-1)
+    matrices = [a.reshape((-1, *a.shape[-2:]) if a.ndim > 1 else (1, 1, -1)) for a in arrays]
+    each = None if importance is None else np.broadcast_to(importance, (*lead, columns)).reshape(-1, columns)
+    fits = [Fit(scale, iterations, tolerance) for scale in first]
+    for i, fit in enumerate(fits):
+        weight = None if each is None else each[i]
+        while not fit.done:
+            fit.step([row_sums(m[i], fmt, search, fit.scale, weight, divisor) for m in matrices])
+    steps = max((len(fit.errors) for fit in fits), default=0)
+    errors = [math.fsum(min(fit.errors[: n + 1]) for fit in fits) for n in range(steps)]
+    return Alternation(np.array([fit.best for fit in fits], dtype=np.float32).reshape(lead), errors)
 
 
-def _settled(errors: list[float], tolerance: float) -> bool:
-    return abs(errors[-2] - errors[-1]) <= tolerance * errors[-2]
-
-
-def _step(
-    arrays: Sequence[NDArray[np.float32]],
+def row_sums(
+    rows: NDArray[Any],
     fmt: BlockFormat,
     search: str,
-    importance: ArrayLike | None,
-    scale: NDArray[np.float32],
-) -> tuple[float, NDArray[np.float32]]:
-    """Error at a tensor scale, and the tensor scale that fits its codes and block scales best."""
-    error = 0.0
-    cross: Doubles = np.zeros(scale.shape)
-    squares: Doubles = np.zeros(scale.shape)
-    weight = None if importance is None else np.asarray(importance, dtype=np.float64)
-    for array in arrays:
-        decoded = encode(array, fmt, search, importance, tensor_scale=scale).decode().astype(np.float64)
-        wide = array.astype(np.float64)
-        columns = 1.0 if weight is None else weight if weight.ndim == 1 else weight[..., None, :]
-        error += float((np.square(decoded - wide) * columns).sum())
-        cross += (wide * decoded * columns).sum(axis=(-2, -1))
-        squares += (np.square(decoded) * columns).sum(axis=(-2, -1))
-    ratio = np.divide(cross, squares, out=np.ones_like(cross), where=(squares > 0) & (cross > 0))
-    return error, (scale * ratio).astype(np.float32)
+    scale: np.float32,
+    importance: ArrayLike | None = None,
+    divisor: bool = False,
+) -> Doubles:
+    """What ``Fit.step`` needs to know of rows [N, K] encoded with a tensor scale, [N, 3].
+
+    The columns are the squared error, the product with the decoded values, and the squares of these, each element
+    times its ``importance`` [K]. Rows do not depend on each other.
+    """
+    weights = relative_importance(importance, rows.shape)
+    columns = 1.0 if weights is None else weights.astype(np.float64)
+    given = {"divisor": np.float32(1) / scale} if divisor else {"tensor_scale": scale}
+    found = np.empty((len(rows), 3))
+    step = max(1, _CHUNK // max(rows.shape[1], 1))
+    for start in range(0, len(rows), step):
+        part, sums = rows[start : start + step], found[start : start + step]
+        decoded = encode(part, fmt, search, importance, **given).decode().astype(np.float64)
+        wide = part.astype(np.float64)
+        weighted = decoded * columns
+        sums[:, 1] = (weighted * wide).sum(axis=-1)
+        sums[:, 2] = (weighted * decoded).sum(axis=-1)
+        sums[:, 0] = (np.square(decoded - wide) * columns).sum(axis=-1)
+    return found
+
+
+def unfittable(fmt: Format) -> str | None:
+    """Why a format has nothing to fit, or None."""
+    return None if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale else f"{fmt.name} has no tensor scale to fit"
+
+
+def working_bytes(columns: int) -> int:
+    """Memory that ``row_sums`` takes beside its rows of this length."""
+    return _CHUNK_BYTES * max(_CHUNK, columns)

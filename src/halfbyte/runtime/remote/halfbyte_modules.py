@@ -66,7 +66,7 @@ class Decoder:
         offsets: torch.Tensor | None = None,
         rotation: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Values [..., N, K] of codes [..., N, K*bits/8], scales, tensor_scale [...], offsets, rotation [..., K/B, S]."""
+        """Values [..., N, K] of codes [..., N, K*bits/8], scales, tensor_scale [...], offsets and rotation."""
         values = self._decoded(codes, scales, tensor_scale, offsets)
         return unrotated(values, self.rotation["size"], rotation) if self.rotation else values
 

@@ -1,0 +1,176 @@
+"""A slice of a weight on its way to codes: read, folded, rotated, and encoded with what is known of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.calibrate import Activations
+from halfbyte.checkpoint import Reader
+from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.folding import Fold
+from halfbyte.formats import BlockFormat, Format, QuantizedTensor, stacked
+from halfbyte.formats.rotation import Swaps, check_swaps
+from halfbyte.hessians import Hessians
+from halfbyte.kernels import ErrorStats, rotate
+from halfbyte.kernels import amax as largest
+from halfbyte.plan import Plan
+from halfbyte.search import encode, get_search, tensor_scale
+from halfbyte.search.gptq import Prepared, gptq
+from halfbyte.search.soar import soar_tensor_scale
+from halfbyte.shards import Item
+from halfbyte.slices import Limits
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+Progress = Callable[[int], None]
+"""Called with the number of source bytes that have just been dealt with."""
+
+
+@dataclass
+class Context:
+    """What all units of a conversion have in common; ``folds`` by weight name."""
+
+    plan: Plan
+    reader: Reader
+    folds: Mapping[str, Fold]
+    report: Progress
+    limits: Limits
+    hessians: Hessians | None = None
+
+
+def read_values(
+    plan: Plan, reader: Reader, item: Item, first: int, stop: int, fold: Fold | None = None
+) -> tuple[Array, Floats]:
+    """Part of a weight, folded, and the largest magnitude of each of its matrices."""
+    array = plan.checkpoint.read(reader, item.weight, first, stop)
+    if fold is not None:
+        array = fold.apply(array, first)
+    if array.dtype.itemsize > 4:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    return array, _largest(array, item)
+
+
+def read_slice(context: Context, item: Item, first: int, stop: int) -> tuple[Array, Floats]:
+    """The same, in the space in which it is encoded: rotated where its format is that of rotated weights."""
+    fold = context.folds.get(item.weight.name)
+    array, amax = read_values(context.plan, context.reader, item, first, stop, fold)
+    fmt = item.format
+    if not isinstance(fmt, BlockFormat) or fmt.rotation is None:
+        return array, amax
+    turned = array.astype(np.float32)
+    rotate(turned, fmt, _rotation(context, item, first, stop))
+    return turned, _largest(turned, item)
+
+
+def known_of(context: Context, item: Item, first: int, stop: int) -> Activations | None:
+    """What is known of the inputs of part of a weight, divided as its columns are multiplied."""
+    turned = isinstance(item.format, BlockFormat) and item.format.rotation is not None
+    if context.plan.weighting is None or not (item.weighted or item.method or turned):
+        return None
+    prepared = None
+    if item.method and context.hessians:
+        prepared = context.hessians.slice(item, first, stop, _columns(context, item))
+    swaps = _rotation(context, item, first, stop) if turned else None
+    return Activations(importance_of(context, item, first, stop), prepared, swaps)
+
+
+def importance_of(context: Context, item: Item, first: int, stop: int) -> Floats | None:
+    """What weighs the errors of a slice's columns, if anything does."""
+    if context.plan.weighting is None or not item.weighted:
+        return None
+    calibration = context.plan.weighting.calibration
+    return calibration.slice(item.weight.name, first, stop, _columns(context, item)).importance
+
+
+def encode_slice(
+    plan: Plan,
+    item: Item,
+    array: Array,
+    amax: Floats,
+    stats: ErrorStats,
+    known: Activations | None = None,
+    fitted: Floats | None = None,
+) -> QuantizedTensor:
+    """Codes and scales of a slice; ``amax`` of the tensors that share its scale, or of each expert.
+
+    ``known``: what is known of the inputs that meet the slice; ``fitted``: the tensor scale that was found for
+    matrices that share it, while each expert's is found here. For a format in rotated space all of it is that of
+    the rotated weight.
+    """
+    fmt = item.format
+    assert fmt is not None
+    if isinstance(fmt, BlockFormat) and fmt.rotation:
+        swaps = check_swaps(known.rotation if known else None, fmt.rotation, array.shape, fmt.block[1])
+        tensor = encode_slice(plan, replace(item, format=fmt.plain), array, amax, stats, known, fitted)
+        return replace(tensor, format=fmt, rotation=swaps)
+    weights = known.importance if known else None
+    scales: dict[str, Any] = {"amax": amax}
+    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
+        scale = tensor_scale(amax, fmt, get_search(item.search), item.power_of_two) if fitted is None else fitted
+        if item.fitted and len(array.shape) > 2:
+            scale = soar_tensor_scale([array], fmt, item.search, weights, divisor=plan.dialect.divisor).tensor_scale
+        scales = {"divisor": np.float32(1) / scale} if plan.dialect.divisor else {"tensor_scale": scale}
+    prepared = known.prepared if known else None
+    try:
+        if prepared is None or len(array.shape) < 3:
+            return _encode(fmt, item.search, array, weights, prepared[0] if prepared else None, scales, stats)
+        each = [
+            _encode(
+                fmt,
+                item.search,
+                array[i : i + 1],
+                weights if weights is None or weights.ndim == 1 else weights[i : i + 1],
+                one,
+                {name: value if np.ndim(value) == 0 else value[i : i + 1] for name, value in scales.items()},
+                stats,
+            )
+            for i, one in enumerate(prepared)
+        ]
+        return stacked(each)
+    except FormatError as error:
+        raise CheckpointError(f"{item.weight.name}: {error}") from error
+
+
+def not_finite(name: str) -> CheckpointError:
+    """What is said of a weight with values that no format holds."""
+    return CheckpointError(
+        f"{name} holds a NaN, an infinity or a value beyond FP32; repair the source, or drop the tensor by a rule"
+    )
+
+
+def _encode(
+    fmt: Format,
+    search: str,
+    array: Array,
+    weights: Floats | None,
+    prepared: Prepared | None,
+    scales: dict[str, Any],
+    stats: ErrorStats,
+) -> QuantizedTensor:
+    if prepared is None:
+        return encode(array, fmt, search, weights, stats=stats, **scales)
+    return gptq(array, fmt, search, prepared, stats=stats, **scales)
+
+
+def _columns(context: Context, item: Item) -> Floats | None:
+    """What a weight's columns are multiplied by."""
+    fold = context.folds.get(item.weight.name)
+    return fold.columns if fold else None
+
+
+def _rotation(context: Context, item: Item, first: int, stop: int) -> Swaps | None:
+    """Steps of a slice's rotation that are found from its inputs; None for the Hadamard matrix."""
+    return context.hessians.rotation(item, first, stop, _columns(context, item)) if context.hessians else None
+
+
+def _largest(array: Array, item: Item) -> Floats:
+    found, finite = largest(array)
+    if not finite:
+        raise not_finite(item.weight.name)
+    return found
