@@ -23,13 +23,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import REPOSITORY, RESULTS, head, replace_part, write_results
+from halfbyte.formats.rotation import hadamard_matrix
 from halfbyte.search import encode
 from halfbyte.search.gptq import gptq
-from halfbyte.search.rotation import fold_values, hadamard, outlier_rotations, rotate_columns
+from halfbyte.search.rotation import duquant_swaps, fold_values, rotate_columns, rotation_matrices
 from halfbyte.search.soar import soar_tensor_scale
 
 LENGTH, WINDOWS = 512, 4
-ROTATIONS = ("none", "Hadamard", "outlier-aware")
+ROTATIONS = ("none", "Hadamard", "DuQuant")
 # name: format, search, GPTQ, inputs quantized too
 COLUMNS = {
     "`mxfp4` absmax": ("mxfp4", "absmax", False, False),
@@ -66,7 +67,8 @@ def collect(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
 def rotation(kind: str, inputs: Any, block: int) -> Any:
     if kind == "none":
         return np.eye(block)
-    return hadamard(block) if kind == "Hadamard" else outlier_rotations(inputs[::2], block)
+    swaps = None if kind == "Hadamard" else duquant_swaps(inputs.T.astype(np.float64) @ inputs, block)
+    return rotation_matrices(block, swaps)
 
 
 def error(weight: Any, seen: Any, fresh: Any, kind: str, column: str) -> float:
@@ -92,7 +94,7 @@ def folded(model: Any, tokens: torch.Tensor) -> dict[str, float] | None:
         before = model(input_ids=tokens[:2], use_cache=False).logits
         for layer in model.model.layers:
             v, o = layer.self_attn.v_proj.weight, layer.self_attn.o_proj.weight
-            turned = fold_values(v.numpy(), o.numpy(), hadamard(32), config.head_dim)
+            turned = fold_values(v.numpy(), o.numpy(), hadamard_matrix(32), config.head_dim)
             v.copy_(torch.from_numpy(turned[0]))
             o.copy_(torch.from_numpy(turned[1]))
         after = model(input_ids=tokens[:2], use_cache=False).logits

@@ -2,6 +2,7 @@
 
 Per module P: ``P.weight_packed``, ``P.weight_scale`` and, as the format wants, ``P.weight_global_scale`` (a divisor,
 [1]), ``P.weight_shape``, ``P.weight_zero_point``; FP8 keeps the name ``P.weight``. Experts are written one by one.
+Of rotations the library has the Hadamard matrix (``transform_config``, and ``P.<name>_input.weight`` holds it).
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from halfbyte.dialects.compressed_tensors_config import (
     SPELLINGS,
     Schemes,
     activation_arguments,
+    plain_name,
     quantization_config,
+    rotation_of,
+    transform_name,
 )
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
 from halfbyte.dialects.settings import quantization_config_of
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import AffineFormat, BlockFormat, Format
+from halfbyte.formats.rotation import hadamard_matrix
 from halfbyte.models import Weight
 
 
@@ -43,8 +48,11 @@ class CompressedTensorsDialect(Dialect):
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
         """Formats that the library has no compressor for, and weights that are no modules."""
-        if fmt.name not in SPELLINGS:
+        rotation = rotation_of(fmt)
+        if plain_name(fmt) not in SPELLINGS or (rotation and rotation.steps):
             return f"compressed-tensors has no spelling for {fmt.name}; use the dialect halfbyte"
+        if rotation and len(weight.shape) > 2:
+            return f"engines rotate no inputs of experts, which {fmt.name} needs for {weight.name}; use the dialect halfbyte"
         return module_problem(weight, fmt, self.name)
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
@@ -96,7 +104,11 @@ class CompressedTensorsDialect(Dialect):
             notes.append(
                 "transformers (to 5.23) ignores the tensor scales of experts in compressed-tensors; vLLM does not"
             )
-        if any(fmt.name == "mixfp4" for _, fmt in quantized):
+        if any(rotation_of(fmt) for _, fmt in quantized):
+            notes.append(
+                "transformers (to 5.23) ignores transform_config and computes nonsense; vLLM has kernels for it on GPUs"
+            )
+        if any(plain_name(fmt) == "mixfp4" for _, fmt in quantized):
             notes.append(
                 "compressed-tensors (to 0.20) does not know mixfp4-pack-quantized; engines need MixFP4 support"
             )
@@ -104,13 +116,17 @@ class CompressedTensorsDialect(Dialect):
 
     def input_scale(self, fmt: Format) -> InputScale | None:
         """NVFP4 stores a divisor, FP8 a multiplier."""
+        if rotation_of(fmt):
+            return None
         known = {"nvfp4": InputScale(".input_global_scale", True, (1,))}
         known |= dict.fromkeys(("fp8_tensor", "fp8_channel"), InputScale(".input_scale", False, (1,)))
         return known.get(fmt.name)
 
     def activations_problem(self, fmt: Format, kind: str) -> str | None:
         """Engines have kernels for some pairs only."""
-        known = SPELLINGS[fmt.name][2]
+        known = SPELLINGS[plain_name(fmt)][2]
+        if kind == "static" and rotation_of(fmt):
+            return f"scales of rotated activations ({fmt.name}) are not calibrated; use dynamic ones or none"
         if kind in known:
             return None
         return f"engines take no {kind} activations beside {fmt.name} in {self.name}, only {' or '.join(known)}"
@@ -164,6 +180,9 @@ def _outputs(module: Module, fmt: Format) -> Iterator[OutputTensor]:
 
 def _packed_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
     columns = fmt.block[1]
+    if rotation_of(fmt):
+        name = f"{m.name}.{transform_name(columns)}_input.weight"
+        yield OutputTensor(name, "BF16", (columns, columns), "hadamard", m.expert, None, 0, _hadamard(columns))
     if fmt.name.startswith("int4"):
         yield OutputTensor(f"{m.name}.weight_packed", "I32", (m.n, m.k // 8), "codes", m.expert, m.rows)
         yield OutputTensor(f"{m.name}.weight_scale", "BF16", (m.n, m.k // columns), "scales", m.expert, m.rows)
@@ -172,7 +191,7 @@ def _packed_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
             shape = (math.ceil(m.n / 8), m.k // columns)
             yield OutputTensor(f"{m.name}.weight_zero_point", "I32", shape, "offsets", m.expert, m.rows, 8)
         return
-    scale_dtype = "U8" if fmt.name == "mxfp4" else "F8_E4M3"
+    scale_dtype = "U8" if plain_name(fmt) == "mxfp4" else "F8_E4M3"
     yield OutputTensor(f"{m.name}.weight_packed", "U8", (m.n, m.k // 2), "codes", m.expert, m.rows)
     yield OutputTensor(f"{m.name}.weight_scale", scale_dtype, (m.n, m.k // columns), "scales", m.expert, m.rows)
     if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
@@ -189,6 +208,12 @@ def _fp8_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
         yield OutputTensor(f"{m.name}.weight_scale", dtype, (1,), "scales", m.expert, None, 0)
     else:
         yield OutputTensor(f"{m.name}.weight_scale", dtype, shape, "scales", m.expert, m.rows, rows)
+
+
+@cache
+def _hadamard(size: int) -> tuple[float, ...]:
+    """Not normalised, as the library stores it."""
+    return tuple(float(value) for value in np.sign(hadamard_matrix(size)).flat)
 
 
 @cache

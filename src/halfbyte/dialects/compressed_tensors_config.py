@@ -8,7 +8,8 @@ from typing import Any
 
 from halfbyte.dialects.patterns import compact
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import Format, get_format
+from halfbyte.formats import BlockFormat, Format, get_format
+from halfbyte.formats.rotation import Rotation, rotated
 
 # the library version whose configuration this is; its loaders read the field but do not compare it
 VERSION = "0.20.0"
@@ -67,6 +68,42 @@ SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any] | None]
 """Format name -> compressor, weight arguments, and activation arguments by kind, the usual kind first."""
 
 
+def rotation_of(fmt: Format) -> Rotation | None:
+    """The rotation of a format's weights, if they are rotated."""
+    return fmt.rotation if isinstance(fmt, BlockFormat) else None
+
+
+def plain_name(fmt: Format) -> str:
+    """The name of a format without its rotation."""
+    return fmt.plain.name if isinstance(fmt, BlockFormat) else fmt.name
+
+
+def transform_name(size: int) -> str:
+    """What the Hadamard matrix of a size is called in ``transform_config``."""
+    return f"hadamard{size}"
+
+
+def transform_config(rotated: Mapping[int, Sequence[str]]) -> dict[str, Any]:
+    """``transform_config`` for targets by the size of the blocks whose inputs are rotated."""
+    if not rotated:
+        return {}
+    groups = {}
+    for size, targets in rotated.items():
+        places = (("input", False), ("weight_input", True))
+        groups[transform_name(size)] = {
+            "type": "hadamard",
+            "apply": [
+                {"targets": list(targets), "location": place, "inverse": inverse, "ignore": []}
+                for place, inverse in places
+            ],
+            "randomize": False,
+            "requires_grad": False,
+            "head_dim": size,
+            "precision": "torch.float32",
+        }
+    return {"config_groups": groups}
+
+
 def activation_arguments(name: str, kind: Any, calibrated: bool) -> dict[str, Any] | None:
     """``input_activations`` beside weights in a format.
 
@@ -75,7 +112,7 @@ def activation_arguments(name: str, kind: Any, calibrated: bool) -> dict[str, An
     """
     if isinstance(kind, dict):
         return kind or None
-    known = SPELLINGS[name][2]
+    known = SPELLINGS[plain_name(get_format(name))][2]
     return known[kind or ("static" if calibrated and "static" in known else next(iter(known)))]
 
 
@@ -92,9 +129,11 @@ def quantization_config(
     that hold quantized modules.
     """
     everything = {name for _, _, members in groups for name in members} | set(ignored)
-    told = {}
+    told: dict[str, dict[str, Any]] = {}
+    rotated: dict[int, list[str]] = {}
     for i, (name, inputs, members) in enumerate(groups):
-        compressor, weights, _ = SPELLINGS[name]
+        fmt = get_format(name)
+        compressor, weights, _ = SPELLINGS[plain_name(fmt)]
         told[f"group_{i}"] = {
             "targets": compact(members, everything - set(members), mixed),
             "weights": weights,
@@ -102,7 +141,9 @@ def quantization_config(
             "output_activations": None,
             "format": compressor,
         }
-    compressors = {SPELLINGS[name][0] for name, _, _ in groups}
+        if rotation_of(fmt):
+            rotated.setdefault(fmt.block[1], []).extend(told[f"group_{i}"]["targets"])
+    compressors = {group["format"] for group in told.values()}
     # engines ignore before they look for a target, so the targets of the main model may match these too
     apart = [r"re:^(model\.)?mtp.*" if space == "mtp" else f"re:.*{re.escape(space)}.*" for space in whole]
     return {
@@ -114,7 +155,7 @@ def quantization_config(
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
-        "transform_config": {},
+        "transform_config": transform_config(rotated),
         "version": VERSION,
     }
 
@@ -124,13 +165,9 @@ class Schemes:
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         self.source = source
-        transforms = (config.get("transform_config") or {}).get("config_groups")
-        sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
-        if transforms or sparsity != "dense":
-            raise CheckpointError(
-                f"the weights of {source} are rotated (transform_config) or sparse (sparsity_config), "
-                "which cannot be read"
-            )
+        if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+            raise CheckpointError(f"the weights of {source} are sparse (sparsity_config), which cannot be read")
+        self.rotated = _rotated_inputs(config.get("transform_config") or {}, source)
         self.groups: list[tuple[list[str], Format, dict[str, Any]]] = []
         for group in config.get("config_groups", {}).values():
             name = _format_name(group.get("weights") or {}, group.get("format") or config.get("format", ""))
@@ -143,7 +180,14 @@ class Schemes:
 
     def format_of(self, module: str) -> Format:
         """The format of a module's weight."""
-        return self._group(module)[0]
+        fmt = self._group(module)[0]
+        sizes = {size for targets, size in self.rotated if any(_matches(target, module) for target in targets)}
+        if sizes and sizes != {fmt.block[1]}:
+            raise CheckpointError(
+                f"{module} of {self.source} is rotated in blocks of {sorted(sizes)} columns, which are not those of "
+                f"{fmt.name}; this cannot be read"
+            )
+        return rotated(fmt, "hadamard") if sizes else fmt
 
     def inputs_of(self, module: str) -> dict[str, Any]:
         """``input_activations`` of a module, {} where they are not quantized."""
@@ -158,6 +202,28 @@ class Schemes:
             if "Linear" in targets:
                 return fmt, inputs
         raise CheckpointError(f"no config group of {self.source} has {module} as a target; its scheme is unknown")
+
+
+def _rotated_inputs(config: Mapping[str, Any], source: str) -> list[tuple[list[str], int]]:
+    """Targets and block sizes of the Hadamard rotations of inputs; CheckpointError for all other transforms."""
+    found = []
+    for scheme in (config.get("config_groups") or {}).values():
+        places = {place.get("location"): place for place in scheme.get("apply") or ()}
+        targets = [place.get("targets") for place in places.values()]
+        if (
+            scheme.get("type") != "hadamard"
+            or scheme.get("randomize")
+            or not isinstance(scheme.get("head_dim"), int)
+            or set(places) != {"input", "weight_input"}
+            or targets[0] != targets[1]
+            or any(place.get("ignore") for place in places.values())
+        ):
+            raise CheckpointError(
+                f"the weights of {source} are rotated (transform_config) otherwise than by Hadamard matrices of their "
+                "inputs' blocks, which cannot be read"
+            )
+        found.append((list(targets[0] or ()), scheme["head_dim"]))
+    return found
 
 
 def _matches(target: str, module: str) -> bool:

@@ -95,6 +95,16 @@ def hadamard_blocks(x: NDArray[Any]) -> None:
     x *= norm(size)
 
 
+def hadamard_matrix(size: int) -> NDArray[np.float64]:
+    """The normalised Hadamard matrix of a size that is a power of two (Sylvester's construction); symmetric."""
+    if size < 1 or size & (size - 1):
+        raise FormatError(f"a Hadamard rotation needs a power of two, not blocks of {size}")
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return np.asarray(matrix / np.sqrt(size))
+
+
 @cache
 def norm(size: int) -> np.float32:
     """1 over the root of a block's size."""

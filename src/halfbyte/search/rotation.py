@@ -24,16 +24,6 @@ Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
 
 
-def hadamard(size: int) -> Doubles:
-    """The orthonormal Hadamard matrix of a size that is a power of two (Sylvester's construction); symmetric."""
-    if size < 1 or size & (size - 1):
-        raise FormatError(f"a Hadamard rotation needs a power of two, not blocks of {size}")
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return np.asarray(matrix / np.sqrt(size))
-
-
 def duquant_swaps(hessian: ArrayLike, size: int = 32, steps: int = ROTATIONS["duquant"].steps) -> Swaps:
     """Steps uint8 [..., K/size, steps] that spread the largest activations of each block of channels.
 
