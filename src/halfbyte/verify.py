@@ -239,7 +239,7 @@ class _Pair:
         if before and not whole.lossless and self._claim(weight, before, fmt) == LOSSLESS:
             problems.append(f"{weight.name} has the format of the source, {fmt.name}, but other values")
         for output in self.ours.stored(twin):
-            if output.constant is not None and tuple(self.left.read(output.name)) != output.constant:
+            if output.constant is not None and tuple(self.left.read(output.name).reshape(-1)) != output.constant:
                 problems.append(f"{output.name} does not hold {list(output.constant)}")
 
     def _claim(self, weight: Weight, before: Format, fmt: Format) -> str | None:

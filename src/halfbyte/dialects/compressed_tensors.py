@@ -52,7 +52,7 @@ class CompressedTensorsDialect(Dialect):
         if plain_name(fmt) not in SPELLINGS or (rotation and rotation.steps):
             return f"compressed-tensors has no spelling for {fmt.name}; use the dialect halfbyte"
         if rotation and len(weight.shape) > 2:
-            return f"engines rotate no inputs of experts, which {fmt.name} needs for {weight.name}; use the dialect halfbyte"
+            return f"engines rotate no inputs of experts, such as {weight.name}; use the dialect halfbyte"
         return module_problem(weight, fmt, self.name)
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:

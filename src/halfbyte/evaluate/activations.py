@@ -7,11 +7,15 @@ Inputs of layers whose weights are quantized are rounded to a format and decoded
   one for the layer, else amax / 2688 of all tokens that the layer sees in a call.
 - ``mxfp4``: E2M1 in blocks of 32 with power-of-two scales by the OCP floor rule.
 - ``fp8``: E4M3 with a FP32 scale per token, amax / 448.
+
+Where weights are rotated, their inputs are rounded in rotated space.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +28,9 @@ from halfbyte.evaluate.placement import places
 from halfbyte.formats import BlockFormat, get_format
 from halfbyte.formats.scales import FP32
 from halfbyte.formats.tables import E4M3
+from halfbyte.models import Weight
 from halfbyte.models.roles import bare_role
+from halfbyte.runtime.remote.halfbyte_modules import rotated, unrotated
 from halfbyte.view import Checkpoint
 
 FORMATS = {
@@ -34,6 +40,7 @@ FORMATS = {
 }
 """The formats that activations are rounded to; rows are tokens."""
 
+Rounded = Callable[[torch.Tensor], torch.Tensor]
 _SMALLEST = 2.0**-126
 _MATRIX_PRODUCTS = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
 
@@ -103,33 +110,67 @@ def round_activations(model: Any, checkpoint: Checkpoint, name: str) -> int:
             "activations to round"
         )
     scales = _input_scales(checkpoint) if name == "nvfp4" else {}
-    modules: dict[str, float | None] = {}
-    for weight in weights:
-        if weight.name in found:
-            path = found[weight.name].rpartition(".")[0]
-            modules[path] = scales.get(weight.sources[0].rpartition(".")[0])
-    for path, scale in modules.items():
+    modules: dict[str, tuple[float | None, Turn]] = {}
+    with Reader(checkpoint.inventory) as reader:
+        for weight in weights:
+            if weight.name in found:
+                path = found[weight.name].rpartition(".")[0]
+                turn = _turn(checkpoint, reader, weight)
+                if modules.get(path, (None, turn))[1] != turn:
+                    raise HalfbyteError(f"weights of {path} are rotated in different ways; their inputs have one")
+                modules[path] = scales.get(weight.sources[0].rpartition(".")[0]), turn
+    for path, (scale, turn) in modules.items():
         module = model.get_submodule(path)
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(_before(name, scale))
+            module.register_forward_pre_hook(_before(partial(turn.rounded, name=name, tensor_scale=scale)))
         elif any(tensor.dim() == 3 for tensor in module.state_dict().values()):
-            _in_experts(module, name)
+            _in_experts(module, partial(turn.rounded, name=name))
         else:
             raise HalfbyteError(f"the inputs of {path} ({type(module).__name__}) cannot be rounded")
     return len(modules)
 
 
-def _before(name: str, scale: float | None) -> Callable[..., Any]:
-    return lambda module, args: (rounded(args[0], name, scale), *args[1:])
+@dataclass(frozen=True)
+class Turn:
+    """The rotation of a layer's inputs: in blocks of ``size`` (0: none), by ``steps`` [K/size][...] as they are stored
+    or, without any, by the Hadamard matrix."""
+
+    size: int = 0
+    steps: tuple[tuple[int, ...], ...] = ()
+
+    def rounded(self, x: torch.Tensor, name: str, tensor_scale: float | None = None) -> torch.Tensor:
+        """``x`` [..., K] rounded in rotated space, where an engine rounds it, and turned back."""
+        if not self.size:
+            return rounded(x, name, tensor_scale)
+        swaps = torch.tensor(self.steps, dtype=torch.uint8, device=x.device) if self.steps else None
+        turned = rotated(x.reshape(-1, x.shape[-1]).float(), self.size, swaps)
+        return unrotated(rounded(turned, name, tensor_scale), self.size, swaps).reshape(x.shape).to(x.dtype)
 
 
-def _in_experts(module: Any, name: str) -> None:
+def _turn(checkpoint: Checkpoint, reader: Reader, weight: Weight) -> Turn:
+    fmt = checkpoint.formats[weight.name]
+    if not isinstance(fmt, BlockFormat) or fmt.rotation is None:
+        return Turn()
+    if not fmt.rotation.steps:
+        return Turn(fmt.block[1])
+    if len(weight.shape) > 2:
+        raise HalfbyteError(f"the experts of {weight.name} are rotated one by one, so their inputs are not rounded")
+    stored = checkpoint.read_quantized(reader, weight, 0, 1).rotation
+    assert stored is not None
+    return Turn(fmt.block[1], tuple(map(tuple, stored.tolist())))
+
+
+def _before(how: Rounded) -> Callable[..., Any]:
+    return lambda module, args: (how(args[0]), *args[1:])
+
+
+def _in_experts(module: Any, how: Rounded) -> None:
     """Round what enters the matrix products inside a stack of experts, in the class's own loop over experts."""
     kind = type(module)
     loop = getattr(kind.forward, "__wrapped__", kind.forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Rounding(name) as mode:
+        with _Rounding(how) as mode:
             result = loop(module, *args, **kwargs)
         if mode.products < 2:
             raise HalfbyteError(f"{kind.__name__} multiplies in a way that is not known, so its inputs are not rounded")
@@ -141,14 +182,14 @@ def _in_experts(module: Any, name: str) -> None:
 class _Rounding(TorchFunctionMode):
     """Rounds the first operand of every matrix product."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, how: Rounded) -> None:
         super().__init__()
-        self.name, self.products = name, 0
+        self.how, self.products = how, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _MATRIX_PRODUCTS:
             self.products += 1
-            args = (rounded(args[0], self.name), *args[1:])
+            args = (self.how(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 
 

@@ -115,18 +115,29 @@ def unrotated(x: torch.Tensor, size: int, swaps: torch.Tensor | None) -> torch.T
 
     ``swaps`` [..., K/size, steps]: the channel that each step exchanges with the block's first, 255 for no step.
     """
+    return _turned(x, size, swaps, inverse=True)
+
+
+def rotated(x: torch.Tensor, size: int, swaps: torch.Tensor | None) -> torch.Tensor:
+    """x R: what inputs of a layer become where its weights stay as they are stored."""
+    return _turned(x, size, swaps, inverse=False)
+
+
+def _turned(x: torch.Tensor, size: int, swaps: torch.Tensor | None, inverse: bool) -> torch.Tensor:
     blocks = x.unflatten(-1, (-1, size))
     if swaps is None:
         return hadamard(blocks).flatten(-2)
     channels = swaps.long()[..., None, :, :]  # the same for all rows
     lanes = torch.arange(size, device=x.device)
-    for step in reversed(range(swaps.shape[-1])):
+    count = swaps.shape[-1]
+    for step in reversed(range(count)) if inverse else range(count):
         channel = channels[..., step, None]
         active = channel < size
         if not bool(active.any()):
             continue
         order = torch.where(lanes == 0, channel, torch.where(lanes == channel, 0, lanes)).where(active, lanes)
-        turned = hadamard(blocks).gather(-1, order.expand_as(blocks))
+        order = order.expand_as(blocks)
+        turned = hadamard(blocks).gather(-1, order) if inverse else hadamard(blocks.gather(-1, order))
         blocks = torch.where(active, turned, blocks)
     return blocks.flatten(-2)
 
