@@ -17,59 +17,21 @@ from halfbyte.convert import convert
 from halfbyte.demo import MODEL
 from halfbyte.errors import PlanError, RecipeError
 from halfbyte.hessians import MIN_TOKENS
-from halfbyte.models import Weight
 from halfbyte.recipes import parse_recipe
 from halfbyte.search.gptq import gptq, prepare
 from halfbyte.search.hessian import output_error
 from halfbyte.search.local_hessian import prepare_local
 from halfbyte.search.soar import soar_tensor_scale
 from halfbyte.view import Checkpoint
+from invented import invented_statistics, part_of
 
 NVFP4 = parse_recipe("rules: [{match: linear, format: nvfp4, method: gptq}]", "t", "t")
 NEAREST = parse_recipe("rules: [{match: linear, format: nvfp4}]", "t", "t")
 
 
-def _inputs(rng: np.random.Generator, tokens: int, columns: int) -> np.ndarray:
-    mixed = rng.standard_normal((tokens, columns)) @ rng.standard_normal((columns, columns)) / np.sqrt(columns)
-    return (mixed * np.exp(rng.standard_normal(columns))).astype(np.float32)
-
-
-def _part(weight: Weight, rng: np.random.Generator, starved: bool) -> dict[str, np.ndarray]:
-    shape = weight.upright().shape
-    each = [_inputs(rng, 3 * shape[-1], shape[-1]) for _ in range(shape[0] if len(shape) > 2 else 1)]
-    if len(shape) > 2 and starved:
-        each[1] = each[1][: MIN_TOKENS - 1]
-    arrays = {
-        "count": np.array([len(x) for x in each], np.int64),
-        "squares": np.stack([np.square(x, dtype=np.float64).sum(0) for x in each]),
-        "amax": np.array([np.abs(x).max() for x in each], np.float32),
-        "hessian": np.stack([x.T @ x for x in each]),
-    }
-    return arrays if len(shape) > 2 else {kind: a[0] for kind, a in arrays.items()}
-
-
-def _statistics(folder: Path, starved: bool = True, hessians: bool = True, pooled: bool = False) -> Path:
-    """Statistics of the demo model's linear layers over invented inputs."""
-    rng = np.random.default_rng(0)
-    checkpoint = Checkpoint.open(MODEL)
-    part = Part()
-    chosen = [w for w in checkpoint.weights if not w.role.startswith("mtp.") and len(w.shape) > 1]
-    for weight in (w for w in chosen if w.role.split(".")[0] in ("attention", "linear_attention", "experts", "mlp")):
-        if weight.role not in ("linear_attention.conv", "linear_attention.a", "linear_attention.b"):
-            part.arrays[weight.name] = _part(weight, rng, starved)
-            if pooled and len(weight.shape) > 2:
-                part.arrays[weight.name]["hessian"] = part.arrays[weight.name]["hessian"].sum(0)
-            if not hessians:
-                del part.arrays[weight.name]["hessian"]
-    folder.mkdir()
-    write_part(folder, "all", part)
-    write_about(folder, new_about(texts=["invented"], samples=1, tokens=1, parts=["all"]) | {"complete": True})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _statistics(tmp_path_factory.mktemp("s") / "statistics")
+    return invented_statistics(tmp_path_factory.mktemp("s") / "statistics")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +120,7 @@ def test_experts_with_few_tokens_are_rounded_to_nearest_and_reported(statistics:
 
 
 def test_experts_that_share_a_hessian_all_use_it(tmp_path: Path) -> None:
-    folder = _statistics(tmp_path / "s", pooled=True)
+    folder = invented_statistics(tmp_path / "s", pooled=True)
     plan = halfbyte.plan(MODEL, NVFP4, importance=folder)
     assert plan.weighting is not None and not plan.weighting.starved
     assert sum(".experts." in name for name in plan.weighting.rounded) == 8
@@ -172,7 +134,7 @@ def test_a_gptq_recipe_without_calibration_is_refused() -> None:
 
 
 def test_statistics_without_hessians_are_refused_for_gptq(tmp_path: Path) -> None:
-    folder = _statistics(tmp_path / "s", hessians=False)
+    folder = invented_statistics(tmp_path / "s", hessians=False)
     with pytest.raises(RecipeError, match="holds no Hessians"):
         halfbyte.plan(MODEL, "nvfp4-gptq", importance=folder)
 
@@ -185,13 +147,13 @@ def test_gptq_of_a_format_without_blocks_along_k_is_refused(statistics: Path) ->
 
 def test_other_statistics_are_another_plan(statistics: Path, tmp_path: Path) -> None:
     one = halfbyte.plan(MODEL, NVFP4, importance=statistics)
-    two = halfbyte.plan(MODEL, NVFP4, importance=_statistics(tmp_path / "s", starved=False))
+    two = halfbyte.plan(MODEL, NVFP4, importance=invented_statistics(tmp_path / "s", starved=False))
     assert one.fingerprint != two.fingerprint
 
 
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     part = Part(
-        {"model.layers.0.foreign.weight": _part(Checkpoint.open(MODEL).weights[0], np.random.default_rng(0), False)}
+        {"model.layers.0.foreign.weight": part_of(Checkpoint.open(MODEL).weights[0], np.random.default_rng(0), False)}
     )
     folder = tmp_path / "s"
     folder.mkdir()
@@ -216,7 +178,7 @@ def test_one_command_calibrates_and_quantizes(tmp_path: Path, capsys: pytest.Cap
 def test_weights_that_errors_were_fed_back_to_may_be_further_from_their_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    halfbyte.quantize(MODEL, tmp_path / "gptq", NVFP4, importance=_statistics(tmp_path / "s"))
+    halfbyte.quantize(MODEL, tmp_path / "gptq", NVFP4, importance=invented_statistics(tmp_path / "s"))
     halfbyte.quantize(MODEL, tmp_path / "nearest", NEAREST)
     # both errors lie between this and 0.5
     monkeypatch.setattr(import_module("halfbyte.verify"), "MAX_RELMSE", 1e-3)

@@ -12,6 +12,7 @@ import pytest
 from dialects.library import decompress, groups_of
 from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.dialects.compressed_tensors import modules
+from halfbyte.errors import CheckpointError
 from halfbyte.plan import make_plan
 from halfbyte.recipes import Recipe
 from halfbyte.view import Checkpoint
@@ -202,3 +203,53 @@ def test_activations_do_not_change_what_the_library_decompresses(tmp_path: Path,
         == schemes[1].config_groups["group_0"].weights.model_dump()
     )
     assert config_of(tmp_path / "usual") != config_of(tmp_path / "asked")
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "int4_g32", "int4_g128"])
+def test_the_library_rotates_inputs_so_that_rotated_weights_give_our_outputs(tmp_path: Path, fmt: str) -> None:
+    from compressed_tensors.transform import TransformConfig, TransformFactory
+    from compressed_tensors.utils.match import is_match
+
+    source = write_checkpoint(tmp_path / "source", dense_tensors(), DENSE_CONFIG)
+    run(source, tmp_path / "out", linear(fmt, transform="hadamard"), CT)
+    config, stored = config_of(tmp_path / "out"), read_file(tmp_path / "out")
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    (name, transform), *others = TransformConfig.model_validate(config["transform_config"]).config_groups.items()
+    online = [args for args in transform.apply if args.is_online()]
+    ours, compared = Checkpoint.open(tmp_path / "out"), 0
+    assert not others and len(online) == 1
+    with Reader(ours.inventory) as reader:
+        for weight in (w for w in ours.weights if w.name in ours.formats):
+            module = weight.name.removesuffix(".weight")
+            local = {n.rpartition(".")[2]: n for n in stored if n.rpartition(".")[0] == module}
+            types = {short: ours.inventory.tensors[n].dtype for short, n in local.items()}
+            theirs = decompress({short: stored[n] for short, n in local.items()}, types, scheme).float()
+            layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            assert any(is_match(module, layer, target) for target in online[0].targets)
+            turn = TransformFactory.from_scheme(transform, name=name).create_transform(layer, online[0])
+            matrix = stored[f"{module}.{name}_input.weight"].astype(np.float32)
+            assert np.array_equal(turn.weight.detach().numpy(), matrix)
+            # the library rounds decoded weights to BF16
+            x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+            expected = x @ torch.from_numpy(ours.read(reader, weight)).T
+            found = turn(x) @ theirs.T
+            assert torch.allclose(found, expected, atol=1e-2 * float(expected.abs().max()))
+            compared += 1
+    assert compared == 14
+
+
+def test_other_transforms_of_the_library_are_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", dense_tensors(), DENSE_CONFIG)
+    run(source, tmp_path / "out", linear("mxfp4", transform="hadamard"), CT)
+    path = tmp_path / "out" / "config.json"
+    whole = json.loads(path.read_text())
+    scheme = whole["quantization_config"]["transform_config"]["config_groups"]["hadamard32"]
+    for change in ({"type": "random-matrix"}, {"head_dim": None}, {"randomize": True}, {"apply": scheme["apply"][:1]}):
+        whole["quantization_config"]["transform_config"]["config_groups"]["hadamard32"] = {**scheme, **change}
+        path.write_text(json.dumps(whole))
+        with pytest.raises(CheckpointError, match="transform_config"):
+            Checkpoint.open(tmp_path / "out")
+    whole["quantization_config"]["transform_config"]["config_groups"]["hadamard32"] = {**scheme, "head_dim": 64}
+    path.write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match="blocks of"):
+        Checkpoint.open(tmp_path / "out")

@@ -23,7 +23,7 @@ from halfbyte.errors import FormatError
 Floats = NDArray[np.float32]
 Swaps = NDArray[np.uint8]
 END = 255
-"""Where a block has no further step."""
+"""Where a block has no further step; so says every number that is no channel of the block."""
 SIZES = (16, 32, 64, 128)
 
 
@@ -62,7 +62,7 @@ def rotate_reference(x: NDArray[Any], size: int, swaps: Swaps | None, inverse: b
 
 def _steps(matrix: NDArray[Any], own: Swaps, inverse: bool) -> None:
     for step in reversed(range(own.shape[-1])) if inverse else range(own.shape[-1]):
-        active = np.flatnonzero(own[:, step] != END)
+        active = np.flatnonzero(own[:, step] < matrix.shape[-1])
         if not len(active):
             continue
         part, channels = matrix[:, active], own[active, step].astype(np.int64)
@@ -119,9 +119,9 @@ def check_swaps(swaps: Any, rotation: Rotation, shape: tuple[int, ...], size: in
     if swaps is None:
         return plain_swaps(wanted)
     found = np.asarray(swaps)
-    if found.dtype != np.uint8 or found.shape != wanted or ((found >= size) & (found != END)).any():
+    if found.dtype != np.uint8 or found.shape != wanted:
         raise FormatError(
-            f"the rotation is {found.dtype} {list(found.shape)}, not uint8 {list(wanted)} with channels below {size}"
+            f"the rotation is {found.dtype} {list(found.shape)}, but the weight needs uint8 {list(wanted)}"
         )
     return np.array(found)
 
