@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,9 +96,7 @@ def respell(tensor: QuantizedTensor, divisor: bool) -> QuantizedTensor:
     one = np.float32(1)
     reciprocal = np.asarray(one / tensor.tensor_scale) if divisor else None
     scale = tensor.tensor_scale if reciprocal is None else np.asarray(one / reciprocal)
-    return QuantizedTensor(
-        tensor.format, tensor.shape, tensor.codes, tensor.scales, scale, tensor.offsets, divisor=reciprocal
-    )
+    return replace(tensor, tensor_scale=scale, divisor=reciprocal)
 
 
 def _same_scales(a: QuantizedTensor, b: QuantizedTensor) -> bool:
