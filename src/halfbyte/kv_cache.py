@@ -12,6 +12,7 @@ import numpy as np
 from halfbyte.calibrate import Calibration
 from halfbyte.checkpoint import Reader, numpy_dtype
 from halfbyte.dialects import CacheScales, Dialect, OutputTensor
+from halfbyte.dialects.settings import is_fp8_cache
 from halfbyte.errors import PlanError, RecipeError
 from halfbyte.models import Weight
 from halfbyte.models.caches import attention_of
@@ -63,7 +64,7 @@ def settle_caches(
             f"recipe {recipe.name} says `kv_cache: {recipe.kv_cache}`, but the dialect {dialect.name} has no word for "
             "scales of a KV cache; choose compressed-tensors or modelopt, or leave the key out"
         )
-    if result.settings and not _is_fp8(result.settings.get("kv_cache_scheme")):
+    if result.settings and not is_fp8_cache(result.settings.get("kv_cache_scheme")):
         raise PlanError(
             f"recipe {recipe.name} says `kv_cache: {recipe.kv_cache}`, but {checkpoint.inventory.source} quantizes its "
             "KV cache in another way, which is kept; leave the key out"
@@ -92,7 +93,7 @@ def respelled_caches(source: Checkpoint, target: Dialect) -> dict[str, OutputTen
     dialect = source.dialect
     if dialect is None or dialect is target or not (dialect.cache_scales and target.cache_scales):
         return {}
-    if not _is_fp8(dialect.inherited(source.inventory).get("kv_cache_scheme")):
+    if not is_fp8_cache(dialect.inherited(source.inventory).get("kv_cache_scheme")):
         return {}
     new = target.cache_scales
     modules = {module for weight in source.weights if (module := attention_of(weight))}
@@ -133,7 +134,7 @@ def check_caches(
     if missing and (mine or recipe.get("calibration") != "optional"):
         problems.append(f"{missing[0]} is missing, which the recipe wants (`kv_cache`)")
     assert ours.dialect is not None
-    if mine and not _is_fp8(ours.dialect.inherited(ours.inventory).get("kv_cache_scheme")):
+    if mine and not is_fp8_cache(ours.dialect.inherited(ours.inventory).get("kv_cache_scheme")):
         problems.append("config.json does not say that the KV cache is FP8, so engines ignore its scales")
     return problems
 
@@ -186,12 +187,6 @@ def _known(recipe: Recipe, calibration: Calibration | None, result: Caches) -> b
         f"recipe {recipe.name} says `kv_cache: {recipe.kv_cache}`, but {why}, or say `calibration: optional` in the "
         "recipe"
     )
-
-
-def _is_fp8(scheme: Any) -> bool:
-    """Whether a ``kv_cache_scheme`` is FP8 with one scale for all heads."""
-    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
-    return isinstance(scheme, dict) and {key: scheme.get(key, value) for key, value in wanted.items()} == wanted
 
 
 def _calibrated(weight: Weight, module: str, i: int, spelling: CacheScales, calibration: Calibration) -> Item:
