@@ -26,7 +26,7 @@ def decoded(
 
     Values are computed in FP32 and rounded once. Stacks of experts come one expert and projection at a time, large
     matrices are decoded in slices, so that memory stays that of one tensor. ``unused`` says which names the model
-    does not want; these are not decoded. Scales of activations and of a KV cache are left out.
+    does not want; these are not decoded. Scales of activations are left out, those of a KV cache are not.
     """
     dialect, source = checkpoint.dialect, checkpoint.inventory.source
     if dialect is None:
@@ -35,7 +35,7 @@ def decoded(
         raise CheckpointError(f"{source} {said}; leave the choice of the quantization method to the engine")
     with Reader(checkpoint.inventory) as reader:
         for weight in checkpoint.weights:
-            if is_input_scale(checkpoint, weight) or is_cache_scale(checkpoint, weight):
+            if is_input_scale(checkpoint, weight):
                 continue
             if checkpoint.tensors_of(weight) == list(weight.sources):
                 for name in weight.sources:
@@ -59,12 +59,6 @@ def decoded(
 def is_input_scale(checkpoint: Checkpoint, weight: Weight) -> bool:
     """Whether a weight is a calibrated scale of activations."""
     return checkpoint.dialect is not None and weight.name.endswith(checkpoint.dialect.input_scales or ())
-
-
-def is_cache_scale(checkpoint: Checkpoint, weight: Weight) -> bool:
-    """Whether a weight is a scale of a KV cache."""
-    spelling = checkpoint.dialect.cache_scales if checkpoint.dialect else None
-    return spelling is not None and weight.name.endswith(spelling.endings)
 
 
 def experts_of(family: Family, weight: Weight) -> tuple[Piece, ...]:
