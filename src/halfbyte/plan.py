@@ -21,6 +21,7 @@ from halfbyte.fitting import check_fitted, fitted_note
 from halfbyte.folding import FOLDS, layout
 from halfbyte.formats import get_format
 from halfbyte.groups import check_groups, check_tied
+from halfbyte.kv_cache import settle_caches
 from halfbyte.models import Weight
 from halfbyte.models.folds import FoldGroup
 from halfbyte.quantized import claim, misfit, obstacle, respelled, settle_input_scales
@@ -197,9 +198,12 @@ def make_plan(
     choose_activations(items, decisions, dialect)
     notes += settle_input_scales(checkpoint, items, dialect)
     more = calibrated_scales(items, dialect, calibration)
+    caches = settle_caches(checkpoint, recipe, items, dialect, calibration)
+    notes += caches.notes
+    more += caches.items
     activations = settled_activations(checkpoint, [*items, *more], dialect)
     check_tied(inventory.config, items)
-    weighting = settle(checkpoint, recipe, items, decisions, calibration)
+    weighting = settle(checkpoint, recipe, items, decisions, calibration, scales=bool(more))
     notes += weighting.notes() if weighting else optional_note(recipe, decisions)
     notes += fitted_note(items)
     items += more
@@ -212,11 +216,7 @@ def make_plan(
     config = unquantized_config(source.original_config(inventory.config) if source else inventory.config)
     config |= dict(extra_config or {})
     config["quantization_config"] = settings = dialect.with_activations(activations).config(quantized, kept)
-    inherited = checkpoint.dialect.inherited(inventory) if checkpoint.dialect else {}
-    if checkpoint.dialect is dialect:
-        settings |= inherited
-    elif inherited:
-        notes.append("how the source quantizes the KV cache is not said in this dialect's configuration")
+    settings |= caches.settings
     provenance = {
         "halfbyte": PLAN_VERSION,
         "source": {

@@ -138,6 +138,7 @@ class Unit:
         scale = self.reader.read(item.weight.sources[0]).astype(np.float32)
         reciprocal = _reciprocal(item.weight.sources[0], scale)
         value = reciprocal if item.outputs[0].part == "reciprocal" else scale
+        value = value.astype(numpy_dtype(item.outputs[0].dtype), copy=False)
         self.writer.write_at(item.offsets[0], np.ascontiguousarray(value))
         self.report(item_bytes(item))
 

@@ -17,6 +17,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.folding import FOLDS, Fold, refolded
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
+from halfbyte.kv_cache import check_caches, respelled_caches
 from halfbyte.measure import TensorError
 from halfbyte.models import Weight
 from halfbyte.quantized import INPUT_SCALE, LOSSLESS, claim, input_scales, misfit
@@ -90,13 +91,14 @@ def verify(
     decisions = decisions_of(folder, told, source)
     found = {weight.name: weight for weight in ours.weights}
     scales = input_scales(source, ours.dialect, ours.formats)
+    spelled = {**scales, **respelled_caches(source, ours.dialect)}
     report = progress or (lambda _: None)
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
         folds = _folds(folder, told, source, right, result.problems)
         result.folded = len(folds)
         pair = _Pair(result, ours, source, left, right, max_relmse, folds)
         for weight in source.weights:
-            respelled, decision = scales.get(weight.name), decisions.get(weight.name)
+            respelled, decision = spelled.get(weight.name), decisions.get(weight.name)
             twin = found.pop(respelled.name if respelled else weight.name, None)
             if decision and decision.action == "drop":
                 result.dropped[weight.name] = decision.reason
@@ -121,6 +123,7 @@ def verify(
                 value = left.read(found.pop(name).name)
                 if value.size != 1 or not (np.isfinite(value) & (value > 0)).all():
                     result.problems.append(f"{name}, a scale of activations, is not one positive number")
+        result.problems += check_caches(told.get("recipe") or {}, ours, source, left, found)
         result.problems += [f"{name} is not in the source; it does not belong here" for name in found]
         result.problems += _shared_scales(ours, left)
     return result

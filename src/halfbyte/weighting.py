@@ -116,10 +116,12 @@ def settle(
     items: Sequence[Item],
     decisions: Sequence[Decision],
     calibration: Calibration | None,
+    scales: bool = False,
 ) -> Weighting | None:
     """Mark the items whose errors are weighted and find the groups to fold.
 
-    Where the recipe says nothing, importance weighs every search that has a choice. RecipeError if the recipe needs
+    Where the recipe says nothing, importance weighs every search that has a choice. ``scales``: the plan takes scales
+    of activations from the calibration, whatever else it is good for. RecipeError if the recipe needs
     an importance file and there is none, PlanError if the one that is given changes nothing.
     """
     chosen = [(i, d) for i, d in zip(items, decisions, strict=True) if i.action == "quantize"]
@@ -151,7 +153,7 @@ def settle(
         (result.weighted if item.weighted else result.unweighted).append(item.weight.name)
     wanted = {i.weight.name for i, d in chosen if d.transform == "awq"}
     _folds(checkpoint, items, wanted, result)
-    if not (result.weighted or result.folds or result.rounded or result.turned):
+    if not (result.weighted or result.folds or result.rounded or result.turned or scales):
         raise PlanError(
             f"the importance file {calibration.name} changes nothing with recipe {recipe.name}: no weight that has "
             "importance is quantized by a search with a choice; leave the file out, or use a recipe with "

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import halfbyte
+from collected import with_caches
 from dialects.library import decompress, groups_of
 from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.dialects.compressed_tensors import modules
@@ -32,6 +34,8 @@ from small_models import (
 torch = pytest.importorskip("torch")
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
+
+from runtime.architectures import save  # noqa: E402
 
 CT = "compressed-tensors"
 FORMATS = [
@@ -188,6 +192,36 @@ def test_scales_and_scheme_of_a_quantized_kv_cache_stay_and_the_library_reads_th
     parsed = QuantizationConfig.model_validate(config_of(tmp_path / "out"))
     assert parsed.kv_cache_scheme.num_bits == 8 and parsed.kv_cache_scheme.type == "float"
     assert not [pattern for pattern in parsed.ignore if "_scale" in pattern]
+
+
+def test_transformers_reads_calibrated_scales_of_a_kv_cache_and_rounds_keys_and_values(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = save("qwen3", tmp_path / "source")
+    caches = {f"model.layers.{i}.self_attn": {"keys": 5.0 + i, "values": 2.0 + i} for i in range(2)}
+    known = with_caches(tmp_path / "s", source, caches)
+    asked = linear("int4_g32").model_copy(update={"kv_cache": "fp8"})
+    halfbyte.quantize(halfbyte.plan(source, asked, dialect=CT, importance=known), tmp_path / "cached")
+    run(source, tmp_path / "plain", linear("int4_g32"), CT)
+    parsed = QuantizationConfig.model_validate(config_of(tmp_path / "cached"))
+    assert parsed.kv_cache_scheme.num_bits == 8 and parsed.kv_cache_scheme.strategy == "tensor"
+    model, plain = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        for name in ("cached", "plain")
+    )
+    for i, layer in enumerate(model.model.layers):
+        for scale, amax in ((layer.self_attn.k_scale, 5.0 + i), (layer.self_attn.v_scale, 2.0 + i)):
+            assert torch.equal(scale, torch.tensor([amax / 448]).bfloat16())
+    cache, exact = transformers.DynamicCache(), transformers.DynamicCache()
+    ids = torch.arange(3, 27).view(1, 24)
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache)
+        plain(input_ids=ids, past_key_values=exact)
+    for kind, scale in (("keys", 5 / 448), ("values", 2 / 448)):
+        wanted = getattr(exact.layers[0], kind)
+        found = getattr(cache.layers[0], kind)
+        step = torch.tensor([scale]).bfloat16()
+        assert torch.equal(found, (wanted / step).to(torch.float8_e4m3fn).to(torch.bfloat16) * step)
+        assert not torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize(("fmt", "kind"), [("mxfp4", "dynamic"), ("mxfp8", "dynamic"), ("fp8_channel", "none")])

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import halfbyte
+from collected import with_caches
 from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.dialects.compressed_tensors_config import SPELLINGS
 from halfbyte.errors import CheckpointError
@@ -85,6 +87,19 @@ def test_quantized_weights_are_rounded_to_the_type_of_the_model_and_others_keep_
     name = "model.layers.0.mlp.down_proj.weight"
     assert half[name].dtype == torch.float16 and torch.equal(half[name], exact[name].half())
     assert half["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "modelopt"])
+def test_scales_of_a_kv_cache_come_under_their_names(sources: dict[str, Path], tmp_path: Path, dialect: str) -> None:
+    caches = {f"model.layers.{i}.self_attn": {"keys": 1.0, "values": 1.0} for i in range(2)}
+    known = with_caches(tmp_path / "s", sources["dense"], caches)
+    asked = linear("nvfp4").model_copy(update={"kv_cache": "fp8"})
+    plan = halfbyte.plan(sources["dense"], asked, dialect=dialect, importance=known)
+    halfbyte.quantize(plan, tmp_path / "out")
+    names = {name for name in read_file(tmp_path / "out") if name.endswith((".k_scale", ".v_scale"))}
+    found = collected(tmp_path / "out")
+    assert len(names) == 4 and found.keys() == read_file(sources["dense"]).keys() | names
+    assert {found[name].float().item() for name in names} == {float(torch.tensor(1 / 448).to(found[min(names)].dtype))}
 
 
 def test_large_matrices_are_decoded_in_slices_to_the_same_values(

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import halfbyte
+from collected import with_caches
 from halfbyte.checkpoint import Reader
 from halfbyte.view import Checkpoint, read_dense
 from small_models import recipe, run
@@ -25,7 +27,9 @@ ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VL
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Load a checkpoint; log-probabilities of TOKENS, the engine's configuration, its drafter's parameters."""
+    """Load a checkpoint; log-probabilities of TOKENS, the engine's configuration, and what ``look`` sees in it: by
+    default its drafter's parameters.
+    """
     for name, value in ENV.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
@@ -36,7 +40,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     register()  # as the entry point does where halfbyte is installed
 
-    def loaded(path: Path, mtp: bool = False, **more: Any) -> tuple[np.ndarray, str | None, dict[str, Any]]:
+    def loaded(
+        path: Path, mtp: bool = False, look: Any = None, **more: Any
+    ) -> tuple[np.ndarray, str | None, dict[str, Any]]:
         if mtp:
             more["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 1}
         engine = LLM(
@@ -49,11 +55,12 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
             enable_prefix_caching=False,
             **more,
         )
-        drafter = engine.collective_rpc(drafter_of)[0] if mtp else {}
+        look = look or (drafter_of if mtp else None)
+        seen = engine.collective_rpc(look)[0] if look else {}
         sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1)
         found = engine.generate({"prompt_token_ids": TOKENS}, sampling, use_tqdm=False)[0].prompt_logprobs[1:]
         values = np.array([[entries[token].logprob for token in sorted(entries)] for entries in found])
-        return values, engine.llm_engine.vllm_config.model_config.quantization, drafter
+        return values, engine.llm_engine.vllm_config.model_config.quantization, seen
 
     yield loaded
     cleanup_dist_env_and_memory()
@@ -65,6 +72,12 @@ def drafter_of(worker: Any) -> dict[str, Any]:
     found = {name: value.data.clone() for name, value in runner.drafter.model.named_parameters()}
     runner.speculative_config = None
     return found
+
+
+def caches_of(worker: Any) -> dict[str, Any]:
+    """Scales of the KV cache by layer, and the type in which the engine holds it."""
+    layers = [m for m in worker.model_runner.model.modules() if hasattr(m, "_k_scale_float")]
+    return {m.layer_name: (m._k_scale_float, m._v_scale_float, m.kv_cache.dtype) for m in layers}
 
 
 def decoded(packed: Path, out: Path) -> Path:
@@ -142,3 +155,42 @@ def test_worker_processes_can_be_sent_the_configuration() -> None:
 def test_the_plugin_refuses_what_is_not_quantized(load: Any) -> None:
     with pytest.raises(Exception, match="is not quantized; leave the choice"):
         load(DEMO, quantization="halfbyte")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "fmt", "method"),
+    [
+        ("compressed-tensors", "int4_g32", "compressed-tensors"),
+        ("modelopt", "fp8_channel", "modelopt"),
+        ("compressed-tensors", "nvfp4", "halfbyte"),
+        ("modelopt", "nvfp4", "halfbyte"),
+    ],
+)
+def test_vllm_reads_the_scales_of_a_kv_cache_and_holds_it_in_fp8(
+    load: Any, tmp_path: Path, dialect: str, fmt: str, method: str
+) -> None:
+    from runtime.architectures import ARCHITECTURES, _model, save
+
+    # vLLM-CPU wants heads of a multiple of 32 for an FP8 cache
+    ARCHITECTURES["qwen3_wide"] = _model("Qwen3", hidden_size=256, intermediate_size=512, head_dim=64)
+    source = save("qwen3_wide", tmp_path / "source")
+    caches = {f"model.layers.{i}.self_attn": {"keys": 4.0 + i, "values": 2.0 + i} for i in range(2)}
+    known = with_caches(tmp_path / "s", source, caches)
+    found = {}
+    for name, scheme in (("plain", None), ("cached", "fp8")):
+        asked = recipe({"match": "linear", "format": fmt}).model_copy(update={"kv_cache": scheme})
+        halfbyte.quantize(
+            halfbyte.plan(source, asked, dialect=dialect, importance=known if scheme else None), tmp_path / name
+        )
+        # its own method is named, so that the plugin keeps away
+        more = {"quantization": None if method == "halfbyte" else method, "skip_tokenizer_init": True}
+        found[name] = load(tmp_path / name, look=caches_of, **more)
+        assert found[name][1] == method
+    for i in range(2):
+        k, v, kept = found["cached"][2][f"model.layers.{i}.self_attn.attn"]
+        wanted = torch.tensor([(4.0 + i) / 448, (2.0 + i) / 448]).bfloat16()
+        assert torch.equal(torch.tensor([k, v]).bfloat16(), wanted)
+        assert kept == torch.uint8
+        assert found["plain"][2][f"model.layers.{i}.self_attn.attn"] == (1.0, 1.0, torch.bfloat16)
+    apart = np.abs(found["cached"][0] - found["plain"][0]).max()
+    assert 0 < apart < 0.5

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.engines.vllm_plugin import takes_over
+from halfbyte.engines.vllm_plugin import fp8_cache, takes_over
 from halfbyte.plan import make_plan
 from halfbyte.view import Checkpoint
 from small_models import DENSE_CONFIG, dense_tensors, linear, write_checkpoint
@@ -92,3 +92,12 @@ def test_the_entry_point_names_a_function() -> None:
         r'^\[project\.entry-points\."vllm\.general_plugins"\]\nhalfbyte = "(.+):(.+)"$', text, re.MULTILINE
     )
     assert found is not None and callable(getattr(import_module(found[1]), found[2]))
+
+
+def test_an_fp8_cache_is_recognised_in_every_spelling() -> None:
+    scheme = {"num_bits": 8, "type": "float", "dynamic": False}
+    assert fp8_cache({"kv_cache_scheme": scheme}) == scheme
+    assert fp8_cache({"quantization": {"kv_cache_quant_algo": "FP8"}})
+    for other in ({**scheme, "strategy": "attn_head"}, {**scheme, "num_bits": 4}, "NVFP4", None):
+        assert fp8_cache({"kv_cache_scheme": other}) is None
+    assert fp8_cache({}) is None

@@ -51,6 +51,14 @@ def test_parts_of_quantized_fused_experts_are_marked() -> None:
     assert role("model.layers.0.mlp.experts.gate_up_proj_blocks", dimensions=4) == "quantized.experts.gate_up"
 
 
+@pytest.mark.parametrize("dimensions", [0, 1, 3])
+def test_scales_of_a_kv_cache_are_marked_whatever_their_shape(dimensions: int) -> None:
+    for kind in ("k", "v"):
+        wanted = f"quantized.attention.{kind}"
+        assert role(f"model.layers.0.self_attn.{kind}_scale", dimensions=dimensions) == wanted
+        assert role(f"model.layers.0.self_attn.{kind}_proj.{kind}_scale", dimensions=dimensions) == wanted
+
+
 def test_a_packed_dtype_marks_the_weight_itself() -> None:
     assert role("model.layers.0.mlp.up_proj.weight", plain=False) == "quantized.mlp.up"
     assert role("mtp.layers.0.mlp.up_proj.weight", plain=False) == "quantized.mtp.mlp.up"

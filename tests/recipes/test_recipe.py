@@ -107,6 +107,15 @@ def test_an_unknown_top_level_key_is_refused() -> None:
         parse_recipe("name: x\nrule: []", "here")
 
 
+def test_a_kv_cache_is_fp8_or_not_spoken_of() -> None:
+    rules = "rules: [{match: linear, format: nvfp4}]"
+    assert parse_recipe(rules, "t", "t").kv_cache is None
+    asking = parse_recipe(f"kv_cache: fp8\n{rules}", "t", "t")
+    assert asking.kv_cache == "fp8" and asking.needs_calibration
+    with pytest.raises(RecipeError, match="t: kv_cache: Input should be 'fp8'"):
+        parse_recipe(f"kv_cache: int8\n{rules}", "t", "t")
+
+
 @pytest.mark.parametrize("text", ["", "- a", "name: x", "name: x\nrules: []"])
 def test_a_recipe_without_rules_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="rules"):

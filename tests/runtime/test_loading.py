@@ -150,6 +150,22 @@ def test_activation_scales_of_other_writers_are_left_out_and_named(
     assert torch.equal(logits(model), logits(load(source, "float32")))
 
 
+@pytest.mark.parametrize(
+    ("dialect", "names"),
+    [("compressed-tensors", ("k_scale", "v_scale")), ("modelopt", ("k_proj.k_scale", "v_proj.v_scale"))],
+)
+def test_scales_of_a_kv_cache_are_left_out(
+    dialect: str, names: tuple[str, str], saved: Saved, quantized: Quantized, tmp_path: Path
+) -> None:
+    def add(tensors: dict[str, Any]) -> None:
+        for name in names:
+            tensors[f"model.layers.0.self_attn.{name}"] = np.float32(0.5).reshape((1,) if dialect[0] == "c" else ())
+
+    source = quantized(saved("qwen3"), linear("nvfp4"), dialect)
+    model = load(copy_with(source, tmp_path / "cached", add), "float32")
+    assert torch.equal(logits(model), logits(load(source, "float32")))
+
+
 def test_both_dialects_hold_the_same_nvfp4_experts(saved: Saved, quantized: Quantized) -> None:
     source = saved("qwen3_5_moe")
     ours = load(quantized(source, linear("nvfp4", indivisible="keep")), "float32", dequantize=True)

@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import CheckpointError
+from halfbyte.models.caches import attention_of
 from halfbyte.runtime.loading import Late, class_of, quiet, sources_of
 from halfbyte.view import Checkpoint
 
@@ -103,6 +104,16 @@ class Blocks:
         """The parameters of a part by their names in the whole model."""
         name = self._names[id(module)]
         return {f"{name}.{own}" if name else own: p for own, p in module.named_parameters()}
+
+    def attentions_of(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The attention modules of a part that cache keys and values, by their names in the checkpoint."""
+        found = {}
+        for target in self.parameters_of(module):
+            for weight, _ in self.uses.get(target, ()):
+                name = attention_of(self._weights[weight])
+                if name is not None:
+                    found[name] = self.model.get_submodule(target.removesuffix(".weight").rpartition(".")[0])
+        return found
 
     @contextlib.contextmanager
     def filled(self, module: nn.Module) -> Iterator[None]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from halfbyte.calibrate.blocks import Arguments, Blocks, as_numpy, enter, run_layer
+from halfbyte.calibrate.caches import arrays_of, watch_caches
 from halfbyte.calibrate.experts import show_all_tokens
 from halfbyte.calibrate.observe import Observer, Sums
 from halfbyte.calibrate.samples import Samples, make_samples
@@ -73,7 +74,7 @@ def collect_statistics(
                     "fingerprint": checkpoint.inventory.fingerprint},
             texts=list(drawn.texts), tokens_sha256=drawn.fingerprint, samples=len(drawn.tokens), tokens=drawn.total,
             length=length, dtype=str(kind).removeprefix("torch."), hessians=hessian_bytes if hessians else 0,
-            all_experts=all_experts, parts=parts, done=0,
+            all_experts=all_experts, caches=True, parts=parts, done=0,
         )  # fmt: skip
         about["done"] = _resume(out, about)
         if not about.get("complete"):
@@ -158,13 +159,16 @@ class _Run:
     def _layer(self, layer: nn.Module, calls: dict[tuple[int, int], Any], number: int) -> Part:
         before, after = self.states[number % 2], self.states[(number + 1) % 2]
         observer = Observer(self.blocks.parameters_of(layer), self._mode)
-        with observer, show_all_tokens(layer, observer) if self.about["all_experts"] else contextlib.nullcontext():
+        every = show_all_tokens(layer, observer) if self.about["all_experts"] else contextlib.nullcontext()
+        with observer, watch_caches(self.blocks.attentions_of(layer)) as caches, every:
             for rows, shape in self._batches():
                 hidden = self._load(before, rows, shape)
                 hidden = run_layer(layer, hidden, calls[shape][number])
                 after[rows] = as_numpy(hidden).reshape(-1, hidden.shape[-1])
                 observer.forget_inputs()
-        return self._by_weight(observer)
+        part = self._by_weight(observer)
+        part.arrays |= arrays_of(caches)
+        return part
 
     def _head(self) -> Part:
         """What the output matrix sees: the last states after the final norm."""

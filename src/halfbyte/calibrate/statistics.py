@@ -22,8 +22,9 @@ Array = NDArray[Any]
 ABOUT = "statistics.json"
 VERSION = 1
 _KIND = "halfbyte-statistics"
-_TYPES = {"count": "I64", "routed": "I64", "squares": "F64", "amax": "F32", "hessian": "F32"}
-_EXACT = ("source", "hessians", "all_experts", "parts")
+_MAXIMA = ("amax", "keys", "values")
+_TYPES = {"count": "I64", "routed": "I64", "squares": "F64", "hessian": "F32", **dict.fromkeys(_MAXIMA, "F32")}
+_EXACT = ("source", "hessians", "all_experts", "caches", "parts")
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Part:
 
     Kinds: ``count`` int64 [] or [E], tokens seen; ``squares`` FP64 [K] or [E, K], sum of x²; ``amax`` FP32 [] or
     [E], largest |x|; ``hessian`` FP32 [K, K] or [E, K, K], sum of xᵀx, or [K, K] over all experts of a stack
-    together; ``routed`` int64 [E], tokens that the router sent, where all experts were shown all tokens.
+    together; ``routed`` int64 [E], tokens that the router sent, where all experts were shown all tokens. By the name
+    of an attention module: ``keys`` and ``values`` FP32 [], the largest magnitudes that its KV cache would hold.
     """
 
     arrays: dict[str, dict[str, Array]] = field(default_factory=dict)
@@ -159,7 +161,7 @@ def _sum(part: str, every: Sequence[Statistics]) -> Part:
         weight, _, kind = entry.rpartition(".")
         arrays = list(_all(every, weight, kind))
         # sums of one input can be filed under another of the weights that share it, but never go missing
-        merged = np.maximum.reduce(arrays) if kind == "amax" else np.sum(arrays, axis=0, dtype=arrays[0].dtype)
+        merged = np.maximum.reduce(arrays) if kind in _MAXIMA else np.sum(arrays, axis=0, dtype=arrays[0].dtype)
         total.arrays.setdefault(weight, {})[kind] = merged
     total.same = {a: b for a, b in every[0].same.items() if b in total.arrays}
     return total

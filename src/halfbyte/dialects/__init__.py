@@ -2,6 +2,7 @@
 
 from halfbyte.dialects import compressed_tensors, fp8, gguf, gpt_oss, halfbyte, mlx, modelopt
 from halfbyte.dialects.base import (
+    CacheScales,
     Container,
     Dialect,
     InputScale,
@@ -15,6 +16,7 @@ from halfbyte.dialects.base import (
 from halfbyte.dialects.settings import quantization_config_of, unquantized_config
 
 __all__ = [
+    "CacheScales",
     "Container",
     "Dialect",
     "InputScale",

@@ -59,6 +59,17 @@ class InputScale(NamedTuple):
     shape: tuple[int, ...]
 
 
+class CacheScales(NamedTuple):
+    """How scales of an FP8 KV cache are stored: after an attention module's name for keys and for values, as which
+    type and shape (multipliers), and the ``kv_cache_scheme`` that says so.
+    """
+
+    endings: tuple[str, str]
+    dtype: str
+    shape: tuple[int, ...]
+    scheme: dict[str, Any]
+
+
 class Container:
     """How an output's tensors lie in its files: safetensors, unless a dialect brings its own.
 
@@ -81,7 +92,8 @@ class Dialect(ABC):
 
     ``divisor``: tensor scales are stored as reciprocals, and the stored number is the exact one. ``files``: the
     files beside the weights that only this dialect's readers look at. ``input_scales``: endings of the names of
-    tensors that hold calibrated scales of activations, not of weights. ``upright``: stacks of experts lie as
+    tensors that hold calibrated scales of activations, not of weights. ``cache_scales``: how those of a KV cache are
+    spelled, if they are. ``upright``: stacks of experts lie as
     [E, N, K] also where the family's unquantized ones lie as [E, K, N]. ``standalone``: the weight files hold
     configuration and tokenizer, so that nothing but halfbyte.json lies beside them; by default they are one file.
     ``power_of_two``: only powers of two are stored exactly as tensor scales.
@@ -92,6 +104,7 @@ class Dialect(ABC):
     divisor: bool = False
     files: tuple[str, ...] = ()
     input_scales: tuple[str, ...] = ()
+    cache_scales: CacheScales | None = None
     upright: bool = True
     standalone: bool = False
     power_of_two: bool = False

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, InputScale, OutputTensor, register_dialect
+from halfbyte.dialects.base import Array, CacheScales, Dialect, InputScale, OutputTensor, register_dialect
 from halfbyte.dialects.compressed_tensors_config import (
+    CACHE,
     SPELLINGS,
     Schemes,
     activation_arguments,
@@ -42,6 +43,7 @@ class CompressedTensorsDialect(Dialect):
     about = "vLLM, SGLang, transformers"
     divisor = True
     input_scales = (".input_global_scale", ".input_scale")
+    cache_scales = CacheScales((".k_scale", ".v_scale"), "BF16", (1,), CACHE)
 
     def __init__(self, activations: Mapping[str, Any] | None = None) -> None:
         self.activations = activations or {}

@@ -48,6 +48,8 @@ _BLOCK = {**_float8("group", group_size=128), "dynamic": True}
 _NVFP4 = _float4(16, "tensor_group", "torch.float8_e4m3fn")
 _MXFP4 = _float4(32, "group", "torch.uint8")
 _MXFP8 = _float8("group", group_size=32, scale_dtype="torch.uint8")
+CACHE = _TENSOR
+"""The scheme of an FP8 KV cache."""
 
 SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any] | None]]] = {
     # block scales of activations are found at run time, under a calibrated tensor scale

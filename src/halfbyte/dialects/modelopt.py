@@ -2,6 +2,7 @@
 
 Per module P: ``P.weight`` (U8 for 4 bit, F8_E4M3), ``P.weight_scale``, for NVFP4 ``P.weight_scale_2`` (F32 [], a
 multiplier) and, where activations are quantized with calibrated scales, ``P.input_scale`` (F32 [], a multiplier).
+The scales of an FP8 KV cache lie under the projections that make keys and values.
 Experts are written one by one. The configuration stands in config.json and, once more, in hf_quant_config.json.
 """
 
@@ -11,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, InputScale, OutputTensor, register_dialect
-from halfbyte.dialects.modelopt_config import FILE, Algorithms, config_file, quantization_config, settings_of
+from halfbyte.dialects.base import Array, CacheScales, Dialect, InputScale, OutputTensor, register_dialect
+from halfbyte.dialects.modelopt_config import CACHE, FILE, Algorithms, config_file, quantization_config, settings_of
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.patterns import spaces
 from halfbyte.errors import CheckpointError
@@ -30,6 +31,7 @@ class ModelOptDialect(Dialect):
     about = "NVIDIA ModelOpt: TensorRT-LLM, vLLM, SGLang"
     files = (FILE,)
     input_scales = (".input_scale",)
+    cache_scales = CacheScales((".k_proj.k_scale", ".v_proj.v_scale"), "F32", (), CACHE)
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
         """Formats that engines read in this spelling without calibrated activations, weights of modules."""
@@ -80,7 +82,7 @@ class ModelOptDialect(Dialect):
         """The scheme of the KV cache."""
         settings = settings_of(inventory)
         if str(settings.get("kv_cache_quant_algo")).upper() == "FP8":
-            return {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+            return {"kv_cache_scheme": dict(CACHE)}
         scheme = settings.get("kv_cache_scheme") or settings.get("kv_cache_quant_algo")
         return {"kv_cache_scheme": scheme} if scheme else {}
 

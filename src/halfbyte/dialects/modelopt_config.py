@@ -16,6 +16,9 @@ FILE = "hf_quant_config.json"
 # readers recognise the layout by this name; the version is the one whose layout it is
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
+CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
+"""The scheme of an FP8 KV cache."""
+
 FORMATS = {
     "NVFP4": "nvfp4",
     "W4A16_NVFP4": "nvfp4",

@@ -29,3 +29,9 @@ def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(text, dict):
         plain["text_config"] = {key: value for key, value in text.items() if key not in _SETTINGS}
     return plain
+
+
+def is_fp8_cache(scheme: Any) -> bool:
+    """Whether a ``kv_cache_scheme`` is FP8 with one calibrated scale for all heads."""
+    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    return isinstance(scheme, dict) and {key: scheme.get(key, value) for key, value in wanted.items()} == wanted

@@ -26,7 +26,7 @@ def decoded(
 
     Values are computed in FP32 and rounded once. Stacks of experts come one expert and projection at a time, large
     matrices are decoded in slices, so that memory stays that of one tensor. ``unused`` says which names the model
-    does not want; these are not decoded. Scales of activations are left out.
+    does not want; these are not decoded. Scales of activations are left out, those of a KV cache are not.
     """
     dialect, source = checkpoint.dialect, checkpoint.inventory.source
     if dialect is None:

@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from halfbyte.dialects import quantization_config_of
 from halfbyte.engines.stream import decoded, is_input_scale
-from halfbyte.engines.vllm_plugin import METHOD
+from halfbyte.engines.vllm_plugin import METHOD, fp8_cache
 from halfbyte.view import Checkpoint
 
 logger = init_logger("vllm.halfbyte")
@@ -76,5 +76,6 @@ def _say(checkpoint: Checkpoint) -> None:
     logger.info("halfbyte decodes %s while loading %s", what, checkpoint.inventory.source)
     if any(is_input_scale(checkpoint, weight) for weight in checkpoint.weights):
         logger.warning("Activations are not quantized under halfbyte; their calibrated scales are left out.")
-    if quantization_config_of(checkpoint.inventory).get("kv_cache_scheme"):
-        logger.warning("The checkpoint's kv_cache_scheme has no effect under halfbyte; see --kv-cache-dtype.")
+    settings = quantization_config_of(checkpoint.inventory)
+    if settings.get("kv_cache_scheme") and not fp8_cache(settings):
+        logger.warning("The scales of the checkpoint's kv_cache_scheme are not used; see --kv-cache-dtype.")

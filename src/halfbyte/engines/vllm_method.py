@@ -6,15 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.platforms import current_platform
 
-from halfbyte.engines.vllm_plugin import METHOD, takes_over
+from halfbyte.engines.vllm_plugin import METHOD, fp8_cache, takes_over
 
 
 class HalfbyteConfig(QuantizationConfig):
-    """Weights are decoded before they arrive at the layers, so that nothing is left to do for these."""
+    """Weights are decoded before they arrive at the layers, so that nothing is left to do for these.
+
+    ``kv_cache_scheme`` is where attention layers look whether a checkpoint wants its cache in FP8.
+    """
+
+    def __init__(self, kv_cache_scheme: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.kv_cache_scheme = kv_cache_scheme
 
     def get_name(self) -> str:
         """As in ``quantization="halfbyte"``."""
@@ -36,8 +45,8 @@ class HalfbyteConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> HalfbyteConfig:
-        """The loader reads the configuration itself."""
-        return cls()
+        """What concerns weights the loader reads itself."""
+        return cls(fp8_cache(config))
 
     @classmethod
     def override_quantization_method(
@@ -53,5 +62,7 @@ class HalfbyteConfig(QuantizationConfig):
             settings["quant_method"] = METHOD
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """That of unquantized layers; None stands for it where the layer is not linear."""
+        """That of unquantized layers; None stands for it where the layer is not linear. Caches are vLLM's own."""
+        if isinstance(layer, Attention) and self.kv_cache_scheme:
+            return BaseKVCacheMethod(self)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

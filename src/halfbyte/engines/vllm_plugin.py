@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from halfbyte.dialects.settings import is_fp8_cache
+
 METHOD = "halfbyte"
 # quantization methods by vLLM's names whose checkpoints halfbyte reads
 READABLE = ("compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mixed", "fp8", "mxfp4", "gpt_oss_mxfp4")
@@ -44,6 +46,18 @@ def takes_over(settings: Mapping[str, Any], user: str | None, config: Any, on_cp
     if not on_cpu or method not in READABLE:
         return False
     return method != "compressed-tensors" or _has_experts(config) or not _has_cpu_kernels(settings)
+
+
+def fp8_cache(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The scheme of an FP8 KV cache with one scale for all heads, if this is what a ``quantization_config`` says."""
+    inner = settings.get("quantization")
+    for part in (settings, inner if isinstance(inner, Mapping) else {}):
+        scheme = part.get("kv_cache_scheme")
+        if isinstance(scheme, dict) and is_fp8_cache(scheme):
+            return scheme
+        if "FP8" in (str(part.get("kv_cache_quant_algo")).upper(), str(scheme).upper()):
+            return {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    return None
 
 
 def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:

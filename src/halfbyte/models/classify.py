@@ -127,7 +127,7 @@ def _kind_of(role: str, wrapper: str) -> Kind:
     return Kind(
         role=role,
         mtp_role=role if wrapper else _wrap("mtp.", role),
-        is_matrix=is_matrix(role),
+        is_matrix=is_matrix(role) and not role.startswith("quantized."),
         is_stack=is_under(bare_role(role), "experts") or role.endswith(".gate_up"),
     )
 

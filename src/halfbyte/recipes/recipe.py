@@ -103,6 +103,7 @@ class Recipe(BaseModel):
 
     `dialect` is what the recipe is written in when the user names none. `calibration`: whether what rules ask of
     activations (`weight: importance`, `method: gptq`, `transform: awq`, `duquant`) may be left out if nothing is known.
+    `kv_cache`: what engines are to keep keys and values in, with calibrated scales; None: as the source has it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -113,6 +114,7 @@ class Recipe(BaseModel):
     aliases: tuple[str, ...] = ()
     dialect: str | None = None
     calibration: Literal["required", "optional"] = "required"
+    kv_cache: Literal["fp8"] | None = None
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     @property
@@ -122,7 +124,7 @@ class Recipe(BaseModel):
             rule.method == "gptq" or rule.weight not in (None, "none") or rule.transform in ("awq", "duquant")
             for rule in self.rules
         )
-        return self.calibration == "required" and any(asks)
+        return self.calibration == "required" and (self.kv_cache is not None or any(asks))
 
     @field_validator("rules", "aliases", mode="before")
     @classmethod
