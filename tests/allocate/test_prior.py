@@ -58,8 +58,12 @@ def test_a_fused_weight_counts_as_what_it_consists_of() -> None:
 
 def test_routed_and_shared_experts_divide_their_sublayer() -> None:
     routed, shared = weight("experts.down", 0), weight("shared_expert.down", 0)
+    alone = structure_factors([routed])[routed.name]
     both = structure_factors([routed, shared])
-    assert both[routed.name] == both[shared.name] == structure_factors([routed])[routed.name] / 2
+    assert both[routed.name] == both[shared.name] == alone / 2
+    gated = structure_factors([routed, shared, weight("shared_expert_gate", 0)])
+    assert gated[routed.name] == pytest.approx(4 * gated[shared.name])
+    assert gated[routed.name] + gated[shared.name] == pytest.approx(alone)
 
 
 def test_factors_are_the_same_whatever_the_order_of_weights() -> None:
@@ -73,7 +77,7 @@ def test_every_role_of_matrices_has_a_factor_between_the_last_sublayer_s_and_the
     role: str, wrapper: str
 ) -> None:
     factors = structure_factors(model(weight(wrapper + role, 1, "it")))
-    assert 1 / 9 / 2 <= factors["it"] <= 1
+    assert 1 / 9 / 5 <= factors["it"] <= 1
     inside = any(is_under(role, prefix) for prefix in (*MIXERS, *FEED_FORWARD))
     assert inside or role in {"embedding", "lm_head", "mtp.fc", "vision.linear"}
 

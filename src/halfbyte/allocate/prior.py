@@ -11,8 +11,10 @@ residual stream, after which the head reads it.
   the relative error of what they read on to what they write, this would be the factor.
 - The truth lies between; the factor is the geometric mean, 1/sqrt((k + 1)(n + 1)).
 
-Errors of a sublayer's weights add up, as for a product; those of one branch (routed or shared experts) count by its
-share of the sublayer. benchmarks/allocation_prior.py compares all this with measurements.
+Errors of a sublayer's weights add up, as for a product. Routed and shared experts are branches of one sublayer, taken
+for equally loud, so their errors count half. But where a gate scales the shared expert by a sigmoid, about 1/2, it has
+a quarter of the other's energy: a fifth of the sublayer. benchmarks/allocation_prior.py compares all this with
+measurements.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from halfbyte.models.roles import bare_role, is_under
 HEAD, STREAM = "lm_head", "embedding"
 MIXERS = ("attention", "linear_attention", "mamba", "indexer")
 FEED_FORWARD = ("mlp", "experts", "experts_latent", "router", "shared_expert", "shared_expert_gate")
-SHARED = ("shared_expert", "shared_expert_gate")
+GATE = "shared_expert_gate"
+SHARED = ("shared_expert", GATE)
 ROUTED = ("experts", "experts_latent", "router")
 PARTS = {
     "attention.qkv": 3,
@@ -34,7 +37,6 @@ PARTS = {
     "linear_attention.ba": 2,
     "mlp.gate_up": 2,
     "experts.gate_up": 2,
-    "shared_expert.gate_up": 2,
 }
 """Of how many weights a fused one consists; apart, each would have an error of its own."""
 
@@ -50,6 +52,13 @@ def structure_factors(weights: Sequence[Weight], tied: bool = False) -> dict[str
     order = {place: k for k, place in enumerate(sorted({p for p in places.values() if p}), 1)}
     n = len(order)
     shared = {(_drafts(w), w.layer) for w in weights if _any(bare_role(w.role), SHARED)}
+    gated = {(_drafts(w), w.layer) for w in weights if bare_role(w.role) == GATE}
+
+    def branch(weight: Weight) -> float:
+        role, at = bare_role(weight.role), (_drafts(weight), weight.layer)
+        if at not in shared or not _any(role, (*SHARED, *ROUTED)):
+            return 1.0
+        return 0.5 if at not in gated else 0.2 if _any(role, SHARED) else 0.8
 
     def reach(k: float) -> float:
         return 1 / math.sqrt((k + 1) * (n + 1))
@@ -58,10 +67,8 @@ def structure_factors(weights: Sequence[Weight], tied: bool = False) -> dict[str
         role, place = bare_role(weight.role), places[weight.name]
         if role in (HEAD, STREAM) and not _drafts(weight):
             return 1 + reach(0) if tied else 1.0 if role == HEAD else reach(0)
-        # routed and shared experts are taken for equally loud
-        halved = (_drafts(weight), weight.layer) in shared and _any(role, (*SHARED, *ROUTED))
         k = n if _drafts(weight) else order[place] if place else n / 2
-        return reach(k) * (0.5 if halved else 1.0) * PARTS.get(role, 1)
+        return reach(k) * branch(weight) * PARTS.get(role, 1)
 
     return {w.name: factor(w) for w in weights}
 
