@@ -3,10 +3,11 @@
     python benchmarks/allocation.py ../shared/data [--only MODEL...] [--docs docs/methods.md]
 
 For each hand-written recipe: its bytes, then ``allocate`` with just as many bytes for all tensors and the formats and
-roles that the recipe chooses from, with losses predicted (a) from errors of weights, (b) from these weighted by
-importance, (c) from (b) and measured sensitivities; and (c) once more with MixFP4 among the formats. All outputs are
+roles that the recipe chooses from, with losses predicted (a) from errors of weights, all units alike, (b) from errors
+and the model's structure, which is what the command does by itself, (c) from (b) with errors weighted by importance,
+(d) from these errors and measured sensitivities; and (d) once more with MixFP4 among the formats. All outputs are
 quantized with the same searches and without a calibration, verified, and judged on text that neither importance nor
-sensitivities have seen. Then the measured divergence of allocations of several sizes (c), beside that of recipes with
+sensitivities have seen. Then the measured divergence of allocations of several sizes (d), beside that of recipes with
 one format. Models: the bundled demo model (its text cut in half) and ``models/*-wiki``. One results file per model in
 ``benchmarks/results/allocation``; the tables between the markers in the document are written anew from all of them.
 Needs ``halfbyte[transformers,allocate]``; takes about eight minutes on one core.
@@ -45,7 +46,7 @@ HAND: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "nvfp4-fp8": (("nvfp4", "fp8_channel", "keep"), ("linear",)),
     "nvfp4": (("mxfp4", "nvfp4", "fp8_channel", "keep"), ("linear",)),
 }
-WAYS = ("errors", "importance", "sensitivity")
+WAYS = ("errors", "structure", "importance", "sensitivity")
 PLAIN = ("mxfp4-sweep", "nvfp4", "mixfp4", "fp8")
 CURVE_FORMATS = ("mxfp4", "mixfp4", "fp8_channel", "keep")
 CURVE_POINTS = 5
@@ -112,7 +113,8 @@ class Bench:
             bits=bits,
             formats=formats,
             roles=present,
-            calibration=None if way == "errors" else self.calibration,
+            alike=way == "errors",
+            calibration=None if way in ("errors", "structure") else self.calibration,
             sensitivity=self.sensitivities if way == "sensitivity" else None,
         )
         facts |= {"way": way, "formats": list(formats), "predicted": found.allocation.loss}

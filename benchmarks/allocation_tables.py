@@ -7,8 +7,9 @@ from typing import Any
 
 VARIANTS = {
     "by hand": "by hand",
-    "errors": "allocated, errors alone",
-    "importance": "allocated, errors and importance",
+    "errors": "allocated, errors alone (all alike)",
+    "structure": "allocated, errors and structure",
+    "importance": "allocated, errors, structure and importance",
     "sensitivity": "allocated, sensitivities",
     "sensitivity, mixfp4": "allocated, sensitivities, MixFP4 allowed",
 }

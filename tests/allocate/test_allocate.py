@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.allocate import allocate_recipe
+from halfbyte.allocate import allocate_recipe, smallest_recipe
 from halfbyte.allocate.choices import Choice, Unit, make_units, measure, predict
 from halfbyte.allocate.solve import allocate, frontier
 from halfbyte.cli import main
@@ -162,3 +164,81 @@ def test_the_recipe_that_the_command_writes_quantizes_to_what_it_said(
     capsys.readouterr()
     assert sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) == said["repository_bytes"]
     assert main(["verify", str(tmp_path / "out"), "--against", str(MODEL), "--json"]) == 0
+
+
+def test_without_a_text_the_command_says_what_its_prediction_rests_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    assert main(["allocate", str(MODEL), "--bits", "8", "-o", str(recipe), "--formats", *FORMATS]) == 0
+    assert "place in the model" in (said := capsys.readouterr().out) and "--text FILE" in said
+    assert "errors and the model's structure" in recipe.read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_text_is_measured_on_and_another_size_uses_the_measurement_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    recipe, kept = tmp_path / "mine.yaml", tmp_path / "mine.sensitivity.jsonl"
+    command = ["allocate", str(MODEL), "-o", str(recipe), "--formats", *FORMATS, "--text", str(MODEL / "heldout.txt")]
+    command += ["--max-tokens", "130", "--length", "64"]
+    assert main([*command, "--bits", "8"]) == 0
+    assert str(kept) in capsys.readouterr().out
+    groups = [json.loads(line) for line in kept.read_text().splitlines()[1:]]
+    assert {g["format"] for g in groups} == {"mxfp4"} and len(groups) == 21  # twenty units, and all together
+    assert "measured sensitivities" in recipe.read_text()
+    content = kept.read_bytes()
+    # `halfbyte.evaluate` is a function as well as a package
+    monkeypatch.delattr(import_module("halfbyte.evaluate.by_group"), "_Job")
+    assert main([*command, "--bits", "9"]) == 0
+    assert "at most 9.0 bits" in recipe.read_text() and kept.read_bytes() == content
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.yaml", "mine.sensitivity.jsonl", "cache"}
+
+
+def test_nothing_is_measured_for_a_size_that_cannot_be_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["allocate", str(MODEL), "--bits", "6", "-o", str(tmp_path / "r.yaml"), "--text", "missing.txt"]
+    assert main(command) == 2
+    assert "the smallest formats need" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-tokens", "5"], "give a --text as well"),
+        (["--text", "a", "--sensitivity", "b"], "not allowed with"),
+        (["--text", "missing.txt"], "missing.txt is no file"),
+    ],
+)
+def test_wrong_options_for_measuring_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "missing.txt" in options:
+        pytest.importorskip("transformers")
+    try:
+        code = main(["allocate", str(MODEL), "--bits", "8", "-o", str(tmp_path / "r.yaml"), *options])
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    assert code != 0
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_measured_is_each_unit_in_its_smallest_format(demo: Checkpoint) -> None:
+    recipe = smallest_recipe(demo, FORMATS, ("linear", "lm_head"))
+    found = {i.weight.name: i.format.name for i in make_plan(demo, recipe, HALFBYTE).items if i.format}
+    names = {w.name for unit in make_units(demo, HALFBYTE, FORMATS, ("linear", "lm_head")) for w in unit.weights}
+    assert found == dict.fromkeys(names, "mxfp4")
+
+
+def test_tied_embeddings_that_are_stored_twice_are_one_unit(tmp_path: Path) -> None:
+    folder = tmp_path / "tied"
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tied = Checkpoint.open(folder)
+    ends = ("embedding", "lm_head")
+    assert [len(unit.weights) for unit in make_units(tied, HALFBYTE, FORMATS, ends)] == [2]
+    # else the plan would refuse two formats
+    allocate_recipe(tied, HALFBYTE, bits=15.3, formats=FORMATS, roles=ends)

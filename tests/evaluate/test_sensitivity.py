@@ -14,7 +14,7 @@ from halfbyte.errors import OutputError
 from halfbyte.evaluate import evaluate, sensitivity
 from halfbyte.evaluate.by_group import units_of
 from halfbyte.view import Checkpoint
-from small_models import linear, recipe, run
+from small_models import linear, read_file, recipe, run, write_file
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"
 MEASURE: dict[str, Any] = {"length": 64, "max_tokens": 400}
@@ -89,6 +89,17 @@ def test_the_source_is_as_it_was_after_a_group(tmp_path: Path) -> None:
     with Reader(Checkpoint.open(copy).inventory) as one, Reader(Checkpoint.open(DEMO).inventory) as other:
         for name in one.inventory.tensors:
             assert np.array_equal(one.read(name), other.read(name))
+
+
+def test_tied_embeddings_that_a_checkpoint_holds_twice_are_one_group(tmp_path: Path) -> None:
+    copy = shutil.copytree(DEMO, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = read_file(copy / "model.safetensors")
+    write_file(copy / "model.safetensors", {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
+    ends = recipe({"match": ["embedding", "lm_head"], "format": "mxfp4", "search": "absmax"})
+    one, whole = sensitivity(copy, ends, tmp_path / "s.jsonl", length=64, max_tokens=130)["groups"]
+    assert one["roles"] == ["embedding", "lm_head"] and one["kl"] == whole["kl"]
 
 
 def test_weights_are_grouped_as_engines_fuse_them_or_by_role_or_not_at_all() -> None:

@@ -199,6 +199,23 @@ def test_tied_embeddings_are_quantized_once_and_used_twice(saved: Saved, quantiz
     assert torch.equal(logits(model), logits(dense))
 
 
+@pytest.mark.parametrize("kept", [["lm_head"], ["lm_head", "embedding"]])
+def test_tied_embeddings_that_the_checkpoint_holds_as_its_head_or_twice_are_the_same_at_both_ends(
+    kept: list[str], saved: Saved, quantized: Quantized, tmp_path: Path
+) -> None:
+    source = shutil.copytree(saved("llama-tied"), tmp_path / "model")
+    tensors = read_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    if "embedding" not in kept:
+        del tensors["model.embed_tokens.weight"]
+    write_file(source / "model.safetensors", tensors)
+    path = quantized(source, recipe({"match": kept, "format": "int4_g32", "search": "absmax"}))
+    model, dense = load(path, "float32"), load(path, "float32", dequantize=True)
+    assert torch.equal(model.model.embed_tokens.weight, decoded(path, "lm_head.weight"))
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    assert torch.equal(logits(model), logits(dense))
+
+
 def test_a_model_loads_in_eval_mode_without_gradients_for_quantized_weights(saved: Saved, quantized: Quantized) -> None:
     model = load(quantized(saved("qwen3"), linear("nvfp4")))
     assert not model.training

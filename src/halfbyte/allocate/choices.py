@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.allocate.prior import HEAD, STREAM
 from halfbyte.calibrate import Calibration
 from halfbyte.checkpoint import Reader, nbytes
 from halfbyte.checkpoint.files import parse_object, reason
@@ -20,6 +21,7 @@ from halfbyte.models import Weight
 from halfbyte.models.roles import LINEAR, bare_role, is_under
 from halfbyte.search import encode, get_search
 from halfbyte.view import FLOATS, Checkpoint
+from halfbyte.weighting import is_tied
 
 KEEP = "keep"
 MIXED = "mixed"  # what a sensitivity file calls a group of several formats
@@ -39,7 +41,7 @@ class Choice:
 
 @dataclass
 class Unit:
-    """Weights that get one format: a fusion group, the experts of a layer, or a single weight.
+    """Weights that get one format: a fusion group, the experts of a layer, tied embeddings, or a single weight.
 
     ``errors`` are relative output errors by format, also in formats that are no choice.
     """
@@ -64,12 +66,16 @@ def make_units(
     """
     known = {name: get_format(name) for name in formats if name != KEEP}
     grouped: dict[str, Unit] = {}
+    ends = [w.name for w in checkpoint.weights if w.role in (STREAM, HEAD)]
+    tied = is_tied(checkpoint.inventory.config)
     for weight in (w.upright() for w in checkpoint.weights):
         if not _is_chosen(weight, roles) or weight.dtype not in FLOATS:
             continue
         key = weight.group or weight.name
         if is_under(bare_role(weight.role), "experts"):
             key = f"{weight.name.partition('.experts.')[0]}.experts"
+        elif tied and weight.role in (STREAM, HEAD):
+            key = ends[0]  # one tensor for an engine, also where a checkpoint holds it twice
         grouped.setdefault(key, Unit(key, [])).weights.append(weight)
     for unit in grouped.values():
         unit.choices = [Choice(KEEP, sum(nbytes(w.dtype, w.shape) for w in unit.weights), 0.0)]
@@ -155,15 +161,21 @@ def _error(array: NDArray[np.float32], fmt: Format, search: str, columns: NDArra
     return float((weights * np.square(values - array)).sum(dtype=np.float64)) / squares if squares else 0.0
 
 
-def predict(units: Sequence[Unit], measured: Sequence[Measured] | None = None) -> None:
+def predict(
+    units: Sequence[Unit], measured: Sequence[Measured] | None = None, factors: Mapping[str, float] | None = None
+) -> None:
     """Turn errors into losses: divergence grows with the squared relative error of a weight's output, times a
     factor of its own (Malinovskii et al., arXiv 2411.17525, theorem 1).
 
-    The factor comes from a sensitivity file, in which each group's divergence was ``measured``; without one all
-    factors are 1, which says nothing of which units matter more. CheckpointError if the file does not cover a unit.
+    The factor comes from a sensitivity file, in which each group's divergence was ``measured``, and losses are nats;
+    without one from ``factors`` by weight (``prior``), and losses are only comparable. With neither, all units are
+    alike. CheckpointError if the file does not cover a unit.
     """
     for unit in units:
-        factor = 1.0 if measured is None else _factor(unit, measured)
+        if measured is not None:
+            factor = _factor(unit, measured)
+        else:
+            factor = float(np.mean([(factors or {}).get(w.name, 1.0) for w in unit.weights]))
         for choice in unit.choices:
             choice.loss = factor * choice.error
 

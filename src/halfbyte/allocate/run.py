@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.allocate.choices import KEEP, Progress, Unit, make_units, measure, predict, read_sensitivity
-from halfbyte.allocate.solve import Allocation, allocate, frontier
+from halfbyte.allocate.choices import KEEP, Choice, Progress, Unit, make_units, measure, predict, read_sensitivity
+from halfbyte.allocate.prior import structure_factors
+from halfbyte.allocate.solve import Allocation, allocate, check_budget, frontier
 from halfbyte.allocate.write import recipe_text
 from halfbyte.calibrate import Calibration
-from halfbyte.dialects import Dialect
+from halfbyte.dialects import Dialect, get_dialect
 from halfbyte.errors import PlanError
 from halfbyte.formats import get_format
 from halfbyte.plan import Plan, make_plan
-from halfbyte.recipes import parse_recipe
+from halfbyte.recipes import Recipe, parse_recipe
 from halfbyte.view import Checkpoint
+from halfbyte.weighting import is_tied
 
 FORMATS = ("mixfp4", "nvfp4", "mxfp4", "fp8_channel", KEEP)
 _TRIES = 8
@@ -67,27 +69,27 @@ def allocate_recipe(
     formats: Sequence[str] = FORMATS,
     roles: Sequence[str] = ("linear",),
     calibration: Calibration | None = None,
-    sensitivity: str | Path | None = None,
+    sensitivity: str | Path | Callable[[], str | Path] | None = None,
+    alike: bool = False,
     progress: Progress | None = None,
 ) -> Allocated:
     """Choose a format for every unit so that the output has at most ``budget`` bytes (all files together) or
     ``bits`` per weight (all weights), and lose the least.
 
-    Losses are predicted from measured errors (``measure``) and ``sensitivity``. PlanError where the size cannot be
-    met.
+    Losses are predicted from measured errors (``measure``) and, for how much they matter, the file ``sensitivity``
+    (a function that makes it is called once the size is known to be possible); without it the model's structure
+    (``prior``), or nothing where all units are to be ``alike``, which is worse. PlanError where the size cannot be met.
     """
     if (budget is None) == (bits is None):
         raise PlanError("give either a budget in bytes or a number of bits per weight")
     units = make_units(checkpoint, dialect, formats, roles)
-    measured = read_sensitivity(sensitivity) if sensitivity is not None else None
-    searches = {name: "absmax" for name in formats if name != KEEP and get_format(name).block[0] != 1}
-    measure(checkpoint, units, searches, calibration, progress, measured or ())
-    predict(units, measured)
+    searches = _searches(formats)
 
     def plan_of(allocation: Allocation) -> tuple[str, Plan]:
-        how = "measured sensitivities" if sensitivity is not None else "errors alone"
+        how = "errors alone" if alike else "errors and the model's structure"
+        how = "measured sensitivities" if sensitivity is not None else how
         about = (
-            f"Made by `halfbyte allocate` for {checkpoint.inventory.source.rstrip('/').rsplit('/', 1)[-1]}: "
+            f"Made by `halfbyte allocate` for {_name(checkpoint)}: "
             + (f"at most {budget} bytes" if budget is not None else f"at most {bits} bits per weight")
             + ",",
             f"formats {', '.join(formats)}, roles {', '.join(roles)}; losses predicted from {how}"
@@ -103,12 +105,19 @@ def allocate_recipe(
     _, plan = plan_of(smallest)
     limit = budget if budget is not None else int((bits or 0) * plan.parameters / 8)
     rest = size_of(plan) - smallest.bytes
+    if limit <= rest:
+        raise PlanError(
+            f"weights of other roles alone need {rest} bytes, and the limit is {limit}; raise it, or let more roles be "
+            "decided (--roles)"
+        )
+    check_budget(units, limit - rest)
+    measured = None
+    if sensitivity is not None:
+        measured = read_sensitivity(sensitivity() if callable(sensitivity) else sensitivity)
+    measure(checkpoint, units, searches, calibration, progress, measured or ())
+    factors = None if alike else structure_factors(checkpoint.weights, is_tied(checkpoint.inventory.config))
+    predict(units, measured, factors)
     for _ in range(_TRIES):
-        if limit <= rest:
-            raise PlanError(
-                f"weights of other roles alone need {rest} bytes, and the limit is {limit}; raise it, or let more "
-                "roles be decided (--roles)"
-            )
         chosen = allocate(units, limit - rest)
         text, plan = plan_of(chosen)
         if size_of(plan) <= limit:
@@ -116,3 +125,25 @@ def allocate_recipe(
             return Allocated(text, plan, units, chosen, frontier(units), others)
         rest += size_of(plan) - limit  # headers and configuration grow with the number of tensors and rules
     raise PlanError(f"no allocation of at most {limit} bytes was found; raise the limit a little")
+
+
+def smallest_recipe(
+    checkpoint: Checkpoint, formats: Sequence[str] = FORMATS, roles: Sequence[str] = ("linear",)
+) -> Recipe:
+    """Every unit that ``allocate_recipe`` would decide in the smallest of ``formats``: what to measure
+    sensitivities with. PlanError where there is none.
+    """
+    dialect = get_dialect("halfbyte")
+    units = make_units(checkpoint, dialect, formats, roles)
+    chosen: list[Choice] = [min(unit.choices[1:], key=lambda c: c.bytes) for unit in units]  # the first is to keep it
+    text = recipe_text("smallest", units, chosen, checkpoint.weights, _searches(formats))
+    return parse_recipe(text, "smallest")
+
+
+def _searches(formats: Sequence[str]) -> dict[str, str]:
+    """Searches of formats that the default cannot do: those whose scales are shared by several rows."""
+    return {name: "absmax" for name in formats if name != KEEP and get_format(name).block[0] != 1}
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return checkpoint.inventory.source.rstrip("/").rsplit("/", 1)[-1]

@@ -38,12 +38,7 @@ def allocate(units: Sequence[Unit], budget: int) -> Allocation:
     where even the smallest formats are too large.
     """
     highspy = _highspy()
-    least = sum(min(c.bytes for c in unit.choices) for unit in units)
-    if least > budget:
-        raise PlanError(
-            f"the smallest formats need {least} bytes for these weights, {least - budget} more than there are; raise "
-            "the budget, or allow smaller formats or more roles"
-        )
+    least = check_budget(units, budget)
     solver = highspy.Highs()
     solver.silent()
     solver.setOptionValue("mip_rel_gap", GAP)
@@ -67,6 +62,18 @@ def allocate(units: Sequence[Unit], budget: int) -> Allocation:
         # over by a tolerance of the solver, which counts in fractions of the budget
         return allocate(units, max(least, budget - 2 * (found.bytes - budget)))
     return found
+
+
+def check_budget(units: Sequence[Unit], budget: int) -> int:
+    """The least bytes that the units can have; PlanError if that is more than ``budget``, or there is no solver."""
+    _highspy()
+    least = sum(min(c.bytes for c in unit.choices) for unit in units)
+    if least > budget:
+        raise PlanError(
+            f"the smallest formats need {least} bytes for these weights, {least - budget} more than there are; raise "
+            "the budget, or allow smaller formats or more roles"
+        )
+    return least
 
 
 def frontier(units: Sequence[Unit], points: int = 24) -> list[Allocation]:

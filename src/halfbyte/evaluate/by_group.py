@@ -69,6 +69,18 @@ def units_of(weights: list[Weight], by: By) -> list[Unit]:
     return list(found.values())
 
 
+def _joined(units: list[Unit], places: dict[str, str], model: Any) -> list[Unit]:
+    """Units of tied embeddings that a checkpoint holds twice as one: the model has one parameter for both."""
+    owners: dict[int, Unit] = {}
+    for unit in units:
+        ends = [w for w in unit.weights if w.role in ("embedding", "lm_head")]
+        owner = owners.setdefault(id(model.get_parameter(places[ends[0].name])), unit) if ends else unit
+        if owner is not unit:
+            owner.weights += unit.weights
+            unit.weights = []
+    return [unit for unit in units if unit.weights]
+
+
 def sensitivity(
     source: str | Path,
     recipe: str | Path | Recipe,
@@ -202,7 +214,7 @@ class _Job:
             reference = self._reference(model)
             found = places(model, weights)
             weights = [w for w in weights if w.name in found]
-            units = [*units_of(weights, by), Unit(ALL, weights)]
+            units = [*_joined(units_of(weights, by), found, model), Unit(ALL, weights)]
             for number, unit in enumerate(units):
                 if unit.name not in done:
                     with _quantized(model, codes, sorted({found[w.name] for w in unit.weights})):

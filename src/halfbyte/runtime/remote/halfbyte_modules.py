@@ -308,6 +308,7 @@ class TiedWeight(nn.Module):
     """Mixed into the class of a module whose weight is another module's quantized one."""
 
     _tied_source: list[nn.Module]
+    _tied_names: tuple[str, str]
     _dense_class: type
 
 
@@ -316,14 +317,16 @@ def tie_module(module: nn.Module, own: str, source: nn.Module, name: str) -> Non
     base = type(module)
     del module._parameters[own]
     # in a list, so that it does not become a submodule
-    module._tied_source, module._dense_class = [source], base
+    module._tied_source, module._tied_names, module._dense_class = [source], (own, name), base
     body = {own: property(lambda self: getattr(self._tied_source[0], name))}
     module.__class__ = type(f"Tied{base.__name__}", (TiedWeight, base), body)
     module._is_hf_initialized = True
 
 
 def untie_module(module: TiedWeight) -> None:
-    """Undo ``tie_module``; the parameter is then missing."""
+    """Undo ``tie_module``; the parameter is then that of the other module, which is dense by now."""
+    (own, name), source = module._tied_names, module._tied_source[0]
     module.__class__ = module._dense_class
-    for attribute in ("_tied_source", "_dense_class"):
+    for attribute in ("_tied_source", "_tied_names", "_dense_class"):
         delattr(module, attribute)
+    module.register_parameter(own, source.get_parameter(name))

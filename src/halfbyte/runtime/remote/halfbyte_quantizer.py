@@ -73,8 +73,13 @@ class HalfbyteQuantizer(HfQuantizer):
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         expected = model.state_dict()
         tied = model.all_tied_weights_keys
-        for weight in [name.removesuffix("_codes") for name in stored if name.endswith("_codes")]:
-            target, pattern = rename_source_key(weight, renamings, converters, model.base_model_prefix, expected)
+        quantized = [name.removesuffix("_codes") for name in stored if name.endswith("_codes")]
+        places = {
+            weight: rename_source_key(weight, renamings, converters, model.base_model_prefix, expected)
+            for weight in quantized
+        }
+        targets = {target for target, _ in places.values()}
+        for weight, (target, pattern) in places.items():
             if target not in expected:
                 continue  # reported below, unless the class says that it does without
             if pattern is not None:
@@ -82,11 +87,15 @@ class HalfbyteQuantizer(HfQuantizer):
             parts = {part: stored[f"{weight}_{part}"] for part in PARTS if f"{weight}_{part}" in stored}
             path, _, name = target.rpartition(".")
             quantize_module(model.get_submodule(path), name, self.quantization_config.about(weight), parts)
-            for other in [t for t, source in tied.items() if source == target]:
-                at, _, own = other.rpartition(".")
-                tie_module(model.get_submodule(at), own, model.get_submodule(path), name)
-                del tied[other]
-                model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k != other}
+            # a checkpoint may hold either of two tied parameters, also the one that transformers ties to the other, or
+            # both, of equal codes
+            pairs = {t: t if source == target else source for t, source in tied.items() if target in (t, source)}
+            for key, other in pairs.items():
+                if other not in targets:
+                    at, _, own = other.rpartition(".")
+                    tie_module(model.get_submodule(at), own, model.get_submodule(path), name)
+                del tied[key]
+                model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k != key}
         _be_strict(model)
         if not hasattr(HfQuantizer, "get_new_dtype"):
             # transformers up to 5.20 leaves renamed tensors of a quantized checkpoint in the dtype of the file
@@ -98,10 +107,12 @@ class HalfbyteQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for module in list(model.modules()):
+        modules = list(model.modules())
+        for module in modules:
             if isinstance(module, QuantizedWeights):
                 dequantize_module(module, dtype)
-            elif isinstance(module, TiedWeight):
+        for module in modules:
+            if isinstance(module, TiedWeight):
                 untie_module(module)
         model.__dict__.pop("_tied_weights_keys", None)
         model.tie_weights()
