@@ -24,6 +24,7 @@ ROWS = {
     "NVFP4": ("nvfp4",),
     "NVFP4 without tensor scale": ("nvfp4_unscaled",),
     "MXFP4": ("mxfp4",),
+    "MXFP4 of rotated weights": ("mxfp4_*",),
     "MixFP4": ("mixfp4",),
     "INT4 in groups": ("int4_g*",),
     "INT4 with zero points": ("int4_asym_*",),

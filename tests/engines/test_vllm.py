@@ -12,6 +12,7 @@ import pytest
 import halfbyte
 from collected import with_caches
 from halfbyte.checkpoint import Reader
+from halfbyte.formats.rotation import hadamard_matrix
 from halfbyte.view import Checkpoint, read_dense
 from small_models import recipe, run
 
@@ -105,6 +106,7 @@ def decoded(packed: Path, out: Path) -> Path:
     ("fmt", "dialect"),
     [
         ("mixfp4", "halfbyte"),
+        ("mxfp4_duquant", "halfbyte"),
         ("mixfp4", "compressed-tensors"),
         ("nvfp4", "modelopt"),
         ("int4_g32", "compressed-tensors"),
@@ -124,6 +126,43 @@ def test_a_checkpoint_gives_the_bits_of_its_decoded_weights_and_its_drafter_arri
     assert all(torch.equal(drafter[name], wanted[name]) for name in wanted)
     source, _, _ = load(DEMO)
     assert not np.array_equal(source, mine)
+
+
+def test_rotated_weights_of_compressed_tensors_are_turned_back_on_a_cpu(load: Any, tmp_path: Path) -> None:
+    chosen = recipe(
+        {"match": "linear", "format": "mxfp4", "search": "absmax"},
+        {"match": ["attention", "linear_attention"], "format": "int4_g32", "transform": "hadamard", "search": "absmax",
+         "indivisible": "keep"},
+        {"match": ["linear_attention.a", "linear_attention.b", "linear_attention.conv", "linear_attention.state"],
+         "keep": True},
+    )  # fmt: skip
+    run(DEMO, tmp_path / "packed", chosen, "compressed-tensors")
+    mine, by, _ = load(tmp_path / "packed")
+    assert by == "halfbyte"
+    control, _, _ = load(decoded(tmp_path / "packed", tmp_path / "plain"))
+    assert np.array_equal(mine, control)
+
+
+def test_vllm_itself_rotates_inputs_as_the_configuration_says(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm._custom_ops as ops
+
+    turned = []
+
+    def multiply(x: Any, inplace: bool) -> Any:
+        """What the kernel, which is for GPUs only, computes."""
+        turned.append(x.shape[-1])
+        return (x.float() @ torch.from_numpy(hadamard_matrix(x.shape[-1])).float()).to(x.dtype)
+
+    monkeypatch.setattr(ops, "hadacore_transform", multiply)
+    run(DEMO, tmp_path / "packed", recipe({"match": "attention", "format": "int4_g32_hadamard"}), "compressed-tensors")
+    mine, by, _ = load(tmp_path / "packed", quantization="compressed-tensors")
+    assert by == "compressed-tensors" and set(turned) == {32}
+    control, _, _ = load(decoded(tmp_path / "packed", tmp_path / "plain"))
+    source, _, _ = load(DEMO)
+    lost = [float((np.exp(p) * (p - q)).sum(1).mean()) for p, q in ((control, mine), (source, control))]
+    assert lost[0] < 0.2 * lost[1]
 
 
 def test_quantized_embeddings_and_heads_load(load: Any, tmp_path: Path) -> None:

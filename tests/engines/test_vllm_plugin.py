@@ -46,6 +46,7 @@ def test_its_own_dialect_and_mixfp4_are_decoded_everywhere(dense: Path, on_cpu: 
         ("fp8_block128", True),
         ("fp8_tensor", True),
         ("int4_g32", False),
+        ("int4_g32_hadamard", True),
         ("fp8_channel", False),
     ],
 )
@@ -66,7 +67,7 @@ def test_on_a_cpu_models_with_experts_are_decoded_in_every_format(dense: Path, f
     assert not takes_over(settings(dense, fmt), None, SimpleNamespace(text_config=SimpleNamespace(num_experts=0)), True)
 
 
-ELSEWHERE = [("compressed-tensors", fmt) for fmt in ("nvfp4", "mxfp4", "int4_g32", "fp8_block128")]
+ELSEWHERE = [("compressed-tensors", fmt) for fmt in ("nvfp4", "mxfp4", "int4_g32", "int4_g32_hadamard", "fp8_block128")]
 ELSEWHERE += [("modelopt", fmt) for fmt in ("nvfp4", "fp8_block128")]
 
 

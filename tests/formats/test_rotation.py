@@ -104,6 +104,7 @@ def test_names_of_formats_in_rotated_space_are_made_of_both() -> None:
         (lambda: encode(np.ones((2, 64)), "mxfp4", rotation=np.zeros((2, 16), np.uint8)), "in no rotated space"),
         (lambda: encode(np.ones((2, 64)), "mxfp4_duquant", rotation=np.zeros((3, 16), np.uint8)), "needs uint8"),
         (lambda: encode(np.full((2, 64), np.inf), "mxfp4_hadamard"), "infinity"),
+        (lambda: encode(np.full((2, 64), 3e38), "mxfp4_hadamard"), "leaves the range of FP32"),
         (lambda: hadamard_matrix(24), "power of two"),
     ],
 )

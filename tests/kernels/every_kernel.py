@@ -45,4 +45,9 @@ if __name__ == "__main__":
                             "sweep",
                             prepared,
                         )
+            for size, name in ((16, "nvfp4"), (32, "mxfp4"), (64, "int4_g64"), (128, "int4_g128")):
+                x = draw("heavy", (2, 3, 2 * size), size)
+                swaps = np.random.RandomState(size).randint(0, 2 * size, (2, 2, 16)).astype(np.uint8)
+                encode(x, f"{name}_hadamard").decode()
+                encode(x, f"{name}_duquant", rotation=swaps).decode()
     print("ran", *NATIVE)

@@ -72,6 +72,8 @@ def _is_mixfp4(settings: Mapping[str, Any]) -> bool:
 
 
 def _has_cpu_kernels(settings: Mapping[str, Any]) -> bool:
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        return False
     for group in _groups(settings):
         weights = group.get("weights") or {}
         spelled = group.get("format") or settings.get("format")

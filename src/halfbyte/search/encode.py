@@ -97,6 +97,8 @@ def into_rotated_space(weight: ArrayLike, fmt: BlockFormat, rotation: ArrayLike 
     turned = array.astype(np.float32)
     check_finite(bool(np.isfinite(turned).all()), array)
     kernels.rotate(turned, fmt, swaps)
+    if not np.isfinite(turned).all():
+        raise FormatError("the weight leaves the range of FP32 where it is rotated; its values are too large")
     return turned, swaps
 
 
