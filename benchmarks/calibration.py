@@ -5,7 +5,8 @@
 The folder holds ``models/NAME`` and ``text/...``. Models named ``*-wiki`` are calibrated with the first 3 MB of
 ``enwiki2015/train_first12MB.txt.xz`` and judged on ``enwiki2015/valid.txt``; the others with the first half of
 ``calibration/tiny.utf8`` and judged on the second. All linear weights are quantized where their K allows. For the wiki
-models also: fewer and more tokens, stronger damping and, with experts, all tokens for all experts.
+models also: fewer and more tokens, stronger damping and, with experts, all tokens for all experts; and weights with
+rotated blocks, for which activations are rounded too (W4A4).
 One results file per model in ``benchmarks/results/calibration``, which grows part by part (``--parts``, default all
 that it lacks); the tables between the markers in the document are written anew from all of them.
 Needs ``halfbyte[transformers]``; takes about twenty minutes on one core.
@@ -51,10 +52,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "GPTQ in-loop": {**GPTQ, "mode": "in_loop"},
     "GPTQ in-loop, act": {**GPTQ, "mode": "in_loop", "order": "act"},
     "GPTQ in-loop, act, AWQ": {**GPTQ, "mode": "in_loop", "order": "act", "transform": "awq"},
+    "sweep, Hadamard": {"search": "sweep", "weight": "none", "transform": "hadamard"},
+    "GPTQ static, act, Hadamard": {**GPTQ, "mode": "static", "order": "act", "transform": "hadamard"},
+    "GPTQ static, act, DuQuant": {**GPTQ, "mode": "static", "order": "act", "transform": "duquant"},
     "GPTQ in-loop, act, damping 0.05": {**GPTQ, "mode": "in_loop", "order": "act", "damping": 0.05},
 }
 STUDY = ("sweep, importance", "GPTQ in-loop, act", "GPTQ in-loop, act, damping 0.05")
 TOKENS = "tokens"  # the part that varies these
+# parts in which activations are rounded to the format of the weights
+W4A4 = {
+    "mxfp4 W4A4": ("sweep", "sweep, Hadamard", *(m for m in METHODS if m.startswith("GPTQ static, act"))),
+    "nvfp4 W4A4": ("sweep", "GPTQ in-loop, act"),
+}
 SAMPLES = 128
 FEWER_AND_MORE = (16, 64, 256)
 
@@ -85,6 +94,8 @@ def recipe(fmt: str, method: str) -> Recipe:
 
 
 def exists(fmt: str, method: str) -> bool:
+    if fmt != "mxfp4" and METHODS[method].get("transform") in ("hadamard", "duquant"):
+        return False  # blocks of 32 with coarse scales are what rotations are for
     try:
         get_search(str(METHODS[method]["search"]), get_format(fmt))
     except HalfbyteError:
@@ -95,7 +106,14 @@ def exists(fmt: str, method: str) -> bool:
 def cases(part: str, wiki: bool, experts: bool) -> list[Case]:
     """What a part consists of: one format by all methods, or one method with other statistics."""
     found = []
-    if part != TOKENS:
+    if part in W4A4:
+        if wiki:
+            fmt = part.split()[0]
+            for method in W4A4[part]:
+                # each expert has a rotation of its own there, which the emulation does not follow
+                if not (experts and METHODS[method].get("transform") == "duquant"):
+                    found.append(Case(fmt, method, SAMPLES if "method" in METHODS[method] else None))
+    elif part != TOKENS:
         for method, rule in METHODS.items():
             if exists(part, method) and "damping" not in rule:
                 needs = "method" in rule or rule["weight"] != "none"
@@ -166,6 +184,7 @@ class Bench:
             dequantize=True,
             noise_floor=True,
             cache=self.work / "cache",
+            activations=part.split()[0] if part in W4A4 else None,
         )
         document = measure([out for _, out in made], self.source, settings)
         source, *rows = document["rows"]
@@ -220,7 +239,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "calibration")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
     parser.add_argument("--only", nargs="*", metavar="MODEL", help="without names: write the tables anew, no more")
-    parser.add_argument("--parts", nargs="+", metavar="P", choices=(*FORMATS, TOKENS), help="to measure (again)")
+    parser.add_argument("--parts", nargs="+", metavar="P", choices=(*FORMATS, *W4A4, TOKENS), help="to measure (again)")
     args = parser.parse_args()
     for model in sorted(p for p in (args.data / "models").iterdir() if (p / "config.json").exists()):
         if args.only is not None and model.name not in args.only:
@@ -228,7 +247,7 @@ def main() -> None:
         path = args.output / f"{model.name}.json"
         with tempfile.TemporaryDirectory(prefix="halfbyte-calibration-") as work:
             bench = Bench(model, args.data, Path(work))
-            for part in args.parts or (*FORMATS, TOKENS):
+            for part in args.parts or (*FORMATS, *W4A4, TOKENS):
                 before = json.loads(path.read_text()) if path.exists() else {"rows": []}
                 others = [row for row in before["rows"] if row["part"] != part]
                 if len(others) < len(before["rows"]) and not args.parts:
@@ -238,7 +257,7 @@ def main() -> None:
                     found["rows"] = others + found["rows"]
                     write_results(path, {**before, **about, **found}, "rows")
     documents = [json.loads(path.read_text()) for path in sorted(args.output.glob("*.json"))]
-    for name, text in calibration_tables.tables(documents, FORMATS, METHODS, STUDY, TOKENS).items():
+    for name, text in calibration_tables.tables(documents, FORMATS, METHODS, STUDY, TOKENS, tuple(W4A4)).items():
         replace_part(args.docs, name, text)
 
 

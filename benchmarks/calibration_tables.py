@@ -14,11 +14,14 @@ def tables(
     methods: Iterable[str],
     study: Sequence[str],
     apart: str,
+    rounded: Sequence[str],
 ) -> dict[str, str]:
-    """Markdown by marker: the main table, and what more tokens and all experts change."""
+    """Markdown by marker: the main table, what more tokens and all experts change, and rounded activations."""
     known = list(methods)
+    some = [d for d in documents if any(r["part"] in rounded for r in d["rows"])]
     return {
         "calibration methods": "\n".join([about(documents), *main(documents, formats, known)]),
+        "calibration w4a4": "\n".join(main(some, rounded, known)[1:]),
         "calibration tokens": "\n".join(tokens(documents, study, apart)),
     }
 

@@ -38,7 +38,9 @@ def test_the_table_is_the_recorded_one(name: str) -> None:
 def test_the_tables_of_calibration_methods_are_the_recorded_ones() -> None:
     pytest.importorskip("transformers")
     bench, tables = import_module("calibration"), import_module("calibration_tables")
-    found = tables.tables(_documents("calibration"), bench.FORMATS, bench.METHODS, bench.STUDY, bench.TOKENS)
+    found = tables.tables(
+        _documents("calibration"), bench.FORMATS, bench.METHODS, bench.STUDY, bench.TOKENS, tuple(bench.W4A4)
+    )
     assert [name for name, table in found.items() if not _is_recorded(name, table)] == []
 
 
