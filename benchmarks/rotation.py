@@ -1,9 +1,9 @@
-"""Block rotations and SOAR's alternation on small trained models: output errors of quantized linear layers.
+"""Block rotations on small trained models: output errors of quantized linear layers.
 
     python benchmarks/rotation.py ../shared/data [-o benchmarks/results/rotation.json] [--docs docs/methods.md]
 
 For each linear weight of ``models/*-wiki`` (stacked experts left out) its inputs are collected on training text, from
-which the outlier-aware rotations are made, and on held-out text, on which outputs are compared: weights quantized
+which DuQuant's rotations are made, and on held-out text, on which outputs are compared: weights quantized
 alone (W4A16), or weights and inputs (W4A4). The table between the markers in the document is written anew. Needs
 ``halfbyte[transformers]``; takes about two minutes on one core.
 """
@@ -27,7 +27,6 @@ from halfbyte.formats.rotation import hadamard_matrix
 from halfbyte.search import encode
 from halfbyte.search.gptq import gptq
 from halfbyte.search.rotation import duquant_swaps, fold_values, rotate_columns, rotation_matrices
-from halfbyte.search.soar import soar_tensor_scale
 
 LENGTH, WINDOWS = 512, 4
 ROTATIONS = ("none", "Hadamard", "DuQuant")
@@ -41,7 +40,6 @@ COLUMNS = {
     "`nvfp4` sweep": ("nvfp4", "sweep", False, False),
     "`nvfp4` W4A4": ("nvfp4", "sweep", False, True),
 }
-FITS = ("absmax", "four_over_six", "sweep")
 
 
 def collect(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
@@ -101,23 +99,6 @@ def folded(model: Any, tokens: torch.Tensor) -> dict[str, float] | None:
     return {"logits": float((after - before).abs().max()), "largest": float(before.abs().max())}
 
 
-def fits(weights: dict[str, Any]) -> list[dict[str, Any]]:
-    """Relative squared error of the weights in NVFP4, by search, before and after fitting the tensor scales."""
-    rows = []
-    for search in FITS:
-        before, after, steps = [], [], []
-        for weight in weights.values():
-            found = soar_tensor_scale([weight], "nvfp4", search)
-            energy = float(np.square(weight, dtype=np.float64).sum())
-            before.append(found.errors[0] / energy)
-            after.append(min(found.errors) / energy)
-            steps.append(len(found.errors))
-        rows.append(
-            {"search": search, "amax": np.mean(before), "fitted": np.mean(after), "steps": float(np.mean(steps))}
-        )
-    return rows
-
-
 def table(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [f"{results['date']}, {versions}. Mean over the weights of the relative error of outputs, × 1000."]
@@ -132,10 +113,6 @@ def table(results: dict[str, Any]) -> str:
                 f"Value channels rotated in every layer: logits up to {model['folded']['largest']:.1f} change by at "
                 f"most {model['folded']['logits']:.1e}.",
             ]
-        lines += ["", "| `nvfp4`, relative squared error of the weights | tensor scale by amax | fitted | steps |"]
-        lines.append("|---|---:|---:|---:|")
-        for row in model["fits"]:
-            lines.append(f"| {row['search']} | {row['amax']:.6f} | {row['fitted']:.6f} | {row['steps']:.1f} |")
     return "\n".join(lines)
 
 
@@ -165,9 +142,9 @@ def main() -> None:
                 each = [error(w, seen[n], fresh[n], kind, column) for n, w in weights.items()]
                 errors[kind][column] = float(np.mean(each))
             print(folder.name, kind, *(f"{1000 * e:.2f}" for e in errors[kind].values()), flush=True)
-        found = {"model": folder.name, "weights": len(weights), "errors": errors, "fits": fits(weights)}
+        found = {"model": folder.name, "weights": len(weights), "errors": errors}
         results["models"].append({**found, "folded": folded(model, tokens[1])})
-        print(folder.name, results["models"][-1]["fits"], results["models"][-1]["folded"], flush=True)
+        print(folder.name, results["models"][-1]["folded"], flush=True)
     write_results(args.output, results)
     replace_part(args.docs, "rotation", f"\n{table(results)}\n")
 

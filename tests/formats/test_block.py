@@ -3,13 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from halfbyte.formats import BlockFormat, QuantizedTensor, get_format, list_formats
+from halfbyte.formats import BlockFormat, QuantizedTensor, get_format
 from halfbyte.formats.packing import unpack_nibbles
 
-from .cases import shape_for
+from .cases import UPRIGHT, shape_for
 from .streams import random_bytes
 
-BLOCK_FORMATS = [n for n in list_formats() if isinstance(get_format(n), BlockFormat)]
+# what a rotation adds is in test_rotation.py
+BLOCK_FORMATS = [n for n in UPRIGHT if isinstance(get_format(n), BlockFormat)]
 BITS_PER_WEIGHT = {
     "nvfp4": 4.5,
     "nvint4": 4.5,
