@@ -13,6 +13,7 @@ from halfbyte.models.patterns import normalise
 from halfbyte.models.roles import LINEAR, is_under
 from halfbyte.models.weight import Weight
 from halfbyte.recipes.recipe import REGEX, Recipe, Rule, nearest
+from halfbyte.search import get_search
 
 
 class Method(NamedTuple):
@@ -155,15 +156,18 @@ def _check_groups(weights: Sequence[Weight], decisions: list[Decision], recipe: 
             raise RecipeError(
                 f"recipe {recipe} splits the fusion group {weight.group}: "
                 f"{_said(weights[other], decisions[other])} but {_said(weight, decisions[index])}; "
-                "engines fuse these tensors, so give all of them the same format"
+                "engines fuse these tensors, so give all of them the same format and tensor scale"
             )
 
 
 def _fate(decision: Decision) -> tuple[str | None, ...]:
-    return decision.action, decision.format, decision.tensor_scale, decision.activations
+    # Four Over Six leaves room above the largest scale, so that its tensor scales are others
+    room = "room" if decision.search and get_search(decision.search).only == "four_over_six" else None
+    return decision.action, decision.format, decision.tensor_scale, room, decision.activations
 
 
 def _said(weight: Weight, decision: Decision) -> str:
     what = decision.format if decision.action == "quantize" else decision.action
     by = f"rule {decision.rule}" if decision.rule else "no rule"
-    return f"{weight.name} gets {what} ({by})"
+    how = f" by {decision.search}" if decision.search not in (None, "sweep") else ""
+    return f"{weight.name} gets {what}{how} ({by})"
