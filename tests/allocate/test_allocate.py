@@ -232,6 +232,11 @@ def test_what_is_measured_is_each_unit_in_its_smallest_format(demo: Checkpoint) 
     assert found == dict.fromkeys(names, "mxfp4")
 
 
+def test_what_no_text_reaches_cannot_be_measured(demo: Checkpoint) -> None:
+    with pytest.raises(PlanError, match=r"^mtp\..* takes no part in reading a text"):
+        smallest_recipe(demo, FORMATS, ("linear", "mtp"))
+
+
 def test_tied_embeddings_that_are_stored_twice_are_one_unit(tmp_path: Path) -> None:
     folder = tmp_path / "tied"
     shutil.copytree(MODEL, folder)

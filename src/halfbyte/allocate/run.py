@@ -131,10 +131,16 @@ def smallest_recipe(
     checkpoint: Checkpoint, formats: Sequence[str] = FORMATS, roles: Sequence[str] = ("linear",)
 ) -> Recipe:
     """Every unit that ``allocate_recipe`` would decide in the smallest of ``formats``: what to measure
-    sensitivities with. PlanError where there is none.
+    sensitivities with. PlanError where there is none, or where text does not reach one.
     """
     dialect = get_dialect("halfbyte")
     units = make_units(checkpoint, dialect, formats, roles)
+    unrun = next((unit for unit in units if unit.weights[0].role.startswith(("mtp.", "vision."))), None)
+    if unrun:
+        raise PlanError(
+            f"{unrun.name} takes no part in reading a text, so its sensitivity cannot be measured; leave its role"
+            " out of --roles, or allocate without --text"
+        )
     chosen: list[Choice] = [min(unit.choices[1:], key=lambda c: c.bytes) for unit in units]  # the first is to keep it
     text = recipe_text("smallest", units, chosen, checkpoint.weights, _searches(formats))
     return parse_recipe(text, "smallest")
