@@ -47,5 +47,16 @@ def invented_statistics(folder: Path, starved: bool = True, hessians: bool = Tru
                 del part.arrays[weight.name]["hessian"]
     folder.mkdir()
     write_part(folder, "all", part)
-    write_about(folder, new_about(texts=["invented"], samples=1, tokens=1, parts=["all"]) | {"complete": True})
+    about = new_about(
+        source={"name": "demo", "fingerprint": ""},
+        texts=["invented"],
+        samples=1,
+        length=1,
+        tokens=1,
+        hessians=hessians,
+        all_experts=False,
+        parts=["all"],
+        complete=True,
+    )
+    write_about(folder, about)
     return folder

@@ -53,7 +53,7 @@ def plan(
     PlanError for what cannot be done, before any work.
     """
     checkpoint = _open(source, revision)
-    known = None if importance is None else calibration_of(importance, checkpoint.weights)
+    known = None if importance is None else calibration_of(importance, checkpoint.weights, checkpoint.inventory.config)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     spelling = get_dialect(dialect or loaded.dialect or HALFBYTE)
     if not remote_code:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from halfbyte.calibrate import Importance, match_importance, read_importance, write_importance
+from halfbyte.calibrate.importance import spelled_for_llama
 from halfbyte.calibrate.statistics import Part, new_about, write_about, write_part
 from halfbyte.checkpoint import build_header
 from halfbyte.errors import CheckpointError
@@ -188,3 +189,45 @@ def test_a_real_file_covers_a_real_models_layers(shared: Path) -> None:
         shapes |= {f"model.layers.{i}.{n}_proj.weight": s for n, s in sizes.items()}
     matched = match_importance(found, weights(shapes, "qwen2", hidden_size=2048))
     assert len(matched.values) == 252 and not matched.unmatched and not matched.uncovered and not matched.no_data
+
+
+LINEAR = {
+    L + "linear_attn.out_proj.weight": (8, 8),
+    L + "linear_attn.in_proj_qkv.weight": (16, 8),
+    L + "linear_attn.A_log": (4,),
+}
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next"])
+def test_value_heads_that_llama_cpp_reorders_go_back_to_their_places(model_type: str) -> None:
+    config = {"model_type": model_type, **HEADS}
+    # two channels a head: the first heads of both key heads come first there
+    found = match_importance(entries({"0.ssm_out": [1, 1, 3, 3, 2, 2, 4, 4]}), weights(LINEAR, model_type), config)
+    expected = [1, 1, 2, 2, 3, 3, 4, 4] if model_type != "qwen3_next" else [1, 1, 3, 3, 2, 2, 4, 4]
+    np.testing.assert_array_equal(found.values[L + "linear_attn.out_proj.weight"], np.float32(expected))
+
+
+def test_heads_that_do_not_fit_the_columns_are_refused() -> None:
+    config = {"model_type": "qwen3_5_text", "linear_num_key_heads": 3, "linear_num_value_heads": 4}
+    with pytest.raises(CheckpointError, match="3 key heads and 4 value heads"):
+        match_importance(entries({"0.ssm_out": range(1, 9)}), weights(LINEAR, "qwen3_5_text"), config)
+
+
+def test_importance_under_llama_cpp_s_names_is_the_same_when_it_comes_back() -> None:
+    config = {"model_type": "qwen3_5_text", **HEADS}
+    everything = weights(LINEAR | DENSE, "qwen3_5_text")
+    values = {L + "linear_attn.out_proj.weight": np.arange(1, 9, dtype=np.float32)}
+    values[L + "mlp.down_proj.weight"] = np.float32([4, 3, 2, 1])
+    counts = {name: np.asarray(7) for name in values}
+    spelled = spelled_for_llama(Importance(values, counts, datasets=("wiki",)), everything, config)
+    assert set(spelled.values) == {"blk.0.ssm_out.weight", "blk.0.ffn_down.weight"} and spelled.spelling == "gguf"
+    assert spelled.values["blk.0.ssm_out.weight"].tolist() == [1, 2, 5, 6, 3, 4, 7, 8]
+    found = match_importance(spelled, everything, config)
+    for name, array in values.items():
+        np.testing.assert_array_equal(found.values[name], array)
+
+
+def test_importance_of_a_model_without_names_in_llama_cpp_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="no names"):
+        spelled_for_llama(Importance({}, {}), weights(DENSE, "qwen3"), {})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,8 +80,10 @@ class Calibration:
         return Activations(np.asarray(values / np.where(largest > 0, largest, np.float32(1)), np.float32))
 
 
-def calibration_of(given: str | Path | Importance, weights: Sequence[Weight]) -> Calibration:
-    """Match an importance file (its path, or its content) to the weights of a checkpoint.
+def calibration_of(
+    given: str | Path | Importance, weights: Sequence[Weight], config: Mapping[str, Any] | None = None
+) -> Calibration:
+    """Match an importance file (its path, or its content) to the weights of a checkpoint with its ``config``.
 
     CheckpointError for a file that cannot be read or whose sizes do not fit, PlanError if nothing in it does.
     """
@@ -89,7 +92,7 @@ def calibration_of(given: str | Path | Importance, weights: Sequence[Weight]) ->
         statistics = Statistics(given)
     importance = given if isinstance(given, Importance) else read_importance(given)
     name = "" if isinstance(given, Importance) else Path(given).name
-    matched = match_importance(importance, weights)
+    matched = match_importance(importance, weights, config)
     if not matched.values:
         first = next(iter(importance.values), "none")
         raise PlanError(

@@ -1,15 +1,23 @@
-"""Which weight of a checkpoint a tensor name of llama.cpp means, by role and layer."""
+"""Which weight of a checkpoint a tensor name of llama.cpp means, by role and layer, and how its columns are ordered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.errors import CheckpointError
 from halfbyte.models import Weight
 from halfbyte.models.patterns import Templates, normalise, split_numbers
-from halfbyte.models.roles import ROLES
+from halfbyte.models.roles import ROLES, bare_role
 from halfbyte.models.strict_yaml import load_yaml
+
+# model types whose value heads llama.cpp's converter reorders
+_TILED = "qwen3_5"
 
 
 @cache
@@ -37,6 +45,40 @@ def gguf_targets(names: Iterable[str], weights: Sequence[Weight]) -> dict[str, W
         if target is not None:
             result[name] = target
     return result
+
+
+def gguf_names(weights: Sequence[Weight]) -> dict[str, str]:
+    """The inverse: names in GGUF files and the weights (by name) whose inputs those tensors have."""
+    main = [w.layer for w in weights if w.layer is not None and not w.role.startswith(("mtp.", "vision."))]
+    candidates = [
+        template.replace("{layer}", str(block))
+        for block in range(max(main, default=-1) + 1)
+        for template in _roles()
+        if "{layer}" in template
+    ]
+    candidates += [template for template in _roles() if "{layer}" not in template]
+    return {name: weight.name for name, weight in gguf_targets(candidates, weights).items()}
+
+
+def head_order(weight: Weight, config: Mapping[str, Any]) -> NDArray[np.int64] | None:
+    """The column of a GGUF file's tensor for each column of a checkpoint's weight; None where the order is the same.
+
+    llama.cpp's converter puts the value heads of Qwen3.5's Gated DeltaNet in another order: heads of one key head
+    stand apart by the number of key heads, not side by side (conversion/qwen.py, _LinearAttentionVReorderBase). Only
+    the output projection has them along its columns.
+    """
+    text = config.get("text_config") or config
+    if not str(text.get("model_type", "")).startswith(_TILED) or bare_role(weight.role) != "linear_attention.out":
+        return None
+    keys, values = (int(text.get(f"linear_num_{kind}_heads") or 0) for kind in ("key", "value"))
+    columns = weight.shape[-1]
+    if not keys or not values or values % keys or columns % values:
+        raise CheckpointError(
+            f"config.json says {keys} key heads and {values} value heads of linear attention, which does not fit the "
+            f"{columns} columns of {weight.name}; the order of llama.cpp's columns cannot be known"
+        )
+    tiled = np.arange(columns).reshape(values // keys, keys, columns // values)
+    return np.ascontiguousarray(tiled.swapaxes(0, 1)).reshape(-1)
 
 
 def _by_block(weights: Sequence[Weight]) -> dict[tuple[str, int | None], Weight]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.calibrate.gguf_names import gguf_targets
+from halfbyte.calibrate.gguf_names import gguf_names, gguf_targets, head_order
 from halfbyte.checkpoint import ShardWriter, build_header
 from halfbyte.checkpoint.files import reason
 from halfbyte.checkpoint.header import read_header
@@ -138,11 +138,14 @@ def add_entry(into: Importance, name: str, means: NDArray[Any], counts: NDArray[
     into.counts[name] = np.asarray(counts, dtype=np.int64)
 
 
-def match_importance(importance: Importance, weights: Sequence[Weight]) -> Matched:
+def match_importance(
+    importance: Importance, weights: Sequence[Weight], config: Mapping[str, Any] | None = None
+) -> Matched:
     """Give every entry to its weights: by role and layer for llama.cpp's names, by name for halfbyte's.
 
-    Several entries for one weight (gate and up of fused experts) are merged by maximum. CheckpointError, with
-    both sizes, where an entry has another number of columns than its weight: it is of another model.
+    ``config`` is the model's config.json, which says where llama.cpp orders columns otherwise. Several entries for one
+    weight (gate and up of fused experts) are merged by maximum. CheckpointError, with both sizes, where an entry has
+    another number of columns than its weight: it is of another model.
     """
     by_name = {w.name: w for w in weights}
     targets = gguf_targets(importance.values, weights) if importance.spelling == "gguf" else {}
@@ -153,6 +156,9 @@ def match_importance(importance: Importance, weights: Sequence[Weight]) -> Match
             result.unmatched.append(name)
             continue
         shaped, counts = _fit(name, values, importance.counts[name], target)
+        order = head_order(target, config or {}) if importance.spelling == "gguf" else None
+        if order is not None:
+            shaped = np.ascontiguousarray(shaped[..., order])
         if target.name in result.values:
             old, tokens = result.values[target.name], result.counts[target.name]
             if old.shape != shaped.shape:
@@ -164,6 +170,26 @@ def match_importance(importance: Importance, weights: Sequence[Weight]) -> Match
         _fill(result, name)
     wanted = (w for w in weights if is_matrix(w.role) and bare_role(w.role) != "embedding" and len(w.shape) > 1)
     result.uncovered = [w.name for w in wanted if w.name not in result.values]
+    return result
+
+
+def spelled_for_llama(importance: Importance, weights: Sequence[Weight], config: Mapping[str, Any]) -> Importance:
+    """Importance by the checkpoint's names under those that the model's tensors have in GGUF files.
+
+    Inputs that several of them share, such as those of gate and up of fused experts, stand under each name.
+    CheckpointError where no name of llama.cpp is known for any of it.
+    """
+    by_name = {w.name: w for w in weights}
+    result = Importance({}, {}, "gguf", importance.datasets, importance.chunks)
+    for name, target in gguf_names(weights).items():
+        if target in importance.values:
+            values, order = importance.values[target], head_order(by_name[target], config)
+            if order is not None:
+                values = values[..., np.argsort(order)]
+            result.values[name] = np.ascontiguousarray(values)
+            result.counts[name] = importance.counts[target]
+    if not result.values:
+        raise CheckpointError("llama.cpp has no names for the weights of this model that halfbyte knows of")
     return result
 
 

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise HalfbyteError(f"{out} should end in .yaml, as recipes do")
     checkpoint = options.open_checkpoint(args)
     dialect = get_dialect(args.dialect).for_model(checkpoint.inventory)
-    known = calibration_of(args.importance, checkpoint.weights) if args.importance else None
+    config = checkpoint.inventory.config
+    known = calibration_of(args.importance, checkpoint.weights, config) if args.importance else None
     if args.text is None and any((args.max_tokens, args.length, args.device, args.dtype)):
         raise HalfbyteError("--max-tokens, --length, --device and --dtype say how to measure; give a --text as well")
     formats = args.formats or FORMATS

@@ -18,6 +18,7 @@ EXAMPLES = """\
   halfbyte calibrate ./Qwen3.5-35B-A3B ./statistics --text calibration.txt
   halfbyte calibrate ./model ./statistics --text chat.json --samples 256 --length 2048 --all-experts
   halfbyte calibrate ./a ./b ./c --merge ./statistics      statistics of one model over different texts
+  halfbyte calibrate ./model ./statistics --imatrix imatrix.gguf      importance for llama.cpp's llama-quantize
 
 one decoder layer is in memory at a time; an interrupted run continues where it was
 needs torch and transformers: pip install 'halfbyte[transformers]'
@@ -30,6 +31,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--merge", metavar="OUT", help="add up statistics of one model over different texts")
     parser.add_argument(
         "--text", metavar="FILE", nargs="+", help="UTF-8 text, or a .json of conversations in ShareGPT's form"
+    )
+    parser.add_argument(
+        "--imatrix",
+        metavar="FILE",
+        help="write the importance under llama.cpp's names too: imatrix.gguf, or imatrix.dat in the older layout",
     )
     parser.add_argument("--samples", metavar="N", type=positive, default=128, help="pieces of text (default 128)")
     parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens in each (default 512)")
@@ -49,6 +55,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Collect or merge, and say what there is."""
     if args.merge:
+        if args.imatrix:
+            raise HalfbyteError(
+                "--imatrix needs the model; merge first, then: calibrate MODEL STATISTICS --imatrix FILE"
+            )
         from halfbyte.calibrate.statistics import Statistics, merge
 
         merge(args.paths, args.merge)
@@ -56,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         found = _collect(args)
     facts = describe(found)
+    if args.imatrix:
+        facts["imatrix"] = {"file": args.imatrix, "entries": _export(args, found)}
     if args.json:
         print_json(facts)
         return 0
@@ -63,12 +75,31 @@ def run(args: argparse.Namespace) -> int:
         f"{facts['weights']} weights, {facts['tokens']:,} tokens in {facts['samples']} samples, "
         f"{size(facts['bytes'])} in {facts['folder']}"
     )
+    if args.imatrix:
+        say(f"{args.imatrix}: {facts['imatrix']['entries']} entries under llama.cpp's names")
     for name, starved in facts["no_data"].items():
         say(f"no token reached {len(starved)} experts of {name}: {', '.join(map(str, starved[:16]))}")
     return 0
 
 
+def _export(args: argparse.Namespace, found: Statistics) -> int:
+    """Write the importance for llama.cpp; how many entries there are."""
+    from halfbyte.calibrate.imatrix import write_dat, write_gguf
+    from halfbyte.calibrate.importance import match_importance, spelled_for_llama
+    from halfbyte.view import Checkpoint
+
+    checkpoint = Checkpoint.open(args.paths[0])
+    match_importance(found.importance(), checkpoint.weights)  # sizes of another model are refused
+    spelled = spelled_for_llama(found.importance(), checkpoint.weights, checkpoint.inventory.config)
+    (write_dat if args.imatrix.endswith(".dat") else write_gguf)(spelled, args.imatrix)
+    return len(spelled.values)
+
+
 def _collect(args: argparse.Namespace) -> Statistics:
+    if len(args.paths) == 2 and args.imatrix and not args.text:
+        from halfbyte.calibrate.statistics import Statistics
+
+        return Statistics(args.paths[1])
     if len(args.paths) != 2 or not args.text:
         raise HalfbyteError("calibration needs a model, an output folder and a text: MODEL OUT --text FILE")
     return collect(

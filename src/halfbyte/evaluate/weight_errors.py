@@ -116,7 +116,10 @@ def compare_weights(
     for weight in chosen:
         if weight.name not in twins:
             raise CheckpointError(f"{weight.name} of {out} is not in {against}; is it the right source?")
-    columns = match_importance(read_importance(importance), source.weights).values if importance else {}
+    columns = {}
+    if importance:
+        config = source.inventory.config
+        columns = match_importance(read_importance(importance), source.weights, config).values
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
         folds = stored_folds(Path(out), source, right)
         for name in columns.keys() & folds.keys():
