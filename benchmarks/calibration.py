@@ -9,7 +9,8 @@ models also: fewer and more tokens, stronger damping and, with experts, all toke
 rotated blocks, for which activations are rounded too (W4A4).
 One results file per model in ``benchmarks/results/calibration``, which grows part by part (``--parts``, default all
 that it lacks); the tables between the markers in the document are written anew from all of them.
-Needs ``halfbyte[transformers]``; takes about twenty minutes on one core.
+Each row has the divergence and perplexity of the model, and the mean error of the outputs of its weights.
+Needs ``halfbyte[transformers]``; takes about thirty minutes on one core.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
+import numpy as np
+
 import calibration_tables
 import halfbyte
 from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.calibrate.collect import collect_statistics
 from halfbyte.calibrate.statistics import Statistics
+from halfbyte.checkpoint import Reader
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Settings, measure
 from halfbyte.formats import get_format
 from halfbyte.recipes import Recipe
 from halfbyte.search import get_search
+from halfbyte.view import Checkpoint
+from halfbyte.weighting import stored_folds
 
 FORMATS = ("nvfp4", "mixfp4", "mxfp4", "int4_g32", "int4_g128")
 GPTQ = {"search": "sweep", "method": "gptq"}
@@ -78,6 +84,7 @@ class Case:
     all_experts: bool = False
     kept: int = 0
     quantized: int = 0
+    output_error: float = 0.0
 
     @property
     def name(self) -> str:
@@ -169,8 +176,37 @@ class Bench:
             return None
         out = self.work / case.name
         done = halfbyte.quantize(plan, out)
-        print(f"{self.source.name} {case.name}: relMSE {done.relmse:.5f}", flush=True)
+        case.output_error = self.output_error(out)
+        print(f"{self.source.name} {case.name}: relMSE {done.relmse:.5f}, outputs {case.output_error:.5f}", flush=True)
         return out
+
+    def output_error(self, out: Path) -> float:
+        """Squared error of the outputs of quantized weights on the held-out text, over their energy; the mean of all.
+
+        Every weight by itself, with the inputs that it has in the source. Experts of a stack are added up.
+        """
+        known = self.work / "held-out-statistics"
+        samples = self.held_tokens // self.length
+        collect_statistics(self.source, known, [self.held_out], samples, self.length)
+        statistics, ours, source = Statistics(known), Checkpoint.open(out), Checkpoint.open(self.source)
+        twins = {w.name: w for w in source.weights}
+        found = []
+        with Reader(ours.inventory) as left, Reader(source.inventory) as right:
+            folds = stored_folds(out, source, right)
+            for weight in (w for w in ours.weights if w.name in ours.formats):
+                hessian = statistics.array(weight.name, "hessian")
+                if hessian is None:
+                    continue
+                values, fold = ours.read(left, weight).astype(np.float64), folds.get(weight.name)
+                if fold and fold.rows is not None:
+                    values *= fold.rows[..., None]
+                if fold and fold.columns is not None:
+                    values /= fold.columns[..., None, :]
+                dense = source.read(right, twins[weight.name].upright()).astype(np.float64)
+                error = values - dense
+                lost, energy = (float(np.sum((a @ hessian) * a)) for a in (error, dense))
+                found.append(lost / energy)
+        return float(np.mean(found))
 
     def run(self, part: str) -> dict[str, Any]:
         """One part on one model; {} where there is nothing to do."""
@@ -227,6 +263,7 @@ def _row(part: str, case: Case, row: dict[str, Any]) -> dict[str, Any]:
         "kl": row["kl"]["mean"],
         "kl_ci": row["kl_ci"]["mean"] if row["kl_ci"] else None,
         "top1": row["kl"]["top1"],
+        "output_error": case.output_error,
         "perplexity": row["perplexity"],
         "perplexity_ratio": row["perplexity_ratio"],
         "same": sorted(row["indistinguishable"]["kl"]),

@@ -37,7 +37,8 @@ def about(documents: Sequence[dict[str, Any]]) -> str:
     return (
         f"{first['date']}, {first['machine']['cpu']}, {versions}. Calibrated with {samples} samples; judged on other "
         f"text, windows of ({scored}). KL divergence from the source, nats per token × 1000. **Bold**: the least of "
-        "its column; *italic*: not distinguishable from it (paired 95 % interval)."
+        "its column; *italic*: not distinguishable from it (paired 95 % interval). In brackets the error of outputs: "
+        "squared error of a weight's outputs over their energy, on the same text, the mean over the weights, × 1000."
     )
 
 
@@ -97,10 +98,10 @@ def _cell(row: Row | None, column: list[Row]) -> str:
     if row is None:
         return "–"
     best = min(column, key=lambda r: float(r["kl"]))
-    number = _number(row["kl"])
+    number, error = _number(row["kl"]), f" ({_number(row['output_error'])})"
     if row is best:
-        return f"**{number}**"
-    return f"*{number}*" if best["name"] in row["same"] else number
+        return f"**{number}**{error}"
+    return (f"*{number}*" if best["name"] in row["same"] else number) + error
 
 
 def _half(row: Row) -> float:
