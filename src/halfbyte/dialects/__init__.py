@@ -1,18 +1,8 @@
 """Dialects: one file per engine's spelling of quantized tensors."""
 
 from halfbyte.dialects import compressed_tensors, fp8, gguf, gpt_oss, halfbyte, mlx, modelopt
-from halfbyte.dialects.base import (
-    CacheScales,
-    Container,
-    Dialect,
-    InputScale,
-    OutputTensor,
-    UnequalScalesError,
-    Written,
-    get_dialect,
-    list_dialects,
-    register_dialect,
-)
+from halfbyte.dialects.base import Dialect, get_dialect, list_dialects, register_dialect
+from halfbyte.dialects.outputs import CacheScales, Container, InputScale, OutputTensor, UnequalScalesError, Written
 from halfbyte.dialects.settings import quantization_config_of, unquantized_config
 
 __all__ = [

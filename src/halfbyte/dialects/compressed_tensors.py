@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, CacheScales, Dialect, InputScale, OutputTensor, register_dialect
+from halfbyte.dialects.base import Dialect, register_dialect
 from halfbyte.dialects.compressed_tensors_config import (
     CACHE,
     SPELLINGS,
@@ -28,6 +28,7 @@ from halfbyte.dialects.compressed_tensors_config import (
     transform_name,
 )
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
+from halfbyte.dialects.outputs import Array, CacheScales, InputScale, OutputTensor
 from halfbyte.dialects.patterns import spaces
 from halfbyte.dialects.settings import quantization_config_of
 from halfbyte.errors import CheckpointError

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
+from halfbyte.dialects.base import Dialect, register_dialect
 from halfbyte.dialects.modules import is_linear, module_problem, modules, stored_bytes
+from halfbyte.dialects.outputs import Array, OutputTensor
 from halfbyte.dialects.settings import quantization_config_of
 from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.formats import BlockFormat, Format, get_format

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, numpy_dtype
-from halfbyte.dialects.base import Array, Container, Dialect, OutputTensor, Written, register_dialect
+from halfbyte.dialects.base import Dialect, register_dialect
 from halfbyte.dialects.gguf_blocks import BLOCKS, pack_blocks, row_bytes
 from halfbyte.dialects.gguf_file import GgufContainer, metadata_differences
 from halfbyte.dialects.gguf_metadata import remarks
 from halfbyte.dialects.gguf_models import model_of
 from halfbyte.dialects.gguf_source import FLOATS, GgufBase, GgufReading, rotated, scale_name, scaled
 from halfbyte.dialects.gguf_vocab import tokenizer_remarks
+from halfbyte.dialects.outputs import Array, Container, OutputTensor, Written
 from halfbyte.errors import PlanError
 from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.models import Weight

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, Layout, Reader, nbytes
-from halfbyte.dialects.base import Container, OutputTensor
 from halfbyte.dialects.gguf_metadata import describe, general, rope_factors
 from halfbyte.dialects.gguf_models import Model, library
 from halfbyte.dialects.gguf_vocab import add_tokenizer
+from halfbyte.dialects.outputs import Container, OutputTensor
 from halfbyte.errors import PlanError
 
 _ROPE = "rope_freqs.weight"

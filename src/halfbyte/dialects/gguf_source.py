@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, OutputTensor
+from halfbyte.dialects.base import Dialect
 from halfbyte.dialects.gguf_blocks import BLOCKS, FORMATS, row_bytes, unpack_blocks
 from halfbyte.dialects.gguf_models import Model, Place
+from halfbyte.dialects.outputs import Array, OutputTensor
 from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.models import Weight

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
+from halfbyte.dialects.base import Dialect, register_dialect
 from halfbyte.dialects.modules import is_linear
+from halfbyte.dialects.outputs import Array, OutputTensor
 from halfbyte.dialects.settings import quantization_config_of
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, get_format

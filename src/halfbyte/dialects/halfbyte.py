@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo, safetensors_name
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, register_dialect
+from halfbyte.dialects.base import Dialect, register_dialect
+from halfbyte.dialects.outputs import Array, OutputTensor
 from halfbyte.dialects.patterns import compact, spaces
 from halfbyte.dialects.settings import quantization_config_of
 from halfbyte.errors import CheckpointError, FormatError

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo
-from halfbyte.dialects.base import Array, Dialect, OutputTensor, Written, register_dialect
+from halfbyte.dialects.base import Dialect, register_dialect
 from halfbyte.dialects.mlx_names import BIASES, Model, config_for_mlx, is_stack, original_config
 from halfbyte.dialects.mlx_source import Source, parameters, settings_of
+from halfbyte.dialects.outputs import Array, OutputTensor, Written
 from halfbyte.errors import PlanError
 from halfbyte.formats import AffineFormat, BlockFormat, Format, get_format
 from halfbyte.models import Weight

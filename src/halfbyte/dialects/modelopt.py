@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Array, CacheScales, Dialect, InputScale, OutputTensor, register_dialect
+from halfbyte.dialects.base import Dialect, register_dialect
 from halfbyte.dialects.modelopt_config import CACHE, FILE, Algorithms, config_file, quantization_config, settings_of
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
+from halfbyte.dialects.outputs import Array, CacheScales, InputScale, OutputTensor
 from halfbyte.dialects.patterns import spaces
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import BlockFormat, Format

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from halfbyte.dialects.base import Array
+from halfbyte.dialects.outputs import Array
 from halfbyte.formats import Format
 from halfbyte.models import Weight
 from halfbyte.models.roles import bare_role

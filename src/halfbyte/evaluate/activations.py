@@ -30,7 +30,7 @@ from halfbyte.formats.scales import FP32
 from halfbyte.formats.tables import E4M3
 from halfbyte.models import Weight
 from halfbyte.models.roles import bare_role
-from halfbyte.runtime.remote.halfbyte_modules import rotated, unrotated
+from halfbyte.runtime.remote.halfbyte_rotation import rotated, unrotated
 from halfbyte.view import Checkpoint
 
 FORMATS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte.errors import PlanError
 
-FILES = ("halfbyte_modules.py", "halfbyte_quantizer.py")
+FILES = ("halfbyte_rotation.py", "halfbyte_modules.py", "halfbyte_quantizer.py")
 ENTRY = {"AutoConfig": "halfbyte_quantizer.HalfbyteConfig"}
 
 
