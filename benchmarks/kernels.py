@@ -37,6 +37,7 @@ REFERENCE_ROWS = 64
 TABLE = {
     "nvfp4": ("absmax", "four_over_six", "sweep"),
     "mxfp4": ("absmax", "sweep"),
+    "mxfp4_hadamard": ("sweep",),
     "mixfp4": ("absmax", "four_over_six", "sweep", "exhaustive"),
     "if4": ("sweep",),
     "razer": ("sweep",),
@@ -114,6 +115,8 @@ def measure(x: NDArray[Any], name: str, search: str, runs: int) -> dict[str, flo
         "decode": lambda: decode(narrow),
         "decode_fp32": lambda: decode(wide),
     }
+    if getattr(get_format(name), "rotation", None):
+        del jobs["weighted"]  # columns are mixed
     return {job: round(x.nbytes / 1e9 / seconds(run, runs), 4) for job, run in jobs.items()}
 
 

@@ -86,7 +86,7 @@ def _kernels(found: dict[str, Any]) -> None:
 
 
 def _figure(row: dict[str, Any] | None, key: str) -> str:
-    if row is None:
+    if row is None or key not in row:
         return "–"
     value = row[key]
     return f"{value:.2f}" if value >= 0.095 else f"{value:.3f}"
