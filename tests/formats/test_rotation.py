@@ -99,7 +99,7 @@ def test_names_of_formats_in_rotated_space_are_made_of_both() -> None:
     [
         (lambda: rotated(get_format("fp8_channel"), "hadamard"), "fp8_channel cannot be rotated"),
         (lambda: get_format("hif4_hadamard"), "hif4 cannot be rotated"),
-        (lambda: rotated(get_format("mxfp4_duquant"), "hadamard"), "cannot be rotated"),
+        (lambda: rotated(get_format("mxfp4_duquant"), "hadamard"), "rotated weights already"),
         (lambda: encode(np.ones((2, 64)), "mxfp4_hadamard", importance=np.ones(64)), "mixes the channels"),
         (lambda: encode(np.ones((2, 64)), "mxfp4", rotation=np.zeros((2, 16), np.uint8)), "in no rotated space"),
         (lambda: encode(np.ones((2, 64)), "mxfp4_duquant", rotation=np.zeros((3, 16), np.uint8)), "needs uint8"),

@@ -39,6 +39,17 @@ def test_an_unknown_wish_is_refused(key: str) -> None:
         parse_recipe(rules(f"match: linear, format: nvfp4, {key}"), "here")
 
 
+def test_importance_of_single_columns_cannot_weigh_rotated_ones() -> None:
+    with pytest.raises(RecipeError, match="rule 1: `transform: hadamard` mixes columns"):
+        parse_recipe(rules("match: linear, format: mxfp4, transform: hadamard, weight: importance"), "here")
+
+
+def test_only_rotations_by_inputs_need_a_calibration() -> None:
+    asks = {t: f"match: linear, format: mxfp4, transform: {t}" for t in ("hadamard", "duquant", "awq")}
+    needs = {t: parse_recipe(rules(rule), "here").needs_calibration for t, rule in asks.items()}
+    assert needs == {"hadamard": False, "duquant": True, "awq": True}
+
+
 def test_match_may_be_a_list() -> None:
     recipe = parse_recipe(rules("match: [experts, 're:lm_head'], format: nvfp4"), "here")
     assert recipe.rules[0].match == ("experts", "re:lm_head")

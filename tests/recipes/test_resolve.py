@@ -166,3 +166,26 @@ def test_both_spellings_of_experts_get_the_same_decisions(shared: Path) -> None:
     weights = family_for(fused.config).weights(fused)
     decisions = resolve(recipe("match: experts, format: a"), weights)
     assert sum(d.action == "quantize" for d in decisions) == 80
+
+
+def test_a_rotation_is_part_of_the_format() -> None:
+    decided = resolve(recipe("match: linear, format: int4, transform: hadamard"), GROUP)
+    assert {d.format for d in decided} == {"int4_g128_hadamard"}
+
+
+def test_a_group_with_rotated_and_plain_weights_is_refused() -> None:
+    rules = "match: linear, format: mxfp4", "match: attention.v, format: mxfp4, transform: hadamard"
+    with pytest.raises(RecipeError, match="v_proj gets mxfp4_hadamard"):
+        resolve(recipe(*rules), GROUP)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("format: fp8_channel, search: absmax, transform: hadamard", "rule 1: fp8_channel cannot be rotated"),
+        ("format: mxfp4_hadamard, transform: duquant", "rule 1: mxfp4_hadamard is that of rotated weights already"),
+    ],
+)
+def test_what_cannot_be_rotated_is_refused_with_the_rule(rule: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        resolve(recipe(f"match: linear, {rule}"), GROUP)

@@ -55,7 +55,7 @@ class CompressedTensorsDialect(Dialect):
         if plain_name(fmt) not in SPELLINGS or (rotation and rotation.steps):
             return f"compressed-tensors has no spelling for {fmt.name}; use the dialect halfbyte"
         if rotation and len(weight.shape) > 2:
-            return f"engines rotate no inputs of experts, such as {weight.name}; use the dialect halfbyte"
+            return "engines rotate no inputs of experts; use the dialect halfbyte, or leave experts as they are"
         return module_problem(weight, fmt, self.name)
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:

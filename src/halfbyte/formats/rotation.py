@@ -130,7 +130,9 @@ def rotated(fmt: Any, name: str) -> Any:
     """A block format in rotated space; its name ends with the rotation's. FormatError where blocks are not along K."""
     from halfbyte.formats.block import BlockFormat  # block formats know how to undo a rotation
 
-    if not isinstance(fmt, BlockFormat) or fmt.block[0] != 1 or fmt.block[1] not in SIZES or fmt.rotation:
+    if isinstance(fmt, BlockFormat) and fmt.rotation:
+        raise FormatError(f"{fmt.name} is that of rotated weights already; name the format without its rotation")
+    if not isinstance(fmt, BlockFormat) or fmt.block[0] != 1 or fmt.block[1] not in SIZES:
         raise FormatError(
             f"{fmt.name} cannot be rotated: that needs one scale for each 16, 32, 64 or 128 columns of a row"
         )

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from halfbyte.errors import RecipeError
+from halfbyte.errors import FormatError, RecipeError
 from halfbyte.formats import get_format
+from halfbyte.formats.rotation import rotated
 from halfbyte.models.patterns import normalise
 from halfbyte.models.roles import LINEAR, is_under
 from halfbyte.models.weight import Weight
@@ -79,8 +80,7 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
         return Decision(rule.action, None, None, None, "error", reason, number)
     return Decision(
         "quantize",
-        # a rotation is part of what codes mean, and so of the format
-        f"{get_format(rule.format).name}_{rule.transform}" if rule.format and rule.turns else rule.format,
+        _format(rule, number, recipe),
         rule.search,
         rule.tensor_scale,
         rule.indivisible,
@@ -91,6 +91,16 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
         rule.transform,
         rule.activations,
     )
+
+
+def _format(rule: Rule, number: int, recipe: str) -> str | None:
+    """The format's name; a rotation is part of what codes mean, and so of the format."""
+    if not rule.turns or rule.format is None or rule.transform is None:
+        return rule.format
+    try:
+        return str(rotated(get_format(rule.format), rule.transform).name)
+    except FormatError as error:
+        raise RecipeError(f"recipe {recipe}, rule {number}: {error}") from error
 
 
 def _method(rule: Rule) -> Method | None:
