@@ -11,9 +11,8 @@ from halfbyte.formats.scales import E6M2
 from halfbyte.search import SEARCHES
 from halfbyte.search.blocks import to_blocks
 
-FORMATS = list_formats()
-# kernels know nothing of rotations: codes and scales are those of the plain format (test_rotation.py has the rest)
-UPRIGHT = [f for f in FORMATS if getattr(get_format(f), "rotation", None) is None]
+# formats of rotated weights are the plain ones in another space: test_rotation.py holds what that adds
+FORMATS = [f for f in list_formats() if getattr(get_format(f), "rotation", None) is None]
 CASES = [(f, s) for f in FORMATS for s in SEARCHES if SEARCHES[s].problem(get_format(f)) is None]
 QUICK = [(f, s) for f, s in CASES if s != "exhaustive"]
 TENSOR_SCALED = [f for f in FORMATS if "tensor_scale" in get_format(f).parts((64, 256))]

@@ -6,11 +6,10 @@ import pytest
 from halfbyte.formats import BlockFormat, QuantizedTensor, get_format
 from halfbyte.formats.packing import unpack_nibbles
 
-from .cases import UPRIGHT, shape_for
+from .cases import FORMATS, shape_for
 from .streams import random_bytes
 
-# what a rotation adds is in test_rotation.py
-BLOCK_FORMATS = [n for n in UPRIGHT if isinstance(get_format(n), BlockFormat)]
+BLOCK_FORMATS = [n for n in FORMATS if isinstance(get_format(n), BlockFormat)]
 BITS_PER_WEIGHT = {
     "nvfp4": 4.5,
     "nvint4": 4.5,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from halfbyte import kernels
 from halfbyte.errors import FormatError
-from halfbyte.formats import get_format
+from halfbyte.formats import get_format, list_formats
 from halfbyte.formats.rotation import END, ROTATIONS, hadamard_matrix, plain_swaps, rotate_reference, rotated
 from halfbyte.search import encode
 from halfbyte.search.rotation import rotation_matrices
@@ -85,6 +85,31 @@ def test_an_outlier_costs_mxfp4_less_once_it_is_spread() -> None:
     x[:, ::32] *= 30
     lost = {name: float(np.square(encode(x, name).decode() - x).sum()) for name in ("mxfp4", "mxfp4_hadamard")}
     assert lost["mxfp4_hadamard"] < 0.9 * lost["mxfp4"]
+
+
+@pytest.mark.parametrize("name", [f for f in list_formats() if getattr(get_format(f), "rotation", None)])
+def test_a_stack_is_encoded_as_its_members_in_the_declared_arrays(name: str) -> None:
+    rng = np.random.default_rng(4)
+    fmt = get_format(name)
+    x = rng.standard_t(3, (3, 6, 4 * fmt.block[1])).astype(np.float32)
+    steps = swaps(rng, 3, 4, size=fmt.block[1]) if fmt.rotation.steps else None
+    whole = encode(x, fmt, rotation=steps)
+    for part, (kind, shape) in fmt.parts(x.shape).items():
+        array = getattr(whole, part)
+        assert array.dtype == kind and array.shape == shape
+    for i in range(3):
+        one = encode(x[i], fmt, rotation=None if steps is None else steps[i])
+        assert np.array_equal(one.codes, whole.codes[i]) and np.array_equal(one.decode(), whole.decode()[i])
+    assert np.square(whole.decode() - x).sum() < 0.05 * np.square(x).sum()
+
+
+def test_errors_are_measured_in_rotated_space() -> None:
+    x = np.random.default_rng(5).standard_t(3, (8, 256)).astype(np.float32)
+    while_encoding, later = kernels.ErrorStats(), kernels.ErrorStats()
+    tensor = encode(x, "mxfp4_hadamard", stats=while_encoding)
+    kernels.compare(tensor, x, later)
+    assert while_encoding == later
+    assert later.squared_error == pytest.approx(float(np.square(tensor.decode() - x).sum()), rel=1e-5)
 
 
 def test_names_of_formats_in_rotated_space_are_made_of_both() -> None:

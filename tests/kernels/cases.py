@@ -8,13 +8,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from formats.cases import CASES, UPRIGHT, draw
+from formats.cases import CASES, FORMATS, draw
 from halfbyte import kernels
 from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.search import encode
 
 NATIVE = kernels.backends()[:-1]
-WITH_KERNELS = [name for name in UPRIGHT if name not in kernels.NUMPY_ONLY]
+WITH_KERNELS = [name for name in FORMATS if name not in kernels.NUMPY_ONLY]
 KERNEL_CASES = [case for case in CASES if case[0] in WITH_KERNELS]
 QUICK_KERNEL_CASES = [case for case in KERNEL_CASES if case[1] != "exhaustive"]
 TYPES = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}

@@ -80,9 +80,41 @@ def halfbyte(stored: Stored) -> dict[str, Array]:
         if weight == name:
             continue
         (fmt,) = [f for f, patterns in settings["weights"].items() if any(re.match(p[3:], weight) for p in patterns)]
+        told = settings["formats"][fmt]
         parts = {p: stored.tensors.get(f"{weight}_{p}") for p in ("scales", "tensor_scale", "offsets")}
-        found[weight] = _stated(settings["formats"][fmt], codes, **parts)
+        found[weight] = _stated(told, codes, **parts)
+        if "rotation" in told:
+            size, swaps = told["rotation"]["size"], stored.tensors.get(f"{weight}_rotation")
+            found[weight] = turned_back(found[weight], size, swaps)
     return found
+
+
+def turned_back(values: Array, size: int, swaps: Array | None = None) -> Array:
+    """Blocks of columns times the Hadamard matrix or, from the last step on, times it and with channels swapped."""
+    blocks = values.reshape(*values.shape[:-1], -1, size).copy()
+    if swaps is None:
+        return hadamard(blocks).reshape(values.shape)
+    for place in np.ndindex(swaps.shape[:-1]):
+        at = (*place[:-1], slice(None), place[-1])
+        for channel in (int(c) for c in swaps[place][::-1] if c < size):
+            block = hadamard(blocks[at])
+            block[:, [0, channel]] = block[:, [channel, 0]]
+            blocks[at] = block
+    return blocks.reshape(values.shape)
+
+
+def hadamard(blocks: Array) -> Array:
+    """Sums and differences over distances 1, 2, 4 ..., then the FP32 number next to one over the root of the size."""
+    size = blocks.shape[-1]
+    distance = 1
+    while distance < size:
+        first = [i for i in range(size) if not i & distance]
+        second = [i + distance for i in first]
+        total, rest = blocks[..., first] + blocks[..., second], blocks[..., first] - blocks[..., second]
+        blocks = blocks.copy()
+        blocks[..., first], blocks[..., second] = total, rest
+        distance *= 2
+    return blocks * F32(1 / np.sqrt(size))
 
 
 def _stated(told: Mapping[str, Any], codes: Array, scales: Array, tensor_scale: Any, offsets: Any) -> Array:
@@ -135,6 +167,9 @@ def compressed_tensors(stored: Stored) -> dict[str, Array]:
         dtypes = {part: stored.dtypes[f"{name}.{part}"] for part in parts}
         values = decompress(parts, dtypes, scheme)
         found[name] = values.float().numpy().astype(str(values.dtype).rpartition(".")[2])
+        for transform in config["transform_config"].get("config_groups", {}).values():
+            if any(re.match(target[3:], name) for target in transform["apply"][0]["targets"]):
+                found[name] = turned_back(values.float().numpy(), transform["head_dim"])
     return found
 
 
