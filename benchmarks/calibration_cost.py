@@ -1,11 +1,15 @@
-"""What a calibration costs: time beside a plain forward pass, peak memory, and an estimate for a large model.
+"""What a calibration costs: time beside a plain forward pass, peak memory, and what a large model would need.
 
     python benchmarks/calibration_cost.py ../shared/data [-o benchmarks/results/calibration_cost.json] [--docs FILE]
+    python benchmarks/calibration_cost.py ../shared/data --shapes qwen36_35b_a3b --layers 4 --scratch DIR
 
 For the demo model and ``models/*-wiki``, each kind of calibration and a plain forward pass of the whole model over the
 same samples run in processes of their own, one after the other; times are given as ratios, since they depend on the
 machine. Memory is the peak above that of the imports. The estimate comes from the headers in ``inventories`` beside
 the data and a formula, not from a run. Needs ``halfbyte[transformers]``; takes about a minute on one core.
+
+``--shapes`` instead calibrates and converts a few layers of a large model with random weights, which needs 25 GB in DIR
+and an hour on two cores (``calibration_at_scale.py``), and leaves the other results as they are.
 """
 
 from __future__ import annotations
@@ -23,13 +27,15 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
+import calibration_at_scale as scale
 from common import REPOSITORY, RESULTS, head, replace_part
 from halfbyte.calibrate.collect import BATCH_TOKENS, HESSIAN_BYTES
-from halfbyte.checkpoint.inventory import Inventory
+from halfbyte.checkpoint import Inventory, nbytes
 from halfbyte.demo import MODEL as DEMO
 from halfbyte.models import Weight, family_for
 
 SAMPLES, LENGTH = 32, 256
+NAMES = ("qwen36_35b_a3b", "qwen3_0_6b", "llama_3_2_1b")
 KINDS = ("importance", "hessians", "hessians, all experts")
 
 
@@ -90,10 +96,9 @@ def measured(model: Path, text: Path) -> dict[str, Any]:
 
 
 def estimate(inventory: Path, dtype_bytes: int = 4) -> dict[str, Any]:
-    """The largest decoder layer in memory: its weights and Hessians, and the activations of one batch.
+    """The largest decoder layer in memory, its weights and Hessians; activations depend on the model's code.
 
-    Activations: hidden states twice, and the widest product of a batch of ``BATCH_TOKENS`` tokens. What transformers
-    needs on top while it fills a layer (a copy of one stack of experts at most) is not counted. All in FP32.
+    All in FP32, but for stacks of experts, which are in the checkpoint's type, with one expert of each also in FP32.
     """
     checkpoint = Inventory.from_json(inventory)
     layers: dict[int, list[Weight]] = {}
@@ -101,8 +106,10 @@ def estimate(inventory: Path, dtype_bytes: int = 4) -> dict[str, Any]:
         if weight.layer is not None and not weight.role.startswith(("mtp", "vision")):
             layers.setdefault(weight.layer, []).append(weight)
 
-    def sizes(weights: list[Weight]) -> tuple[int, int, int]:
-        elements = sum(math.prod(w.shape) for w in weights)
+    def sizes(weights: list[Weight]) -> tuple[int, int]:
+        stacks = [w for w in weights if len(w.shape) == 3 and w.role.startswith("experts.")]
+        held = sum(math.prod(w.shape) * dtype_bytes for w in weights if w not in stacks)
+        held += sum(nbytes(w.dtype, w.shape) + math.prod(w.shape[1:]) * dtype_bytes for w in stacks)
         hessians: dict[tuple[str, int], int] = {}
         for w in weights:
             if len(w.shape) < 2:
@@ -112,19 +119,15 @@ def estimate(inventory: Path, dtype_bytes: int = 4) -> dict[str, Any]:
             # matrices with one input share a sum: told apart here by what they follow and how wide they are
             reads = w.group or ("norm" if w.role.endswith((".q", ".k", ".v", ".gate", ".up", "router")) else w.name)
             hessians[reads, k] = own if own <= HESSIAN_BYTES else k * k * dtype_bytes
-        widest = max(w.shape[-2] for w in weights if len(w.shape) > 1)
-        return elements * dtype_bytes, sum(hessians.values()), widest
+        return held, sum(hessians.values())
 
     config = checkpoint.config.get("text_config", checkpoint.config)
     each = [sizes(weights) for weights in layers.values()]
-    weights, hessians, widest = max(each, key=lambda s: s[0] + s[1])
-    activations = BATCH_TOKENS * (2 * config["hidden_size"] + widest) * dtype_bytes
+    weights, hessians = max(each, key=sum)
     return {
         "inventory": inventory.stem,
         "layer_weights": weights,
         "hessians": hessians,
-        "activations": activations,
-        "sum": weights + hessians + activations,
         "states_on_disk": 2 * 128 * 512 * config["hidden_size"] * 4,
         "statistics_on_disk": sum(s[1] for s in each),
     }
@@ -146,18 +149,7 @@ def table(results: dict[str, Any]) -> str:
             one = found.get(kind)
             cells.append(f"{one['seconds'] / base['seconds']:.1f}, {one['bytes'] / 2**20:.0f} MiB" if one else "–")
         lines.append(f"| {found['model']} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Estimated, not measured: memory by formula for shapes of large models, in GiB.",
-        "",
-        "| | weights of the largest layer, FP32 | its Hessians | activations of a batch | together | on disk: states, "
-        "128 × 512 tokens | statistics |",
-        "|---|" + "---:|" * 6,
-    ]
-    for e in results["estimates"]:
-        keys = ("layer_weights", "hessians", "activations", "sum", "states_on_disk", "statistics_on_disk")
-        lines.append(f"| {e['inventory']} | " + " | ".join(f"{e[k] / 2**30:.2f}" for k in keys) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *scale.table(results["estimates"], results.get("at_scale", {}))])
 
 
 def main() -> None:
@@ -166,19 +158,30 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "calibration_cost.json")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "TEXT", "KIND"), help="internal: one measurement")
+    parser.add_argument("--shapes", metavar="NAME", help="an inventory of a large model, to be measured at scale")
+    parser.add_argument("--layers", type=int, default=4, help="how many of its layers")
+    parser.add_argument("--scratch", type=Path, help="a folder for its checkpoint, outputs and statistics")
     args = parser.parse_args()
     if args.worker:
         worker(Path(args.worker[0]), Path(args.worker[1]), args.worker[2])
         return
+    inventories = args.data.parent / "inventories"
     results = head("torch", "transformers")
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         content = lzma.decompress((args.data / "text/enwiki2015/train_first12MB.txt.xz").read_bytes())[:500_000]
         text.write_text(content.decode(errors="ignore"), "utf-8")
-        models = [DEMO, *sorted((args.data / "models").glob("*-wiki"))]
-        results["models"] = [measured(model, text) for model in models]
-    names = ("qwen36_35b_a3b", "qwen3_0_6b", "llama_3_2_1b")
-    results["estimates"] = [estimate(args.data.parent / "inventories" / f"{name}.json") for name in names]
+        before = json.loads(args.output.read_text()) if args.output.exists() else {}
+        if args.shapes:
+            if not args.scratch:
+                parser.error("--shapes needs --scratch")
+            found = scale.at_scale(inventories / f"{args.shapes}.json", args.layers, args.scratch, args.data, text)
+            results = {**before, "at_scale": {**before.get("at_scale", {}), args.shapes: {**results, **found}}}
+        else:
+            models = [DEMO, *sorted((args.data / "models").glob("*-wiki"))]
+            results["models"] = [measured(model, text) for model in models]
+            results |= {"at_scale": before["at_scale"]} if "at_scale" in before else {}
+    results["estimates"] = [estimate(inventories / f"{name}.json") for name in NAMES]
     args.output.write_text(json.dumps(results, indent=1) + "\n")
     replace_part(args.docs, "calibration cost", table(results))
 

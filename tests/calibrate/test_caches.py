@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from halfbyte.calibrate.blocks import Blocks, enter, run_layer
 from halfbyte.calibrate.caches import arrays_of, watch_caches
 from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.calibrate.observe import Observer
 from halfbyte.calibrate.samples import make_samples
 from halfbyte.calibrate.statistics import Statistics, merge, read_about, write_about
 from halfbyte.checkpoint import Reader
@@ -49,7 +50,8 @@ def _watched(folder: Path, ids: torch.Tensor) -> dict[int, tuple[float, float]]:
         with blocks.filled(blocks.decoder.get_input_embeddings()):
             hidden, calls = enter(blocks, ids)
         for i, layer in enumerate(blocks.layers):
-            with blocks.filled(layer):
+            # which computes with narrow stacks of experts
+            with blocks.filled(layer), Observer(blocks.parameters_of(layer), lambda *_: ""):
                 plain = run_layer(layer, hidden, calls[i])
                 with watch_caches(blocks.attentions_of(layer)) as caches:
                     hidden = run_layer(layer, hidden, calls[i])

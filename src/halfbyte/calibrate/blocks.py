@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,15 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from halfbyte.calibrate.stacks import Read, Source, fill_stack, plan_stack
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import CheckpointError
 from halfbyte.models.caches import attention_of
+from halfbyte.runtime.decode import to_torch
 from halfbyte.runtime.loading import Late, class_of, quiet, sources_of
 from halfbyte.view import Checkpoint
+
+_ROWS = 4096  # of an embedding that are read at a time
 
 
 class Blocks:
@@ -32,7 +36,8 @@ class Blocks:
 
     ``decoder`` is the module whose ``layers`` are run one after the other; ``uses`` says which weights of the
     checkpoint a parameter of the model holds, and for which expert where experts are modules of their own.
-    Everything computes in ``dtype`` on ``device``.
+    Everything computes in ``dtype`` on ``device``; stacks of experts are as narrow as the checkpoint has them, and an
+    ``Observer`` widens them one expert at a time.
     """
 
     def __init__(self, checkpoint: Checkpoint, reader: Reader, dtype: torch.dtype, device: torch.device) -> None:
@@ -57,10 +62,11 @@ class Blocks:
             )
         self.layers = list(self.decoder.layers)
         self._names = {id(module): name for name, module in self.model.named_modules()}
-        self._read: dict[str, Callable[[], NDArray[Any]]] = dict(sources_of(checkpoint, reader))
+        self._read: dict[str, Read] = dict(sources_of(checkpoint, reader))
         self.uses: dict[str, list[tuple[str, int | None]]] = {}
         self._weights = {w.name: w for w in checkpoint.weights}
-        self._sources: dict[str, list[str]] = {}
+        self._sources: dict[str, list[Source]] = {}
+        self._stacks: dict[str, list[list[str]]] = {}
         self._follow()
 
     def _follow(self) -> None:
@@ -72,14 +78,20 @@ class Blocks:
         prefix = self.model.base_model_prefix
         for weight in self.checkpoint.weights:
             for piece in weight.pieces:
-                target = rename_source_key(piece.source, renamings, converters, prefix, expected)[0]
+                target, pattern = rename_source_key(piece.source, renamings, converters, prefix, expected)
                 if target not in expected:
                     continue
                 expert = piece.expert if expected[target].dim() == 2 else None
                 uses = self.uses.setdefault(target, [])
                 if (weight.name, expert) not in uses[-1:]:
                     uses.append((weight.name, expert))
-                self._sources.setdefault(target, []).append(piece.source)
+                self._sources.setdefault(target, []).append(Source(piece.source, piece.expert, pattern))
+        for target, sources in self._sources.items():
+            role = self._weights[self.uses[target][0][0]].role
+            if role.startswith("experts.") and expected[target].dim() == 3:
+                plan = plan_stack(expected[target].shape[0], sources, converters)
+                if plan is not None:
+                    self._stacks[target] = plan
         self._follow_tied()
 
     def _follow_tied(self) -> None:
@@ -88,8 +100,8 @@ class Blocks:
         first, last = (f"{self._names[id(m)]}.weight" if m is not None else "" for m in pair)
         tied = self.model.config.get_text_config().tie_word_embeddings
         if tied and last in self._sources and first not in self._sources:
-            self._read[first] = self._read[self._sources[last][0]]
-            self._sources[first] = [first]
+            self._read[first] = self._read[self._sources[last][0].name]
+            self._sources[first] = [Source(first, None, None)]
 
     def columns(self, target: str) -> int:
         """How wide the inputs of a matrix of the model are."""
@@ -119,7 +131,22 @@ class Blocks:
     def filled(self, module: nn.Module) -> Iterator[None]:
         """A part with its weights, for as long as the context lasts."""
         wanted = self.parameters_of(module)
-        names = {source for target in wanted for source in self._sources.get(target, ())}
+        with self._restored(module):
+            for target in wanted.keys() & self._stacks.keys():
+                self._put(target, self._stack(target, wanted[target].shape))
+            self._fill(module, {s.name for t in wanted.keys() - self._stacks.keys() for s in self._sources.get(t, ())})
+            yield
+
+    def _stack(self, target: str, shape: torch.Size) -> torch.Tensor:
+        plan, whole = self._stacks[target], self._sources[target][0].name
+        try:
+            return fill_stack(shape, plan, self._read, whole, self.dtype, self.device)
+        except ValueError as error:
+            source = self.checkpoint.inventory.source
+            raise CheckpointError(f"{source} cannot fill {target}: it has experts of shape {error}") from error
+
+    def _fill(self, module: nn.Module, names: set[str]) -> None:
+        """Through transformers; each tensor is there twice while it is converted."""
         config = LoadStateDictConfig(
             dtype=self.dtype, device_map={"": self.device}, weight_mapping=get_model_conversion_mapping(self.model)
         )
@@ -132,13 +159,60 @@ class Blocks:
         if problems or missing:
             shown = ", ".join(map(str, [*problems, *missing][:3]))
             raise CheckpointError(f"{self.checkpoint.inventory.source} cannot fill {self._names[id(module)]}: {shown}")
+
+    @contextlib.contextmanager
+    def embedding(self, ids: torch.Tensor) -> Iterator[None]:
+        """The embedding of just these tokens, for as long as the context lasts: other rows are not kept."""
+        module = self.decoder.get_input_embeddings()
+        targets = list(self.parameters_of(module))
+        sources = self._sources.get(targets[0], ())
+        if not isinstance(module, nn.Embedding) or len(targets) > 1 or [s.pattern for s in sources] != [None]:
+            with self.filled(module):
+                yield
+            return
+        rows = ids.unique()
+
+        def place(value: Any) -> Any:
+            return torch.searchsorted(rows, value) if isinstance(value, torch.Tensor) else value
+
+        def find(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+            return tuple(map(place, args)), {name: place(value) for name, value in kwargs.items()}
+
+        padding = module.padding_idx
+        with self._restored(module):
+            self._put(targets[0], self._rows(targets[0], rows.cpu()))
+            module.padding_idx = None  # may lie beyond these rows, and only matters to gradients
+            handle = module.register_forward_pre_hook(find, with_kwargs=True)
+            try:
+                yield
+            finally:
+                module.padding_idx = padding
+                handle.remove()
+
+    def _rows(self, target: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a matrix, which is read piece by piece."""
+        read, (total, width) = self._read[self._sources[target][0].name], self.model.get_parameter(target).shape
+        found = torch.empty((len(rows), width), dtype=self.dtype, device=self.device)
+        for first in range(0, total, _ROWS):
+            here = (rows >= first) & (rows < first + _ROWS)
+            if here.any():
+                values = to_torch(read(first, min(first + _ROWS, total)))
+                found[here.to(self.device)] = values[rows[here] - first].to(self.device, self.dtype)
+        return found
+
+    def _put(self, target: str, values: torch.Tensor) -> None:
+        name, _, own = target.rpartition(".")
+        self.model.get_submodule(name)._parameters[own] = nn.Parameter(values, requires_grad=False)
+
+    @contextlib.contextmanager
+    def _restored(self, module: nn.Module) -> Iterator[None]:
+        """Afterwards the parameters are again those without values."""
+        empty = [(part, dict(part._parameters)) for part in module.modules()]
         try:
             yield
         finally:
-            for part in module.modules():
-                for name, parameter in list(part._parameters.items()):
-                    if parameter is not None:
-                        part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            for part, parameters in empty:
+                part._parameters.update(parameters)
 
 
 class _Spy(nn.Module):

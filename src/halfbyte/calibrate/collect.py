@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from halfbyte.calibrate.blocks import Arguments, Blocks, as_numpy, enter, run_layer
@@ -22,6 +21,7 @@ from halfbyte.calibrate.caches import arrays_of, watch_caches
 from halfbyte.calibrate.experts import show_all_tokens
 from halfbyte.calibrate.observe import Observer, Sums
 from halfbyte.calibrate.samples import Samples, make_samples
+from halfbyte.calibrate.states import States, release_memory
 from halfbyte.calibrate.statistics import (
     Part,
     Statistics,
@@ -105,11 +105,7 @@ class _Run:
         self.work = out / _WORK
         self.work.mkdir(exist_ok=True)
         # one file is read while the other is written, so that a killed run finds the states it needs
-        self.states: list[NDArray[np.float32]] = []
-        for number in (0, 1):
-            path = self.work / f"states-{number}.f32"
-            mode: Any = "r+" if path.is_file() else "w+"
-            self.states.append(np.memmap(path, np.float32, mode, shape=(samples.total, width)))
+        self.states = [States(self.work / f"states-{number}.f32", width) for number in (0, 1)]
 
     def go(self) -> None:
         total = len(self.about["parts"])
@@ -118,9 +114,9 @@ class _Run:
             if number < self.about["done"]:
                 continue
             self.progress(number, total)
-            with self.blocks.filled(layer):
-                part = self._layer(layer, calls, number)
-            self._finish(number, part)
+            self._finish(number, self._layer(layer, calls, number))
+            # else the C library keeps what a layer no longer needs, in pieces that the next cannot use
+            release_memory()
         self.progress(total - 1, total)
         self._finish(total - 1, self._head())
         self.about["complete"] = True
@@ -130,6 +126,7 @@ class _Run:
 
     def _finish(self, number: int, part: Part) -> None:
         write_part(self.out, self.about["parts"][number], part)
+        self.states[(number + 1) % 2].sync()
         self.about["done"] = number + 1
         write_about(self.out, self.about)
 
@@ -143,29 +140,29 @@ class _Run:
 
     def _enter(self) -> dict[tuple[int, int], list[list[Arguments]]]:
         """Embed all samples (unless an earlier run has); masks and positions are the same for batches of one shape."""
-        embed = self.blocks.decoder.get_input_embeddings()
         ids = torch.tensor(self.samples.tokens, device=self.device)
         found: dict[tuple[int, int], Any] = {}
-        with self.blocks.filled(embed):
+        with self.blocks.embedding(ids):
             for rows, (count, length) in self._batches():
                 if self.about["done"] and (count, length) in found:
                     continue
                 first = rows.start // length
                 hidden, found[count, length] = enter(self.blocks, ids[first : first + count])
                 if not self.about["done"]:
-                    self.states[0][rows] = as_numpy(hidden).reshape(-1, hidden.shape[-1])
+                    self.states[0].write(rows, as_numpy(hidden))
+        self.states[0].sync()
         return found
 
     def _layer(self, layer: nn.Module, calls: dict[tuple[int, int], Any], number: int) -> Part:
         before, after = self.states[number % 2], self.states[(number + 1) % 2]
-        observer = Observer(self.blocks.parameters_of(layer), self._mode)
-        every = show_all_tokens(layer, observer) if self.about["all_experts"] else contextlib.nullcontext()
-        with observer, watch_caches(self.blocks.attentions_of(layer)) as caches, every:
-            for rows, shape in self._batches():
-                hidden = self._load(before, rows, shape)
-                hidden = run_layer(layer, hidden, calls[shape][number])
-                after[rows] = as_numpy(hidden).reshape(-1, hidden.shape[-1])
-                observer.forget_inputs()
+        with self.blocks.filled(layer):
+            observer = Observer(self.blocks.parameters_of(layer), self._mode, self.blocks.dtype)
+            every = show_all_tokens(layer, observer) if self.about["all_experts"] else contextlib.nullcontext()
+            with observer, watch_caches(self.blocks.attentions_of(layer)) as caches, every:
+                for rows, shape in self._batches():
+                    hidden = self._load(before, rows, shape)
+                    after.write(rows, as_numpy(run_layer(layer, hidden, calls[shape][number])))
+                    observer.forget_inputs()
         part = self._by_weight(observer)
         part.arrays |= arrays_of(caches)
         return part
@@ -180,16 +177,16 @@ class _Run:
         name = next(n for n, module in self.blocks.model.named_modules() if module is head) + ".weight"
         if name not in self.blocks.uses:
             return Part()  # tied: the checkpoint has the embedding alone, whose rows are looked up
-        sums = Sums.zeros((), states.shape[1], self._mode(name, head.weight), self.device)
+        sums = Sums.zeros((), states.width, self._mode(name, head.weight), self.device)
         with self.blocks.filled(norm):
             for rows, shape in self._batches():
-                sums.add(norm(self._load(states, rows, shape)).reshape(-1, states.shape[1]), None)
+                sums.add(norm(self._load(states, rows, shape)).reshape(-1, states.width), None)
         observed = Observer({}, self._mode)
         observed.sums[name] = sums
         return self._by_weight(observed)
 
-    def _load(self, states: NDArray[np.float32], rows: slice, shape: tuple[int, int]) -> torch.Tensor:
-        hidden = torch.from_numpy(np.array(states[rows])).to(self.device, self.blocks.dtype)
+    def _load(self, states: States, rows: slice, shape: tuple[int, int]) -> torch.Tensor:
+        hidden = torch.from_numpy(states.read(rows)).to(self.device, self.blocks.dtype)
         return hidden.view(*shape, -1)
 
     def _mode(self, name: str, parameter: nn.Parameter) -> str:

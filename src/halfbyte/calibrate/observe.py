@@ -13,6 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 _LINEAR = torch.nn.functional.linear
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+_PICK = torch.Tensor.__getitem__
+_DTYPE = torch.Tensor.dtype.__get__
+_FACTS = {getattr(torch.Tensor, name).__get__ for name in ("shape", "device", "ndim", "is_meta", "requires_grad")}
+_FACTS |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel}
 
 
 @dataclass
@@ -64,11 +68,20 @@ class Observer(TorchFunctionMode):
     ``parameters``: name -> parameter. ``mode(name, parameter)`` says whether to collect products too, and for each
     expert ("own") or all of them together ("pooled"). ``sums`` holds what was seen, ``same`` the names whose inputs
     were those of another name. Nothing is counted while ``paused``.
+
+    Stacks of another type than ``dtype`` are computed with as if they were of that type: an expert is widened when it
+    is picked.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], mode: Callable[[str, nn.Parameter], str]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        mode: Callable[[str, nn.Parameter], str],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.parameters = dict(parameters)
+        self.dtype = dtype
         self.mode = mode
         self.routed: dict[str, Any] = {}
         self.sums: dict[str, Sums] = {}
@@ -76,9 +89,19 @@ class Observer(TorchFunctionMode):
         self.paused = False
         self._places = {p.untyped_storage().data_ptr(): name for name, p in self.parameters.items() if p.dim() > 1}
         self._inputs: dict[tuple[int, torch.Size], tuple[str, torch.Tensor]] = {}
+        self._narrow = {id(p): name for name, p in self.parameters.items() if p.dim() == 3 and p.dtype != dtype}
+        # of each of them the expert that was picked last, widened, and its number
+        self._picked: dict[str, tuple[torch.Tensor, int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the operands, then do what was asked."""
+        if self._narrow and func not in _FACTS:
+            name = self._narrow.get(id(args[0])) if args else None
+            if name and func == _DTYPE:
+                return self.dtype
+            if name and func is _PICK:
+                return self._pick(name, args[0][args[1]])
+            args = tuple(a.to(self.dtype) if id(a) in self._narrow else a for a in args)
         if not self.paused and (func is _LINEAR or func in _PRODUCTS) and len(args) > 1:
             self._look(args[0], args[1], func is _LINEAR)
         return func(*args, **(kwargs or {}))
@@ -87,13 +110,32 @@ class Observer(TorchFunctionMode):
         """Between forward passes: let go of the tensors that were kept to recognise shared inputs."""
         self._inputs.clear()
 
+    def _pick(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        wide = part.to(self.dtype)
+        if part.dim() == 2:
+            self._picked[name] = wide, self._expert(name, part)
+        return wide
+
+    def _expert(self, name: str, part: torch.Tensor) -> int:
+        whole = self.parameters[name]
+        return int(part.storage_offset()) // (whole.shape[-1] * whole.shape[-2])
+
+    def _find(self, weight: torch.Tensor) -> tuple[str | None, int | None]:
+        """Which parameter a matrix is or lies in, and as which expert."""
+        place = weight.untyped_storage().data_ptr()
+        for name, (wide, expert) in self._picked.items():
+            if wide.untyped_storage().data_ptr() == place:
+                return name, expert
+        found = self._places.get(place)
+        stacked = found is not None and self.parameters[found].dim() == 3
+        return found, self._expert(found, weight) if found is not None and stacked else None
+
     def _look(self, x: torch.Tensor, weight: torch.Tensor, turned: bool) -> None:
-        name = self._places.get(weight.untyped_storage().data_ptr()) if isinstance(weight, torch.Tensor) else None
+        name, expert = self._find(weight) if isinstance(weight, torch.Tensor) else (None, None)
         if name is None or weight.dim() != 2 or name in self.same:
             return
         whole = self.parameters[name]
         columns = x.shape[-1]
-        expert = weight.storage_offset() // (whole.shape[-1] * whole.shape[-2]) if whole.dim() == 3 else None
         if expert is None:
             key = (x.data_ptr(), torch.Size((x.numel(), columns)))
             known = self._inputs.setdefault(key, (name, x))[0]

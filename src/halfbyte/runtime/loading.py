@@ -154,17 +154,20 @@ class Late:
         return to_torch(self.read())[index]
 
 
-def sources_of(checkpoint: Checkpoint, reader: Reader) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
-    """Tensors as an unquantized checkpoint would have them, and how to read each."""
+def sources_of(checkpoint: Checkpoint, reader: Reader) -> Iterator[tuple[str, Callable[..., NDArray[Any]]]]:
+    """Tensors as an unquantized checkpoint would have them, and how to read each.
+
+    What reads a tensor that is no part of a stack also takes the first and the last of its leading indices.
+    """
 
     # gate and up of an expert are decoded together and asked for one after the other
     @lru_cache(maxsize=8)
     def expert(number: int, index: int) -> NDArray[Any]:
         return checkpoint.read(reader, checkpoint.weights[number], index, index + 1)[0]
 
-    def decoded(number: int, piece: Piece) -> NDArray[Any]:
+    def decoded(number: int, piece: Piece, first: int = 0, stop: int | None = None) -> NDArray[Any]:
         if piece.expert is None:
-            values = checkpoint.read(reader, checkpoint.weights[number])
+            values = checkpoint.read(reader, checkpoint.weights[number], first, stop)
             # MXFP4 of gpt-oss lies as [E, N, K], its unquantized experts do not
             return np.swapaxes(values, 1, 2) if values.ndim == 3 and checkpoint.family.transposed else values
         return expert(number, piece.expert)[slice(*(piece.rows or (None,)))]
