@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from common import REPOSITORY
@@ -25,7 +26,7 @@ from real_models import run
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from make_synthetic_checkpoint import write
 
-SAMPLES, LENGTH = 8, 512
+SAMPLES, LENGTH = 16, 512  # two batches
 DEFAULT_TOKENS = 128 * 512
 TOKENIZER = "qwen35moe-tiny-wiki"
 RECIPE = "nvfp4-gptq"
@@ -43,7 +44,7 @@ def peak() -> int:
 
 
 def worker(model: str, out: str, text: str, kind: str) -> None:
-    """One calibration in this process; a line "layer N" when one begins, and JSON in the end."""
+    """One calibration in this process; a line "layer N" when one begins, "filled" when it is, and JSON in the end."""
     import torch
     import transformers
 
@@ -61,6 +62,7 @@ def worker(model: str, out: str, text: str, kind: str) -> None:
         began = time.process_time()
         with filled(self, module):
             filling.append(time.process_time() - began)
+            print("filled", flush=True)
             yield
 
     def progress(done: int, total: int) -> None:
@@ -89,14 +91,18 @@ def calibrated(model: Path, out: Path, text: Path, kind: str) -> dict[str, Any]:
     return {"kind": kind, **json.loads(told.strip().splitlines()[-1]), "statistics_bytes": size}
 
 
-def killed(model: Path, out: Path, text: Path, kind: str, layer: int, seconds: float) -> dict[str, Any]:
-    """A calibration that is killed some time after ``layer`` began, and run again; what both runs did."""
+def killed(model: Path, out: Path, text: Path, kind: str, layer: int) -> dict[str, Any]:
+    """A calibration that is killed in the second batch of a layer, and run again; what both runs did."""
     shutil.rmtree(out, ignore_errors=True)
     process = start(model, out, text, kind)
     assert process.stdout is not None
-    while (line := process.stdout.readline()) and line.strip() != f"layer {layer}":
-        pass
-    time.sleep(seconds)
+    for awaited in (f"layer {layer}", "filled"):
+        while (line := process.stdout.readline()) and line.strip() != awaited:
+            pass
+    states, filled = out / "work" / f"states-{(layer + 1) % 2}.f32", time.time()
+    while process.poll() is None and states.stat().st_mtime < filled:
+        time.sleep(0.02)
+    time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
     code, done = process.wait(), json.loads((out / "statistics.json").read_text())["done"]
     told, _ = (process := start(model, out, text, kind)).communicate()
@@ -146,10 +152,8 @@ def at_scale(inventory: Path, layers: int, scratch: Path, data: Path, text: Path
     for kind in KINDS:
         found["calibrations"].append(calibrated(model, other if kind != "hessians" else one, text, kind))
         print(found["calibrations"][-1], flush=True)
-    # in the midst of the third layer's passes
-    row = found["calibrations"][1]
-    wait = row["wall_seconds"][2] * (0.5 + 0.5 * row["filling_cpu_seconds"][2] / row["cpu_seconds"][2])
-    found["killed"] = killed(model, other, text, "hessians", 2, wait)
+    found["killed"] = killed(model, other, text, "hessians", 2)
+    assert found["killed"]["exit_code"] == -signal.SIGKILL and found["killed"]["layers_done"] == 2
     found["killed"]["same_bytes"] = same(one, other)
     print(found["killed"], flush=True)
     shutil.rmtree(other)
@@ -178,8 +182,8 @@ def table(estimates: list[dict[str, Any]], measured: dict[str, Any]) -> list[str
             cells += [_gib(c["bytes"]) for c in found["calibrations"]]
         sizes = [_gib(e[key]) for key in ("layer_weights", "hessians", "states_on_disk", "statistics_on_disk")]
         lines.append(f"| {e['inventory']} | " + " | ".join([*sizes[:2], *cells, *sizes[2:]]) + " |")
-    lines += ["", *(line for found in measured.values() for line in _told(found))]
-    return lines[:-1] if lines[-1] == "" else lines
+    largest = max(estimates, key=lambda e: e["layer_weights"])["inventory"]
+    return [*lines, "", *_told(measured[largest])] if largest in measured else lines
 
 
 def _told(found: dict[str, Any]) -> list[str]:
@@ -187,21 +191,23 @@ def _told(found: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     told = [
         f"`{found['inventory']}`: {found['date']}, {found['machine']['cpu']}, {found['machine']['cores']} cores with "
-        f"other work beside (load {found['load_at_start'][0]}), {versions}; processor time."
+        f"other work beside (load {found['load_at_start'][0]}), {versions}. Processor time, which counts "
+        "threads that wait for each other where other work keeps the cores busy: an upper bound.",
+        "",
     ]
     passes = DEFAULT_TOKENS / (found["samples"] * found["length"])
     for c in found["calibrations"]:
-        each, fill = (sum(c[key]) / len(c[key]) for key in ("cpu_seconds", "filling_cpu_seconds"))
+        each, fill = (median(c[key]) for key in ("cpu_seconds", "filling_cpu_seconds"))
         whole = fill + passes * (each - fill)
         told.append(
-            f"- {c['kind']}: {each:.0f} s for a layer, {fill:.1f} s of them to fill it; from this, "
+            f"- {c['kind']}: {each:.0f} s for a layer (median), {fill:.1f} s of them to fill it; from this, "
             f"{whole / 60:.0f} minutes for a layer and {whole * found['all_layers'] / 3600:.1f} hours for all "
             f"{found['all_layers']} with the default 128 × 512 tokens."
         )
     k, q = found["killed"], found["conversion"]
     told.append(
-        f"- Killed (`kill -9`) in the third layer and run again: continued with layer {k['resumed_with'] + 1}, "
-        f"{'the same' if k['same_bytes'] else 'NOT the same'} bytes as without interruption."
+        "- Killed (`kill -9`) in the second batch of the third layer and run again: continued with layer "
+        f"{k['resumed_with'] + 1}, {'the same' if k['same_bytes'] else 'NOT the same'} bytes as without interruption."
     )
     layer = q["cpu_seconds"] / found["layers"]
     told.append(

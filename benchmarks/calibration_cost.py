@@ -71,7 +71,8 @@ def worker(model: Path, text: Path, kind: str) -> None:
     import torch
     import transformers
 
-    assert torch and transformers
+    assert transformers
+    torch.set_num_threads(1)
     scale = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
     began = time.process_time()
