@@ -20,7 +20,7 @@ from halfbyte.search.gptq import gptq
 from halfbyte.search.rotation import duquant_swaps
 from halfbyte.view import Checkpoint
 from invented import invented_statistics
-from small_models import MOE_CONFIG, hashes, moe_tensors, run, write_checkpoint
+from small_models import DENSE_CONFIG, MOE_CONFIG, dense_tensors, hashes, moe_tensors, read_file, run, write_checkpoint
 
 
 def asking(transform: str, fmt: str = "mxfp4", more: str = "") -> Recipe:
@@ -162,6 +162,17 @@ def test_a_rotated_checkpoint_becomes_a_plain_one(tmp_path: Path) -> None:
     plan = run(tmp_path / "rotated", tmp_path / "plain", PLAIN)
     assert not any(i.action == "transcode" and "experts" in i.weight.role and i.format for i in plan.items)
     assert halfbyte.verify(tmp_path / "plain", tmp_path / "rotated").ok
+
+
+def test_rotated_weights_keep_their_codes_in_another_dialect_and_come_back(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", dense_tensors(), DENSE_CONFIG)
+    run(source, tmp_path / "a", asking("hadamard"))
+    halfbyte.convert(tmp_path / "a", tmp_path / "b", "compressed-tensors")
+    halfbyte.convert(tmp_path / "b", tmp_path / "c", "halfbyte")
+    checked = halfbyte.verify(tmp_path / "b", tmp_path / "a")
+    assert checked.ok and checked.lossless == checked.quantized == 14
+    first, last = read_file(tmp_path / "a"), read_file(tmp_path / "c")
+    assert first.keys() == last.keys() and all(first[n].tobytes() == last[n].tobytes() for n in first)
 
 
 def test_a_damaged_rotation_is_found(statistics: Path, tmp_path: Path) -> None:

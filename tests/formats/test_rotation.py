@@ -103,13 +103,16 @@ def test_a_stack_is_encoded_as_its_members_in_the_declared_arrays(name: str) -> 
     assert np.square(whole.decode() - x).sum() < 0.05 * np.square(x).sum()
 
 
-def test_errors_are_measured_in_rotated_space() -> None:
+@pytest.mark.parametrize("name", ["mxfp4_duquant", "mixfp4_hadamard"])
+def test_errors_are_those_of_decoded_values_and_equal_values_have_none(name: str) -> None:
     x = np.random.default_rng(5).standard_t(3, (8, 256)).astype(np.float32)
-    while_encoding, later = kernels.ErrorStats(), kernels.ErrorStats()
-    tensor = encode(x, "mxfp4_hadamard", stats=while_encoding)
+    while_encoding, later, none = (kernels.ErrorStats() for _ in range(3))
+    tensor = encode(x, name, stats=while_encoding)
     kernels.compare(tensor, x, later)
-    assert while_encoding == later
-    assert later.squared_error == pytest.approx(float(np.square(tensor.decode() - x).sum()), rel=1e-5)
+    assert later.squared_error == float(np.square((tensor.decode() - x).astype(np.float64)).sum())
+    assert while_encoding.squared_error == pytest.approx(later.squared_error, rel=1e-5)
+    assert (while_encoding.saturated, while_encoding.table_blocks) == (later.saturated, later.table_blocks)
+    assert kernels.compare(tensor, tensor.decode(), none) and none.max_error == none.squared_error == 0
 
 
 def test_names_of_formats_in_rotated_space_are_made_of_both() -> None:
