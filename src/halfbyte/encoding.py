@@ -13,7 +13,7 @@ from halfbyte.calibrate import Activations
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.folding import Fold
-from halfbyte.formats import BlockFormat, Format, QuantizedTensor, stacked
+from halfbyte.formats import BlockFormat, Format, QuantizedTensor, rotation_of, stacked
 from halfbyte.formats.rotation import Swaps, check_swaps
 from halfbyte.hessians import Hessians
 from halfbyte.kernels import ErrorStats, rotate
@@ -70,7 +70,7 @@ def read_slice(context: Context, item: Item, first: int, stop: int) -> tuple[Arr
 
 def known_of(context: Context, item: Item, first: int, stop: int) -> Activations | None:
     """What is known of the inputs of part of a weight, divided as its columns are multiplied."""
-    turned = isinstance(item.format, BlockFormat) and item.format.rotation is not None
+    turned = rotation_of(item.format) is not None
     if context.plan.weighting is None or not (item.weighted or item.method or turned):
         return None
     prepared = None

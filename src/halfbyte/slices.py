@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from halfbyte import kernels
 from halfbyte.checkpoint import nbytes
-from halfbyte.formats import BlockFormat, Format
+from halfbyte.formats import BlockFormat, Format, rotation_of
 from halfbyte.search.soar import working_bytes
 from halfbyte.shards import Item
 
@@ -106,7 +106,7 @@ def need(item: Item, count: int, quantized: bool, folded: bool = False) -> int:
     total = nbytes(weight.dtype, (elements,)) * (2 if weight.transposed else 1)
     total += wide if weight.dtype == "F64" else 0
     total += 2 * wide if quantized else wide if folded else 0
-    if isinstance(item.format, BlockFormat) and item.format.rotation:
+    if rotation_of(item.format):
         total += wide
     if item.format is not None and not kernels.supports(item.format):
         total += _REFERENCE_BYTES * elements

@@ -11,7 +11,7 @@ from halfbyte.calibrate import Calibration
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import CheckpointError, PlanError, RecipeError
 from halfbyte.folding import FOLDS, Fold, make_folds, read_scales
-from halfbyte.formats import BlockFormat, Format
+from halfbyte.formats import rotation_of
 from halfbyte.hessians import MIN_TOKENS, enough
 from halfbyte.models.folds import FoldGroup, find_groups
 from halfbyte.models.patterns import normalise
@@ -143,7 +143,7 @@ def settle(
         assert item.format is not None
         if bare_role(item.weight.role) == "embedding":  # rows are looked up, so no input meets its columns
             continue
-        if _is_turned(item.format):  # importance is about the same for all of a block then
+        if rotation_of(item.format):  # importance is about the same for all of a block then
             continue
         if item.method and item.weight.name not in result.starved:
             continue
@@ -189,14 +189,11 @@ def _methods(recipe: Recipe, chosen: Sequence[tuple[Item, Decision]], result: We
         )
 
 
-def _is_turned(fmt: Format) -> bool:
-    return isinstance(fmt, BlockFormat) and fmt.rotation is not None
-
-
 def _rotations(recipe: Recipe, chosen: Sequence[tuple[Item, Decision]], result: Weighting) -> None:
     """Which rotations are found from Hessians; RecipeError where a recipe needs them and none was collected."""
     for item, _ in chosen:
-        if isinstance(item.format, BlockFormat) and item.format.rotation and item.format.rotation.steps:
+        rotation = rotation_of(item.format)
+        if rotation and rotation.steps:
             reached = enough(result.calibration, item.weight.name)
             (result.turned if reached and any(reached) else result.unturned).append(item.weight.name)
     if result.unturned and not result.turned and recipe.calibration == "required":

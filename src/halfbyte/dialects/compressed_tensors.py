@@ -24,7 +24,6 @@ from halfbyte.dialects.compressed_tensors_config import (
     activation_arguments,
     plain_name,
     quantization_config,
-    rotation_of,
     transform_name,
 )
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
@@ -32,7 +31,7 @@ from halfbyte.dialects.outputs import Array, CacheScales, InputScale, OutputTens
 from halfbyte.dialects.patterns import spaces
 from halfbyte.dialects.settings import quantization_config_of
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import AffineFormat, BlockFormat, Format
+from halfbyte.formats import AffineFormat, BlockFormat, Format, rotation_of
 from halfbyte.formats.rotation import hadamard_matrix
 from halfbyte.models import Weight
 

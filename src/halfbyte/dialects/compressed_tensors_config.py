@@ -8,8 +8,8 @@ from typing import Any
 
 from halfbyte.dialects.patterns import compact
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import BlockFormat, Format, get_format
-from halfbyte.formats.rotation import Rotation, rotated
+from halfbyte.formats import BlockFormat, Format, get_format, rotation_of
+from halfbyte.formats.rotation import rotated
 
 # the library version whose configuration this is; its loaders read the field but do not compare it
 VERSION = "0.20.0"
@@ -68,11 +68,6 @@ SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any] | None]
     "mxfp8": ("mxfp8-quantized", _MXFP8, {"none": None, "dynamic": {**_MXFP8, "dynamic": True}}),
 }
 """Format name -> compressor, weight arguments, and activation arguments by kind, the usual kind first."""
-
-
-def rotation_of(fmt: Format) -> Rotation | None:
-    """The rotation of a format's weights, if they are rotated."""
-    return fmt.rotation if isinstance(fmt, BlockFormat) else None
 
 
 def plain_name(fmt: Format) -> str:

@@ -3,7 +3,7 @@
 from halfbyte.formats import affine, fp8, ggml, hif4, if4, int4, mixfp4, mx, nvfp4, razer, signed
 from halfbyte.formats.affine import AffineFormat
 from halfbyte.formats.base import Format, get_format, list_formats, register
-from halfbyte.formats.block import BlockFormat
+from halfbyte.formats.block import BlockFormat, rotation_of
 from halfbyte.formats.hif4 import HiF4Format
 from halfbyte.formats.scales import ScaleType
 from halfbyte.formats.tables import Table
@@ -30,6 +30,7 @@ __all__ = [
     "nvfp4",
     "razer",
     "register",
+    "rotation_of",
     "signed",
     "stacked",
 ]

@@ -16,6 +16,11 @@ from halfbyte.formats.tables import Table
 from halfbyte.formats.tensor import QuantizedTensor
 
 
+def rotation_of(fmt: Format | None) -> Rotation | None:
+    """The rotation of a format's weights, if they are rotated."""
+    return fmt.rotation if isinstance(fmt, BlockFormat) else None
+
+
 @dataclass(frozen=True)
 class BlockFormat(Format):
     """value = table[selector][code] * scale * tensor_scale.
