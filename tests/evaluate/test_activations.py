@@ -12,7 +12,7 @@ from halfbyte.evaluate import activations as module
 from halfbyte.evaluate import evaluate
 from halfbyte.evaluate.activations import FORMATS, round_activations, rounded
 from halfbyte.view import Checkpoint
-from small_models import linear, run
+from small_models import linear, recipe, run
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"
 
@@ -94,3 +94,28 @@ def test_the_narrower_the_activations_the_larger_the_divergence(w4: Path, dequan
 def test_a_checkpoint_without_quantized_layers_has_nothing_to_round() -> None:
     with pytest.raises(HalfbyteError, match="no quantized layers"):
         round_activations(halfbyte.load(DEMO), Checkpoint.open(DEMO), "nvfp4")
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4_hadamard", "mxfp4_duquant"])
+def test_inputs_of_rotated_weights_are_rounded_where_they_are_rotated(fmt: str, tmp_path: Path) -> None:
+    run(DEMO, tmp_path / "out", recipe({"match": "attention", "format": fmt}))
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    model = halfbyte.load(tmp_path / "out", dtype="float32", dequantize=True)
+    name = next(n for n in checkpoint.formats if n.endswith("o_proj.weight"))
+    layer = model.get_submodule(name.removesuffix(".weight").replace("model.language_model.", "model."))
+    x = torch.randn(6, layer.in_features, generator=torch.Generator().manual_seed(0)) * torch.linspace(
+        0.01, 9, layer.in_features
+    )
+    plain = layer(x)
+    round_activations(model, checkpoint, "mxfp4")
+    # the codec of rotated weights rounds rows of inputs in just that way: the Hadamard matrix in both cases here
+    expected = torch.from_numpy(halfbyte.encode(x.numpy(), "mxfp4_hadamard", "absmax").decode()) @ layer.weight.T
+    assert torch.allclose(layer(x), expected, atol=1e-4 * float(expected.abs().max()))
+    assert not torch.allclose(plain, expected, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_experts_with_a_rotation_each_are_refused(tmp_path: Path) -> None:
+    run(DEMO, tmp_path / "out", recipe({"match": "experts", "format": "mxfp4_duquant"}))
+    model = halfbyte.load(tmp_path / "out", dtype="float32", dequantize=True)
+    with pytest.raises(HalfbyteError, match="have a rotation each"):
+        round_activations(model, Checkpoint.open(tmp_path / "out"), "mxfp4")

@@ -154,7 +154,10 @@ def _turn(checkpoint: Checkpoint, reader: Reader, weight: Weight) -> Turn:
     if not fmt.rotation.steps:
         return Turn(fmt.block[1])
     if len(weight.shape) > 2:
-        raise HalfbyteError(f"the experts of {weight.name} are rotated one by one, so their inputs are not rounded")
+        raise HalfbyteError(
+            f"the experts of {weight.name} have a rotation each, which rounded activations cannot follow; evaluate "
+            "without them, or rotate experts by `hadamard`"
+        )
     stored = checkpoint.read_quantized(reader, weight, 0, 1).rotation
     assert stored is not None
     return Turn(fmt.block[1], tuple(map(tuple, stored.tolist())))
