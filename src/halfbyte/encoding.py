@@ -47,25 +47,18 @@ def read_values(
     plan: Plan, reader: Reader, item: Item, first: int, stop: int, fold: Fold | None = None
 ) -> tuple[Array, Floats]:
     """Part of a weight, folded, and the largest magnitude of each of its matrices."""
-    array = plan.checkpoint.read(reader, item.weight, first, stop)
-    if fold is not None:
-        array = fold.apply(array, first)
-    if array.dtype.itemsize > 4:
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
+    array = _folded(plan, reader, item, first, stop, fold)
     return array, _largest(array, item)
 
 
 def read_slice(context: Context, item: Item, first: int, stop: int) -> tuple[Array, Floats]:
     """The same, in the space in which it is encoded: rotated where its format is that of rotated weights."""
-    fold = context.folds.get(item.weight.name)
-    array, amax = read_values(context.plan, context.reader, item, first, stop, fold)
-    fmt = item.format
-    if not isinstance(fmt, BlockFormat) or fmt.rotation is None:
-        return array, amax
-    turned = array.astype(np.float32)
-    rotate(turned, fmt, _rotation(context, item, first, stop))
-    return turned, _largest(turned, item)
+    fold, fmt = context.folds.get(item.weight.name), item.format
+    array = _folded(context.plan, context.reader, item, first, stop, fold)
+    if fmt is not None and rotation_of(fmt):
+        array = array.astype(np.float32)
+        rotate(array, fmt, _rotation(context, item, first, stop))  # what is not finite stays so
+    return array, _largest(array, item)
 
 
 def known_of(context: Context, item: Item, first: int, stop: int) -> Activations | None:
@@ -142,6 +135,16 @@ def not_finite(name: str) -> CheckpointError:
     return CheckpointError(
         f"{name} holds a NaN, an infinity or a value beyond FP32; repair the source, or drop the tensor by a rule"
     )
+
+
+def _folded(plan: Plan, reader: Reader, item: Item, first: int, stop: int, fold: Fold | None) -> Array:
+    array = plan.checkpoint.read(reader, item.weight, first, stop)
+    if fold is not None:
+        array = fold.apply(array, first)
+    if array.dtype.itemsize > 4:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    return array
 
 
 def _encode(

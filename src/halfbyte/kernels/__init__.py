@@ -269,7 +269,8 @@ def _arrays(tensor: QuantizedTensor) -> dict[str, NDArray[Any] | None] | None:
             name, array = "divisor", tensor.divisor
         if array is None or array.shape != shape or array.dtype != dtype:
             return None
-        found[name] = np.require(array, requirements=("C", "A"))
+        if name != "rotation":  # which is undone afterwards
+            found[name] = np.require(array, requirements=("C", "A"))
     return found
 
 
