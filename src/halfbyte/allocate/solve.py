@@ -37,10 +37,8 @@ def allocate(units: Sequence[Unit], budget: int) -> Allocation:
     A multiple-choice knapsack, solved by HiGHS to a relative gap of 1e-4. PlanError, with the least possible size,
     where even the smallest formats are too large.
     """
-    highspy = _highspy()
     least = check_budget(units, budget)
-    solver = highspy.Highs()
-    solver.silent()
+    solver = silent_solver()
     solver.setOptionValue("mip_rel_gap", GAP)
     # numbers around one suit its tolerances
     scale = max((c.loss for unit in units for c in unit.choices), default=0.0) or 1.0
@@ -91,6 +89,23 @@ def _useful(choices: Sequence[Choice]) -> list[Choice]:
         if not best or choice.loss < best[-1].loss:
             best.append(choice)
     return best
+
+
+def silent_solver() -> Any:
+    """Make a ``highspy.Highs`` that never prints; HalfbyteError where highspy is not installed.
+
+    HiGHS 1.16 prints a banner already in its constructor, while it sets up its callbacks: an option set on the finished
+    object comes too late.
+    """
+
+    class Silent(_highspy().Highs):  # type: ignore[misc]
+        def enableCallbacks(self) -> None:  # noqa: N802
+            self.silent()
+            super().enableCallbacks()
+
+    solver = Silent()
+    solver.silent()  # for a version whose constructor sets up no callbacks
+    return solver
 
 
 def _highspy() -> Any:

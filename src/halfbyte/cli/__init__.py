@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NoReturn, Protocol
 
 from halfbyte import __version__
@@ -26,6 +27,7 @@ from halfbyte.cli import (
     sensitivity,
     verify,
 )
+from halfbyte.cli.json_stdout import divert_the_rest, only_documents
 from halfbyte.errors import HalfbyteError
 
 OK, FOUND_PROBLEMS, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -117,7 +119,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and give its exit code; errors become one sentence on stderr."""
+    """Run a command and give its exit code; errors become one sentence on stderr.
+
+    Without ``argv`` this is the whole program: after ``--json`` nothing more reaches stdout until the process ends.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -126,7 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:
-        code = COMMANDS[args.command].run(args)
+        with only_documents() if args.json else nullcontext():
+            code = COMMANDS[args.command].run(args)
+        if args.json and argv is None:
+            divert_the_rest()
         sys.stdout.flush()
         return code
     except HalfbyteError as error:

@@ -11,6 +11,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
+from halfbyte.cli.json_stdout import write_document
 from halfbyte.cli.units import clean
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ Cell = str | int | float | None
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout; numbers that are not finite become null."""
-    json.dump(plain(document), sys.stdout, indent=2, allow_nan=False)
-    sys.stdout.write("\n")
+    write_document(json.dumps(plain(document), indent=2, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:
