@@ -31,13 +31,13 @@ import allocation_tables
 import halfbyte
 from common import REPOSITORY, RESULTS, head, replace_part
 from halfbyte.allocate import Allocated, allocate_recipe
-from halfbyte.calibrate import Calibration, calibration_of
 from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.calibration import Calibration, calibration_of
 from halfbyte.demo import MODEL as DEMO
 from halfbyte.dialects import get_dialect
 from halfbyte.evaluate import Settings, measure, sensitivity
 from halfbyte.recipes import load_recipe
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 # hand-written recipe: what it chooses from
 UD_ROLES = ("linear", "embedding", "lm_head", "router", "shared_expert_gate")

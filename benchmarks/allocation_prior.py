@@ -25,13 +25,13 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VER
 
 from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.allocate import smallest_recipe
-from halfbyte.allocate.choices import Unit, make_units, measure
+from halfbyte.allocate.choices import AllocationUnit, make_units, measure
 from halfbyte.allocate.prior import structure_factors
 from halfbyte.demo import MODEL as DEMO
 from halfbyte.dialects import get_dialect
 from halfbyte.evaluate import sensitivity
-from halfbyte.view import Checkpoint
-from halfbyte.weighting import is_tied
+from halfbyte.plan.calibration_use import is_tied
+from halfbyte.source.checkpoint import Checkpoint
 
 ROLES = ("linear", "embedding", "lm_head", "router", "shared_expert_gate")
 BASE = "mxfp4"
@@ -90,7 +90,7 @@ def one(source: Path, data: Path) -> dict[str, Any]:
     }
 
 
-def _is(unit: Unit, *roles: str) -> bool:
+def _is(unit: AllocationUnit, *roles: str) -> bool:
     return any(w.role in roles for w in unit.weights)
 
 

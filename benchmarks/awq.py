@@ -22,7 +22,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VER
 import halfbyte
 from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.calibrate.collect import collect_statistics
-from halfbyte.evaluate.errors import tensor_errors
+from halfbyte.evaluate.errors_document import tensor_errors
 from halfbyte.recipes import Recipe, load_recipe
 
 FORMATS = ("mxfp4", "nvfp4", "int4_g32", "int4_g128")
@@ -74,15 +74,15 @@ class Bench:
         judged = [error for error in errors if error is not None]
         limit = HELD_OUT * LENGTH
         row = halfbyte.evaluate([out], self.source, self.held_out, length=LENGTH, stride=LENGTH, max_tokens=limit)[-1]
-        folds = [fold for fold in done.folds if fold.alpha]
+        smoothings = [fold for fold in done.smoothings if fold.alpha]
         return {
             "weighted_error": sum(judged) / len(judged),
             "relmse": done.relmse,
             "kl": row["kl"]["mean"],
             "top1": row["kl"]["top1"],
-            "groups": len(done.folds),
-            "folded": len(folds),
-            "rounding": max((error for fold in folds for error in fold.rounding.values()), default=0.0),
+            "groups": len(done.smoothings),
+            "folded": len(smoothings),
+            "rounding": max((error for fold in smoothings for error in fold.rounding.values()), default=0.0),
         }
 
 

@@ -33,15 +33,15 @@ import calibration_tables
 import halfbyte
 from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.calibrate.collect import collect_statistics
-from halfbyte.calibrate.statistics import Statistics
+from halfbyte.calibration.statistics import Statistics
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Settings, measure
 from halfbyte.formats import get_format
+from halfbyte.plan.calibration_use import stored_folds
 from halfbyte.recipes import Recipe
 from halfbyte.search import get_search
-from halfbyte.view import Checkpoint
-from halfbyte.weighting import stored_folds
+from halfbyte.source.checkpoint import Checkpoint
 
 FORMATS = ("nvfp4", "mixfp4", "mxfp4", "int4_g32", "int4_g128")
 GPTQ = {"search": "sweep", "method": "gptq"}
@@ -192,12 +192,12 @@ class Bench:
         twins = {w.name: w for w in source.weights}
         found = []
         with Reader(ours.inventory) as left, Reader(source.inventory) as right:
-            folds = stored_folds(out, source, right)
+            smoothings = stored_folds(out, source, right)
             for weight in (w for w in ours.weights if w.name in ours.formats):
                 hessian = statistics.array(weight.name, "hessian")
                 if hessian is None:
                     continue
-                values, fold = ours.read(left, weight).astype(np.float64), folds.get(weight.name)
+                values, fold = ours.read(left, weight).astype(np.float64), smoothings.get(weight.name)
                 if fold and fold.rows is not None:
                     values *= fold.rows[..., None]
                 if fold and fold.columns is not None:

@@ -48,14 +48,14 @@ def worker(model: str, out: str, text: str, kind: str) -> None:
     import torch
     import transformers
 
-    from halfbyte.calibrate.blocks import Blocks
     from halfbyte.calibrate.collect import collect_statistics
+    from halfbyte.calibrate.layerwise import LayerwiseModel
 
     assert torch and transformers
     imports = peak()
     times: list[tuple[float, float]] = []
     filling: list[float] = []
-    filled = Blocks.filled
+    filled = LayerwiseModel.filled
 
     @contextlib.contextmanager
     def timed(self: Any, module: Any) -> Iterator[None]:
@@ -69,7 +69,7 @@ def worker(model: str, out: str, text: str, kind: str) -> None:
         times.append((time.perf_counter(), time.process_time()))
         print(f"layer {done}", flush=True)
 
-    Blocks.filled = timed  # type: ignore[method-assign]
+    LayerwiseModel.filled = timed  # type: ignore[method-assign]
     collect_statistics(model, out, [text], SAMPLES, LENGTH, progress=progress, **KINDS[kind])
     layers = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(times[:-1])]
     found = {"bytes": peak() - imports, "imports_bytes": imports, "wall_seconds": [s for s, _ in layers]}

@@ -118,7 +118,7 @@ def write_control(cell: Cell, source: Path, folder: Path) -> None:
 
     from halfbyte.checkpoint import Reader
     from halfbyte.runtime.decode import to_torch
-    from halfbyte.view import Checkpoint, read_dense
+    from halfbyte.source.checkpoint import Checkpoint, read_dense
 
     plain, packed = Checkpoint.open(source), Checkpoint.open(cell.packed)
     quantized = {weight.name: weight for weight in packed.weights}

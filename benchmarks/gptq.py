@@ -31,7 +31,7 @@ from halfbyte.search import encode
 from halfbyte.search.gptq import gptq
 from halfbyte.search.hessian import output_error
 from halfbyte.search.local_hessian import encode_local
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 LENGTH = 512
 Method = Callable[..., QuantizedTensor]

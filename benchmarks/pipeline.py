@@ -30,10 +30,10 @@ import numpy as np
 from common import RESULTS, head, write_results
 from halfbyte.checkpoint import ShardWriter, build_header, numpy_dtype
 from halfbyte.kernels import ErrorStats
-from halfbyte.plan import make_plan
+from halfbyte.plan.build import make_plan
+from halfbyte.plan.resources import SLICE_BYTES, Limits, cores
 from halfbyte.search import encode
-from halfbyte.slices import SLICE_BYTES, Limits, cores
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 HIDDEN, INTERMEDIATE, EXPERTS = 2048, 512, 256
 RECIPES = ("nvfp4-absmax", "nvfp4", "mixfp4")

@@ -21,7 +21,7 @@ import torch
 import halfbyte
 from halfbyte.evaluate.divergence import divergence
 from halfbyte.evaluate.forward import log_probabilities
-from halfbyte.evaluate.reference import compress, expand
+from halfbyte.evaluate.reference_logprobs import compress, expand
 from halfbyte.evaluate.results import environment, now
 from halfbyte.evaluate.text import Passage, passage_of
 from halfbyte.runtime import load, load_tokenizer

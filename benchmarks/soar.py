@@ -1,8 +1,8 @@
-"""Tensor scales by amax and by SOAR's alternation on small trained models, through conversions as a user makes them.
+"""Global scales by amax and by SOAR's alternation on small trained models, through conversions as a user makes them.
 
     python benchmarks/soar.py ../shared/data [-o benchmarks/results/soar.json] [--docs docs/methods.md]
 
-All linear weights of ``models/*-wiki`` in NVFP4, by each search with both kinds of tensor scales; every checkpoint is
+All linear weights of ``models/*-wiki`` in NVFP4, by each search with both kinds of global scales; every checkpoint is
 verified and judged on ``enwiki2015/valid.txt``. The table between the markers in the document is written anew. Needs
 ``halfbyte[transformers]``; takes about two minutes on one core.
 """
@@ -23,9 +23,9 @@ import halfbyte
 from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.checkpoint import Reader
 from halfbyte.evaluate import Settings, measure
-from halfbyte.plan import Plan
+from halfbyte.plan.conversion_plan import Plan
 from halfbyte.recipes import Recipe
-from halfbyte.search.soar import soar_tensor_scale
+from halfbyte.search.soar import soar_global_scale
 
 SEARCHES = ("absmax", "four_over_six", "sweep")
 SCALES = ("amax", "soar")
@@ -33,7 +33,7 @@ LENGTH, WINDOWS = 512, 24
 
 
 def recipe(search: str, scale: str) -> Recipe:
-    rule = {"match": "linear", "format": "nvfp4", "search": search, "tensor_scale": scale}
+    rule = {"match": "linear", "format": "nvfp4", "search": search, "global_scale": scale}
     return Recipe.model_validate({"name": "soar", "rules": [rule]})
 
 
@@ -46,7 +46,7 @@ def passes(plan: Plan, search: str) -> float:
     with Reader(plan.checkpoint.inventory) as reader:
         read = plan.checkpoint.read
         counts = [
-            len(soar_tensor_scale([read(reader, w) for w in weights], "nvfp4", search).errors)
+            len(soar_global_scale([read(reader, w) for w in weights], "nvfp4", search).errors)
             for weights in groups.values()
         ]
     return float(np.mean(counts))
@@ -62,7 +62,7 @@ def run(source: Path, text: Path, work: Path) -> dict[str, Any]:
             plan = halfbyte.plan(source, recipe(search, scale), dialect="halfbyte")
             done = halfbyte.quantize(plan, out)
             found = passes(plan, search) if scale == "soar" else None
-            made.append({"search": search, "tensor_scale": scale, "relmse": done.relmse, "passes": found})
+            made.append({"search": search, "global_scale": scale, "relmse": done.relmse, "passes": found})
             folders.append(out)
     settings = Settings(text=text, length=LENGTH, max_tokens=WINDOWS * LENGTH, dequantize=True, noise_floor=True)
     document = measure(folders, source, settings)
@@ -85,7 +85,7 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for model in results["models"]:
-        by = {(row["search"], row["tensor_scale"]): row for row in model["rows"]}
+        by = {(row["search"], row["global_scale"]): row for row in model["rows"]}
         for search in SEARCHES:
             amax, soar = (by[search, scale] for scale in SCALES)
             kl = [

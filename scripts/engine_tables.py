@@ -1,4 +1,4 @@
-"""Tables of what loads where, from halfbyte/models/engines.yaml, put into docs/engines.md and README.md.
+"""Tables of what loads where, from halfbyte/compatibility/engine_facts.yaml, put into docs/engines.md and README.md.
 
     python scripts/engine_tables.py [--check]
 
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from halfbyte.compatibility.engine_facts import Engine, Fact, Load, engines
 from halfbyte.dialects import list_dialects
 from halfbyte.formats import list_formats
-from halfbyte.models.engines import Engine, Fact, Load, engines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START, END = "<!-- {} of scripts/engine_tables.py -->", "<!-- end of {} -->"
 # label -> patterns of formats; the first row that a format matches is its own
 ROWS = {
     "NVFP4": ("nvfp4",),
-    "NVFP4 without tensor scale": ("nvfp4_unscaled",),
+    "NVFP4 without global scale": ("nvfp4_unscaled",),
     "MXFP4": ("mxfp4",),
     "MXFP4 of rotated weights": ("mxfp4_*",),
     "MixFP4": ("mixfp4",),

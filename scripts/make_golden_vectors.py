@@ -59,7 +59,7 @@ def fouroversix() -> Cases:
 
 
 def torchao() -> Cases:
-    """Codes and scales of MXFP4 and MXFP8 by the four scale rules, and of NVFP4 with a tensor scale."""
+    """Codes and scales of MXFP4 and MXFP8 by the four scale rules, and of NVFP4 with a global scale."""
     import torch
     from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from halfbyte.calibrate.statistics import Part, new_about, write_about, write_part
-from halfbyte.view import Checkpoint
+from halfbyte.calibration.statistics import Part, new_about, write_about, write_part
+from halfbyte.source.checkpoint import Checkpoint
 
 
 def with_caches(folder: Path, source: Path, caches: Mapping[str, Mapping[str, float]]) -> Path:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from halfbyte.calibrate import Importance, calibration_of
+from halfbyte.calibration import Importance, calibration_of
 from halfbyte.models.roles import bare_role, is_matrix
-from halfbyte.plan import Plan, make_plan
+from halfbyte.plan.build import make_plan
+from halfbyte.plan.conversion_plan import Plan
 from halfbyte.recipes import Recipe
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import linear
 
 AWQ = linear("nvfp4", transform="awq")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from halfbyte.calibrate.statistics import Part, new_about, write_about, write_part
+from halfbyte.calibration.statistics import Part, new_about, write_about, write_part
+from halfbyte.calibration.token_counts import MIN_TOKENS
 from halfbyte.demo import MODEL
-from halfbyte.hessians import MIN_TOKENS
 from halfbyte.models import Weight
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 
 def _inputs(rng: np.random.Generator, tokens: int, columns: int) -> np.ndarray:

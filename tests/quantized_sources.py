@@ -10,11 +10,12 @@ import ml_dtypes
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, Reader
-from halfbyte.convert import convert
-from halfbyte.measure import TensorError
-from halfbyte.plan import Plan, make_plan
-from halfbyte.verify import Verification, verify
-from halfbyte.view import Checkpoint
+from halfbyte.convert.conversion import convert
+from halfbyte.kernels.tensor_error import TensorError
+from halfbyte.plan.build import make_plan
+from halfbyte.plan.conversion_plan import Plan
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.verify.weights import Verification, verify
 from small_models import Tensors, heavy_tailed, read_file, recipe, run, write_checkpoint
 
 GPT_OSS: dict[str, Any] = {

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import build_header, safetensors_name
-from halfbyte.convert import convert
-from halfbyte.plan import Plan, make_plan
+from halfbyte.convert.conversion import convert
+from halfbyte.plan.build import make_plan
+from halfbyte.plan.conversion_plan import Plan
 from halfbyte.recipes import Recipe, list_recipes, load_recipe
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 Tensors = dict[str, NDArray[Any]]
 

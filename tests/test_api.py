@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import halfbyte
-from halfbyte.plan import Plan
+from halfbyte.plan.conversion_plan import Plan
 
 MODEL = resources.files("halfbyte") / "demo_model"
 
@@ -29,7 +29,7 @@ def test_import_brings_neither_torch_nor_transformers() -> None:
 
 @pytest.mark.parametrize("word", ["encode", "evaluate", "inspect", "load", "plan", "quantize", "verify"])
 def test_words_are_functions_whatever_was_imported_before(word: str) -> None:
-    before = "import halfbyte.plan, halfbyte.verify, halfbyte.search, halfbyte.convert, halfbyte.view; "
+    before = "import halfbyte.plan, halfbyte.verify, halfbyte.search, halfbyte.convert, halfbyte.source.checkpoint; "
     assert python(f"{before}import halfbyte; print(type(halfbyte.{word}).__name__)") == "function"
     assert python(f"from halfbyte import {word}; print(type({word}).__name__)") == "function"
 

@@ -6,22 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibrate import Importance, calibration_of
+from halfbyte.calibration import Importance, calibration_of
 from halfbyte.checkpoint import Inventory
 from halfbyte.checkpoint.files import collector_paused
-from halfbyte.convert import Conversion, Progress
-from halfbyte.convert import convert as run_conversion
+from halfbyte.convert.conversion import Conversion, Progress
+from halfbyte.convert.conversion import convert as run_conversion
 from halfbyte.dialects import get_dialect
 from halfbyte.dialects.halfbyte import HALFBYTE
 from halfbyte.errors import PlanError
-from halfbyte.overview import Overview, overview
-from halfbyte.plan import Plan, make_plan
+from halfbyte.plan.build import make_plan
+from halfbyte.plan.conversion_plan import Plan
+from halfbyte.plan.respelling import recipe_for
 from halfbyte.recipes import Recipe, load_recipe
-from halfbyte.respell import recipe_for
 from halfbyte.search import encode
-from halfbyte.verify import MAX_RELMSE, Verification
-from halfbyte.verify import verify as verify_output
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.overview import Overview, overview
+from halfbyte.verify.weights import MAX_RELMSE, Verification
+from halfbyte.verify.weights import verify as verify_output
 
 Source = str | Path | Inventory | Checkpoint
 """A local folder, a ``.safetensors`` file, a hub id ``owner/name``, or one of these already opened."""
@@ -48,8 +49,8 @@ def plan(
     ``recipe`` is a built-in name (``halfbyte.list_recipes()``), a YAML file's path or a Recipe; ``dialect`` is
     ``halfbyte``, ``compressed-tensors``, ... (None: the recipe's own). ``remote_code`` puts the code beside the weights
     that lets transformers load the dialect ``halfbyte`` with ``trust_remote_code=True``, without halfbyte installed.
-    ``importance`` is a file of halfbyte or llama.cpp (``halfbyte.calibrate.read_importance``): it weighs the errors of
-    every search unless the recipe says otherwise, and AWQ folding needs it. Raises RecipeError, FormatError or
+    ``importance`` is a file of halfbyte or llama.cpp (``halfbyte.calibration.read_importance``): it weighs the errors
+    of every search unless the recipe says otherwise, and AWQ folding needs it. Raises RecipeError, FormatError or
     PlanError for what cannot be done, before any work.
     """
     checkpoint = _open(source, revision)

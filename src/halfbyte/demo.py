@@ -11,11 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from halfbyte.convert import convert
+from halfbyte.convert.conversion import convert
 from halfbyte.errors import HalfbyteError, VerifyError
-from halfbyte.plan import make_plan
-from halfbyte.verify import verify
-from halfbyte.view import Checkpoint
+from halfbyte.plan.build import make_plan
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.verify.weights import verify
 
 MODEL = Path(str(resources.files("halfbyte") / "demo_model"))
 TEXT = MODEL / "heldout.txt"

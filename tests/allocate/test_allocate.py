@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.allocate import allocate_recipe, smallest_recipe
-from halfbyte.allocate.choices import Choice, Unit, make_units, measure, predict
+from halfbyte.allocate.choices import AllocationUnit, Choice, make_units, measure, predict
 from halfbyte.allocate.solve import allocate, frontier
 from halfbyte.cli import main
 from halfbyte.demo import MODEL
 from halfbyte.dialects import get_dialect
 from halfbyte.errors import CheckpointError, PlanError
-from halfbyte.plan import make_plan
+from halfbyte.plan.build import make_plan
 from halfbyte.recipes import parse_recipe
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 pytest.importorskip("highspy")
 HALFBYTE = get_dialect("halfbyte")
@@ -34,7 +34,7 @@ def demo() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def units(demo: Checkpoint) -> list[Unit]:
+def units(demo: Checkpoint) -> list[AllocationUnit]:
     found = make_units(demo, HALFBYTE, FORMATS)
     measure(demo, found)
     predict(found)
@@ -47,7 +47,9 @@ costs = st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1)), min_size=1, max
 @settings(max_examples=60, deadline=None)
 @given(st.lists(costs, min_size=1, max_size=5), st.floats(0, 1))
 def test_no_other_choice_within_the_budget_loses_less(table: list[list[tuple[int, float]]], where: float) -> None:
-    given_units = [Unit(str(i), [], [Choice("f", b, 0, loss) for b, loss in some]) for i, some in enumerate(table)]
+    given_units = [
+        AllocationUnit(str(i), [], [Choice("f", b, 0, loss) for b, loss in some]) for i, some in enumerate(table)
+    ]
     smallest, largest = (sum(f(b for b, _ in some) for some in table) for f in (min, max))
     budget = smallest + int(where * (largest - smallest))
     found = allocate(given_units, budget)
@@ -57,14 +59,14 @@ def test_no_other_choice_within_the_budget_loses_less(table: list[list[tuple[int
     assert found.loss <= best * (1 + 1e-3) + 1e-6
 
 
-def test_members_of_a_fusion_group_and_all_experts_of_a_layer_are_one_unit(units: list[Unit]) -> None:
+def test_members_of_a_fusion_group_and_all_experts_of_a_layer_are_one_unit(units: list[AllocationUnit]) -> None:
     names = [[w.name.rpartition("layers.")[2] for w in unit.weights] for unit in units]
     assert any({"q_proj", "k_proj", "v_proj"} == {n.split(".")[-2] for n in some} for some in names)
     experts = [some for some in names if any(".experts." in n for n in some)]
     assert len(experts) == 4 and all(len(some) == 2 for some in experts)
 
 
-def test_a_unit_s_bytes_are_those_that_the_plan_gives_it(demo: Checkpoint, units: list[Unit]) -> None:
+def test_a_unit_s_bytes_are_those_that_the_plan_gives_it(demo: Checkpoint, units: list[AllocationUnit]) -> None:
     recipe = parse_recipe("rules: [{match: linear, format: nvfp4}]", "test", "t")
     by_name = {item.weight.name: item.nbytes for item in make_plan(demo, recipe, HALFBYTE).items}
     for unit in units:
@@ -72,7 +74,7 @@ def test_a_unit_s_bytes_are_those_that_the_plan_gives_it(demo: Checkpoint, units
         assert choice.bytes == sum(by_name[w.name] for w in unit.weights)
 
 
-def test_only_the_weights_of_the_units_are_quantized(demo: Checkpoint, units: list[Unit]) -> None:
+def test_only_the_weights_of_the_units_are_quantized(demo: Checkpoint, units: list[AllocationUnit]) -> None:
     found = allocate_recipe(demo, HALFBYTE, bits=8.0, formats=FORMATS)
     chosen = {w.name: c.format for u, c in zip(found.units, found.allocation.chosen, strict=True) for w in u.weights}
     for item in found.plan.items:
@@ -94,7 +96,7 @@ def test_bits_per_weight_are_kept(demo: Checkpoint) -> None:
     assert 8.9 < found.plan.bits_per_weight <= 9.0
 
 
-def test_more_bytes_never_predict_more_loss(units: list[Unit]) -> None:
+def test_more_bytes_never_predict_more_loss(units: list[AllocationUnit]) -> None:
     curve = frontier(units, 10)
     assert [a.bytes for a in curve] == sorted(a.bytes for a in curve)
     assert [a.loss for a in curve] == sorted((a.loss for a in curve), reverse=True)
@@ -107,7 +109,7 @@ def _sensitivity(path: Path, groups: dict[str, tuple[list[str], float]]) -> Path
     return path
 
 
-def test_a_sensitive_unit_gets_the_bytes(tmp_path: Path, demo: Checkpoint, units: list[Unit]) -> None:
+def test_a_sensitive_unit_gets_the_bytes(tmp_path: Path, demo: Checkpoint, units: list[AllocationUnit]) -> None:
     special = next(u for u in units if any(w.role == "linear_attention.out" for w in u.weights))
     groups = {u.name: ([w.name for w in u.weights], 1.0 if u is special else 1e-6) for u in units}
     groups["all"] = ([w.name for u in units for w in u.weights], 2.0)
@@ -117,14 +119,16 @@ def test_a_sensitive_unit_gets_the_bytes(tmp_path: Path, demo: Checkpoint, units
     assert chosen[special.name] == "keep"
 
 
-def test_sensitivities_that_lack_a_unit_are_refused(tmp_path: Path, demo: Checkpoint, units: list[Unit]) -> None:
+def test_sensitivities_that_lack_a_unit_are_refused(
+    tmp_path: Path, demo: Checkpoint, units: list[AllocationUnit]
+) -> None:
     path = _sensitivity(tmp_path / "s.jsonl", {units[0].name: ([w.name for w in units[0].weights], 1.0)})
     with pytest.raises(CheckpointError, match="say nothing of"):
         allocate_recipe(demo, HALFBYTE, bits=8.5, formats=FORMATS, sensitivity=path)
 
 
 def test_sensitivities_may_be_measured_in_a_format_that_is_no_choice(
-    tmp_path: Path, demo: Checkpoint, units: list[Unit]
+    tmp_path: Path, demo: Checkpoint, units: list[AllocationUnit]
 ) -> None:
     path = _sensitivity(tmp_path / "s.jsonl", {u.name: ([w.name for w in u.weights], 1.0) for u in units})
     found = allocate_recipe(demo, HALFBYTE, bits=8.5, formats=("mxfp4", "keep"), sensitivity=path)
@@ -135,7 +139,7 @@ def test_sensitivities_may_be_measured_in_a_format_that_is_no_choice(
 
 
 def test_sensitivities_of_a_group_with_several_formats_are_refused(
-    tmp_path: Path, demo: Checkpoint, units: list[Unit]
+    tmp_path: Path, demo: Checkpoint, units: list[AllocationUnit]
 ) -> None:
     path = _sensitivity(tmp_path / "s.jsonl", {u.name: ([w.name for w in u.weights], 1.0) for u in units})
     path.write_text(path.read_text().replace('"format": "nvfp4"', '"format": "mixed"'))

@@ -10,7 +10,7 @@ from halfbyte.demo import MODEL
 from halfbyte.dialects import get_dialect
 from halfbyte.models import Weight
 from halfbyte.models.roles import ROLES, is_matrix, is_under
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 LAYERS = 4
 

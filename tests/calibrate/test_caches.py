@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from halfbyte.calibrate.blocks import Blocks, enter, run_layer
 from halfbyte.calibrate.caches import arrays_of, watch_caches
 from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.calibrate.layerwise import LayerwiseModel, enter, run_layer
 from halfbyte.calibrate.observe import Observer
 from halfbyte.calibrate.samples import make_samples
-from halfbyte.calibrate.statistics import Statistics, merge, read_about, write_about
+from halfbyte.calibration.statistics import Statistics, merge, read_about, write_about
 from halfbyte.checkpoint import Reader
 from halfbyte.demo import MODEL
 from halfbyte.errors import CheckpointError, OutputError
 from halfbyte.runtime.loading import load, load_tokenizer
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from runtime.architectures import save
 
 SAMPLES, LENGTH = 4, 64
@@ -46,7 +46,7 @@ def _watched(folder: Path, ids: torch.Tensor) -> dict[int, tuple[float, float]]:
     checkpoint = Checkpoint.open(folder)
     found = {}
     with Reader(checkpoint.inventory) as reader, torch.inference_mode():
-        blocks = Blocks(checkpoint, reader, torch.float32, torch.device("cpu"))
+        blocks = LayerwiseModel(checkpoint, reader, torch.float32, torch.device("cpu"))
         with blocks.filled(blocks.decoder.get_input_embeddings()):
             hidden, calls = enter(blocks, ids)
         for i, layer in enumerate(blocks.layers):

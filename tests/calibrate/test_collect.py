@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.calibrate import match_importance
 from halfbyte.calibrate.collect import collect_statistics
 from halfbyte.calibrate.samples import make_samples
-from halfbyte.calibrate.statistics import Statistics, merge
+from halfbyte.calibration import match_importance
+from halfbyte.calibration.statistics import Statistics, merge
 from halfbyte.demo import MODEL
 from halfbyte.errors import CheckpointError, HalfbyteError, OutputError
 from halfbyte.runtime.loading import load, load_tokenizer
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 SAMPLES, LENGTH = 6, 64
 

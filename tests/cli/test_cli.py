@@ -62,7 +62,7 @@ def test_an_os_error_is_one_sentence(
     def no_space(*_: object, **more: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(sys.modules["halfbyte.convert"], "convert", no_space)
+    monkeypatch.setattr(sys.modules["halfbyte.convert.conversion"], "convert", no_space)
     message = refusal("quantize", demo_model, str(tmp_path / "out"), "--recipe", "mxfp4")
     assert message == "halfbyte: somewhere: No space left on device\n"
 

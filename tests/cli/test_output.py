@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halfbyte.cli import output, units
+from halfbyte.cli import human as units
+from halfbyte.cli import output
 
 
 class Terminal(io.StringIO):

@@ -20,7 +20,7 @@ from halfbyte.checkpoint import Reader
 from halfbyte.dialects.mlx_names import config_for_mlx
 from halfbyte.dialects.mlx_source import parameters
 from halfbyte.formats import Format
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 TOKENS = [int(token) for token in np.random.RandomState(0).randint(0, 200, 40)]
 

@@ -10,8 +10,8 @@ import pytest
 
 from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.errors import CheckpointError, PlanError
-from halfbyte.plan import make_plan
-from halfbyte.view import Checkpoint
+from halfbyte.plan.build import make_plan
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import (
     DENSE_CONFIG,
     MOE_CONFIG,
@@ -193,7 +193,7 @@ def test_routed_experts_come_first_since_transformers_takes_the_first_group_that
     ("rules", "said"),
     [
         ([{"match": "experts", "format": "mxfp4"}], []),
-        ([{"match": "experts", "format": "nvfp4"}], ["ignores the tensor scales of experts"]),
+        ([{"match": "experts", "format": "nvfp4"}], ["ignores the global scales of experts"]),
         ([{"match": "experts.down", "format": "mxfp4"}], ["some differ or are kept"]),
         (
             [{"match": "experts", "format": "mxfp4"}, {"match": "experts.down", "format": "mxfp8"}],

@@ -15,9 +15,9 @@ from dialects.library import decompress, groups_of
 from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.dialects.compressed_tensors import modules
 from halfbyte.errors import CheckpointError
-from halfbyte.plan import make_plan
+from halfbyte.plan.build import make_plan
 from halfbyte.recipes import Recipe
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import (
     DENSE_CONFIG,
     MOE_CONFIG,

@@ -12,15 +12,15 @@ import pytest
 
 from dialects.gguf_models import CONFIGS, EXPERTS, HEAD, HEADS, INTER, KEYS, checkpoint, tensors
 from halfbyte.checkpoint import Inventory, Reader
-from halfbyte.convert import convert, source_bytes
+from halfbyte.convert.conversion import convert, source_bytes
 from halfbyte.dialects.gguf import GgufModel
 from halfbyte.dialects.gguf_blocks import BLOCKS, pack_blocks, unpack_blocks
 from halfbyte.errors import CheckpointError, HalfbyteError, PlanError
 from halfbyte.formats import QuantizedTensor, get_format
-from halfbyte.plan import make_plan
+from halfbyte.plan.build import make_plan
 from halfbyte.search import encode
-from halfbyte.verify import verify
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.verify.weights import verify
 from small_models import hashes, linear, read_file, recipe, run, write_checkpoint, write_file
 
 gguf = pytest.importorskip("gguf")
@@ -44,8 +44,8 @@ def dequantized(tensor: Any) -> Any:
 def test_the_library_decodes_blocks_to_the_same_values(name: str) -> None:
     x = np.random.default_rng(1).standard_t(4, (3, 16, 128)).astype(np.float32)
     tensor = encode(x, get_format(name), "absmax")
-    if tensor.tensor_scale is not None:
-        tensor.tensor_scale = np.ones_like(tensor.tensor_scale)
+    if tensor.global_scale is not None:
+        tensor.global_scale = np.ones_like(tensor.global_scale)
     blocks = pack_blocks(tensor)
     values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[BLOCKS[name].ggml])
     np.testing.assert_array_equal(values, tensor.decode())
@@ -59,7 +59,7 @@ def test_every_byte_of_a_block_is_read_as_the_library_reads_it(name: str) -> Non
     heads = blocks.reshape(64, 2, block.nbytes)[..., : block.scales * block.scale_bytes]
     heads &= 0x3F
     codes, scales = unpack_blocks(blocks, fmt, (64, 2 * block.weights))
-    parts: dict[str, Any] = {"tensor_scale": np.ones((), np.float32)} if name == "nvfp4" else {}
+    parts: dict[str, Any] = {"global_scale": np.ones((), np.float32)} if name == "nvfp4" else {}
     tensor = QuantizedTensor(fmt, (64, 2 * block.weights), codes, scales, **parts)
     np.testing.assert_array_equal(
         tensor.decode(), gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[block.ggml])
@@ -122,10 +122,10 @@ def test_the_tensor_scale_of_nvfp4_lies_beside_each_projection(tmp_path: Path) -
     weight = next(w for w in ours.weights if w.name == "model.layers.0.mlp.experts.gate_up_proj")
     with Reader(ours.inventory) as reader:
         tensor = ours.read_quantized(reader, weight)
-    assert tensor.tensor_scale is not None
+    assert tensor.global_scale is not None
     raw = gguf.quants.dequantize(found["blk.0.ffn_up_exps.weight"].data, gguf.GGMLQuantizationType.NVFP4)
     values = tensor.decode()[:, INTER:]
-    # the product is rounded at another place: scale x tensor scale here, values x tensor scale there
+    # the product is rounded at another place: scale x global scale here, values x global scale there
     np.testing.assert_allclose(raw * up[:, None, None], values, rtol=3e-7)
 
 
@@ -297,8 +297,8 @@ def test_plans_say_what_is_left_out(tmp_path: Path) -> None:
         ("qwen3", {"architectures": ["Gemma3ForCausalLM"]}, {}, "LlamaForCausalLM.*this checkpoint is Gemma3"),
         ("qwen3", {}, {"format": "mixfp4"}, "no type for mixfp4"),
         ("qwen3moe", {}, {"match": "router", "format": "q8_0"}, "ffn_gate_inp.weight in FP32"),
-        ("qwen3", {}, {"match": "embedding", "format": "nvfp4"}, "no tensor scale to token_embd.weight"),
-        ("gpt-oss", {}, {"match": "experts", "format": "nvfp4"}, "applies no tensor scale to blk.0.ffn"),
+        ("qwen3", {}, {"match": "embedding", "format": "nvfp4"}, "no global scale to token_embd.weight"),
+        ("gpt-oss", {}, {"match": "experts", "format": "nvfp4"}, "applies no global scale to blk.0.ffn"),
         ("qwen3moe", {"norm_topk_prob": False}, {}, "norm_topk_prob"),
         ("llama", {"hidden_act": "gelu"}, {}, "hidden_act"),
         ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, {}, "longrope"),

@@ -18,7 +18,7 @@ import pytest
 
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects.gguf_vocab import _SPLITS
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import linear, recipe, run
 
 llama = pytest.importorskip("xllamacpp")

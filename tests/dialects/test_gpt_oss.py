@@ -9,9 +9,9 @@ import pytest
 
 from halfbyte.checkpoint import Inventory
 from halfbyte.errors import CheckpointError, PlanError
-from halfbyte.plan import make_plan
-from halfbyte.verify import verify
-from halfbyte.view import Checkpoint
+from halfbyte.plan.build import make_plan
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.verify.weights import verify
 from quantized_sources import GPT_OSS, gpt_oss, gpt_oss_tensors, settings_of, values
 from small_models import (
     MOE_CONFIG,

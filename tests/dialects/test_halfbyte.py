@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from halfbyte.checkpoint import Inventory, Reader
+from halfbyte.dialects.halfbyte import suffix
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import get_format, list_formats
 from halfbyte.search import encode
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import MOE_CONFIG, linear, moe_tensors, read_file, recipe, run, write_checkpoint
 
 FUSED = "model.language_model.layers.0.mlp.experts.gate_up_proj"
@@ -28,7 +29,7 @@ def test_every_format_is_stored_as_its_arrays_and_read_back(moe: Path, tmp_path:
     stored = read_file(tmp_path / "out")
     wanted = encode(moe_tensors()[FUSED], fmt, "absmax")
     for part in get_format(fmt).parts(wanted.shape):
-        assert stored[f"{FUSED}_{part}"].tobytes() == getattr(wanted, part).tobytes(), part
+        assert stored[f"{FUSED}_{suffix(part)}"].tobytes() == getattr(wanted, part).tobytes(), part
     ours = Checkpoint.open(tmp_path / "out")
     weight = next(w for w in ours.weights if w.name == FUSED)
     with Reader(ours.inventory) as reader:

@@ -13,9 +13,10 @@ import pytest
 from halfbyte.dialects import get_dialect
 from halfbyte.errors import CheckpointError, FormatError, PlanError
 from halfbyte.formats import get_format
-from halfbyte.plan import Plan, make_plan
-from halfbyte.verify import verify
-from halfbyte.view import Checkpoint
+from halfbyte.plan.build import make_plan
+from halfbyte.plan.conversion_plan import Plan
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.verify.weights import verify
 from small_models import (
     DENSE_CONFIG,
     MOE_CONFIG,
@@ -97,7 +98,7 @@ def test_nvfp4_has_a_tensor_scale_for_experts_only_and_the_plan_says_so(tmp_path
         "nvfp4_unscaled"
     }
     said = " ".join(plan.notes)
-    assert "no tensor scale for nvfp4" in said and "needs mlx 0.32 and a GPU" in said
+    assert "no global scale for nvfp4" in said and "needs mlx 0.32 and a GPU" in said
     scale = read_file(out)[f"{TEXT}0.mlp.switch_mlp.gate_proj.global_scale"]
     assert scale.shape == (4,) and scale.dtype == np.float32
     assert np.array_equal(np.frexp(scale / np.float32(2688))[0], np.full(4, 0.5))
@@ -117,7 +118,7 @@ def test_every_stored_global_scale_is_written_again(tmp_path: Path) -> None:
 
 def _stack_output(folder: Path) -> Any:
     plan = plan_of(moe(folder / "source"), linear("nvfp4"))
-    return next(o for item in plan.items for o in item.outputs if o.part == "tensor_scale")
+    return next(o for item in plan.items for o in item.outputs if o.part == "global_scale")
 
 
 @pytest.mark.parametrize("per_expert", [False, True])

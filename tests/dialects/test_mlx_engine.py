@@ -27,7 +27,7 @@ from halfbyte.demo import MODEL
 from halfbyte.dialects import get_dialect
 from halfbyte.formats import QuantizedTensor, get_format, list_formats
 from halfbyte.models import Piece, Weight
-from halfbyte.verify import verify
+from halfbyte.verify.weights import verify
 from small_models import read_file, recipe, run, write_checkpoint
 
 MLX = get_dialect("mlx")
@@ -148,8 +148,8 @@ def test_random_words_decode_as_in_mlx(name: str) -> None:
         kind = parts["scales"][0]
         tensor.scales = (random_bytes(parts["scales"][1], 2) / np.float32(999) - np.float32(0.1)).astype(kind)
         tensor.offsets = (random_bytes(parts["scales"][1], 3) / np.float32(77) - np.float32(1.5)).astype(kind)
-    if "tensor_scale" in parts:
-        tensor.tensor_scale = np.exp2(np.arange(-4, -1)).astype(np.float32)
+    if "global_scale" in parts:
+        tensor.global_scale = np.exp2(np.arange(-4, -1)).astype(np.float32)
     outputs = MLX.outputs(STACK, fmt)
     arrays = {w.output.name.rpartition(".")[2]: w.array for w in MLX.write(outputs, fmt, tensor, 0, 0)}
     assert np.array_equal(dequantize(arrays, fmt), tensor.decode())

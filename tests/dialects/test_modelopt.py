@@ -14,9 +14,9 @@ from formats.streams import digests, random_bytes
 from halfbyte.checkpoint import Inventory, numpy_dtype
 from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.formats import QuantizedTensor, get_format
-from halfbyte.plan import make_plan
-from halfbyte.verify import verify
-from halfbyte.view import Checkpoint
+from halfbyte.plan.build import make_plan
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.verify.weights import verify
 from quantized_sources import values
 from small_models import (
     MOE_CONFIG,

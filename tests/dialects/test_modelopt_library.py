@@ -12,7 +12,7 @@ import pytest
 
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects.modules import modules
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import MOE_CONFIG, Tensors, linear, moe_tensors, read_file, run, write_checkpoint
 
 torch = pytest.importorskip("torch")

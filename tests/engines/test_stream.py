@@ -13,7 +13,7 @@ from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.dialects.compressed_tensors_config import SPELLINGS
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import list_formats
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from quantized_sources import gpt_oss, gpt_oss_tensors
 from small_models import (
     DENSE_CONFIG,

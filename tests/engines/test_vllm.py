@@ -13,7 +13,7 @@ import halfbyte
 from collected import with_caches
 from halfbyte.checkpoint import Reader
 from halfbyte.formats.rotation import hadamard_matrix
-from halfbyte.view import Checkpoint, read_dense
+from halfbyte.source.checkpoint import Checkpoint, read_dense
 from small_models import recipe, run
 
 pytest.importorskip("vllm")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from halfbyte.engines.vllm_plugin import fp8_cache, takes_over
-from halfbyte.plan import make_plan
-from halfbyte.view import Checkpoint
+from halfbyte.plan.build import make_plan
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import DENSE_CONFIG, dense_tensors, linear, write_checkpoint
 
 DENSE = SimpleNamespace(hidden_size=128)

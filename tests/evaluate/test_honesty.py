@@ -12,8 +12,8 @@ import pytest
 
 import halfbyte
 from halfbyte.evaluate import evaluate, tensor_errors
-from halfbyte.evaluate.run import Settings, measure
-from halfbyte.view import Checkpoint
+from halfbyte.evaluate.evaluation import Settings, measure
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import linear, run
 
 MEASURE: dict[str, Any] = {"length": 128, "max_tokens": 1024}

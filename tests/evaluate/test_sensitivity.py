@@ -13,7 +13,7 @@ from halfbyte.checkpoint import Reader
 from halfbyte.errors import OutputError
 from halfbyte.evaluate import evaluate, sensitivity
 from halfbyte.evaluate.by_group import units_of
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import linear, read_file, recipe, run, write_file
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"

@@ -12,7 +12,7 @@ import torch
 
 import halfbyte
 from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate.run import Settings, measure
+from halfbyte.evaluate.evaluation import Settings, measure
 from halfbyte.evaluate.tasks import PREFIX, prepare, prompt, read_questions, run_tasks
 from halfbyte.runtime import load, load_tokenizer
 from small_models import linear, run

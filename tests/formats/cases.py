@@ -15,7 +15,7 @@ from halfbyte.search.blocks import to_blocks
 FORMATS = [f for f in list_formats() if getattr(get_format(f), "rotation", None) is None]
 CASES = [(f, s) for f in FORMATS for s in SEARCHES if SEARCHES[s].problem(get_format(f)) is None]
 QUICK = [(f, s) for f, s in CASES if s != "exhaustive"]
-TENSOR_SCALED = [f for f in FORMATS if "tensor_scale" in get_format(f).parts((64, 256))]
+TENSOR_SCALED = [f for f in FORMATS if "global_scale" in get_format(f).parts((64, 256))]
 
 # block scales below which a type's steps are too coarse for absmax to find a scale again: subnormals and a margin
 FINE_FROM = {"e4m3": 2.0**-4, "e3m3": 2.0**-4, "fp16": 2.0**-12}
@@ -58,12 +58,12 @@ def weights(draw_from: st.DrawFn, name: str, decades: int = 8) -> NDArray[np.flo
 
 
 def same_scale(tensor: QuantizedTensor) -> dict[str, NDArray[np.float32]]:
-    """Arguments of ``encode`` that give another array the tensor scale of this one."""
-    return {} if tensor.tensor_scale is None else {"tensor_scale": tensor.tensor_scale}
+    """Arguments of ``encode`` that give another array the global scale of this one."""
+    return {} if tensor.global_scale is None else {"global_scale": tensor.global_scale}
 
 
 def scale_values(tensor: QuantizedTensor) -> NDArray[np.float32]:
-    """FP32 values of the stored scales, without the tensor scale."""
+    """FP32 values of the stored scales, without the global scale."""
     fmt = tensor.format
     if isinstance(fmt, BlockFormat):
         return fmt.split_scales(tensor.scales)[0]
@@ -85,15 +85,15 @@ def reach(fmt: Format) -> tuple[float, float]:
     if isinstance(fmt, HiF4Format):
         return 2.0**-48, 2.0**18
     # BF16 scales end where FP32 turns subnormal, ranges of 2 * 3e38 overflow
-    if not isinstance(fmt, BlockFormat) or fmt.has_tensor_scale or fmt.scale.name not in FINE_FROM:
+    if not isinstance(fmt, BlockFormat) or fmt.has_global_scale or fmt.scale.name not in FINE_FROM:
         return 1e-35, 1e35
-    tops = [table.top for table in fmt.tables]
+    tops = [codebook.top for codebook in fmt.codebooks]
     return FINE_FROM[fmt.scale.name] * max(tops), fmt.scale.maximum * min(tops)
 
 
 def smallest_magnitude(fmt: Format) -> float:
     """Of the table's values, without scales: 0 in all tables but IQ4_NL's."""
-    return min(abs(v) for t in fmt.tables for v in t.values) if isinstance(fmt, BlockFormat) else 0.0
+    return min(abs(v) for t in fmt.codebooks for v in t.values) if isinstance(fmt, BlockFormat) else 0.0
 
 
 def by_block(array: NDArray[np.floating], fmt: Format) -> NDArray[np.floating]:

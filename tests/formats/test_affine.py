@@ -55,4 +55,4 @@ def test_declared_arrays(name: str) -> None:
 
 def test_one_table_is_reported_for_affine_formats() -> None:
     q, _ = tensor("affine4_g64")
-    assert q.tables.shape == q.scales.shape and not q.tables.any()
+    assert q.codebooks.shape == q.scales.shape and not q.codebooks.any()

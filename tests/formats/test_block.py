@@ -32,20 +32,20 @@ BITS_PER_WEIGHT = {
 }
 
 
-def random_tensor(fmt: BlockFormat, shape: tuple[int, ...], divisor: bool = False) -> QuantizedTensor:
+def random_tensor(fmt: BlockFormat, shape: tuple[int, ...], global_scale_inv: bool = False) -> QuantizedTensor:
     """Any codes with scales that are neither zero nor NaN."""
     parts = fmt.parts(shape)
     codes = random_bytes(parts["codes"][1], 1)
     if fmt.bits == 8:
         codes[(codes & 127) == 127] = 0
     stored = random_bytes(parts["scales"][1], 2, fmt.scale.low + 60, max(fmt.scale.high - 60, 62))
-    if len(fmt.tables) > 1:
-        stored = (stored | random_bytes(stored.shape, 3, 0, len(fmt.tables)) << fmt.scale.bits).astype(np.uint8)
+    if len(fmt.codebooks) > 1:
+        stored = (stored | random_bytes(stored.shape, 3, 0, len(fmt.codebooks)) << fmt.scale.bits).astype(np.uint8)
     if not fmt.scale.ordered:
         stored = (stored.astype(np.float32) / 97).astype(fmt.scale.dtype)
-    tensor_scale = np.full(shape[:-2], 0.37, dtype=np.float32) if fmt.has_tensor_scale else None
-    given = np.full(shape[:-2], 2.7, dtype=np.float32) if divisor else None
-    return QuantizedTensor(fmt, shape, codes, stored, tensor_scale, None, given)
+    global_scale = np.full(shape[:-2], 0.37, dtype=np.float32) if fmt.has_global_scale else None
+    given = np.full(shape[:-2], 2.7, dtype=np.float32) if global_scale_inv else None
+    return QuantizedTensor(fmt, shape, codes, stored, global_scale, None, given)
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
@@ -60,22 +60,22 @@ def test_decoding_follows_the_definition_element_by_element(name: str) -> None:
     for i in range(0, shape[0], max(1, shape[0] // 3)):
         for j in range(shape[1]):
             stored = q.scales[i // rows, j // columns]
-            table = 0
-            if len(fmt.tables) > 1:
-                table, stored = int(stored) >> fmt.scale.bits, stored & ((1 << fmt.scale.bits) - 1)
+            codebook = 0
+            if len(fmt.codebooks) > 1:
+                codebook, stored = int(stored) >> fmt.scale.bits, stored & ((1 << fmt.scale.bits) - 1)
             scale = fmt.scale.to_value(np.array([stored], dtype=fmt.scale.dtype))[0]
-            if q.tensor_scale is not None:
-                scale = scale * q.tensor_scale[()]
-            assert decoded[i, j] == fmt.tables[table].array[codes[i, j]] * scale
+            if q.global_scale is not None:
+                scale = scale * q.global_scale[()]
+            assert decoded[i, j] == fmt.codebooks[codebook].array[codes[i, j]] * scale
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mixfp4"])
 def test_a_stored_divisor_divides_the_scales(name: str) -> None:
     fmt = get_format(name)
     assert isinstance(fmt, BlockFormat)
-    q = random_tensor(fmt, (2, 3, 64), divisor=True)
+    q = random_tensor(fmt, (2, 3, 64), global_scale_inv=True)
     codes = unpack_nibbles(q.codes)
-    values = np.stack([t.array for t in fmt.tables])[np.repeat(q.tables, 16, -1), codes]
+    values = np.stack([t.array for t in fmt.codebooks])[np.repeat(q.codebooks, 16, -1), codes]
     scales = np.repeat(fmt.split_scales(q.scales)[0] / np.float32(2.7), 16, -1)
     assert np.array_equal(q.decode(), values * scales)
 
@@ -84,7 +84,7 @@ def test_a_stored_divisor_divides_the_scales(name: str) -> None:
 def test_bits_per_weight(name: str) -> None:
     shape = (64, 4096)
     parts = get_format(name).parts(shape)
-    stored = get_format(name).nbytes(shape) - (4 if "tensor_scale" in parts else 0)
+    stored = get_format(name).nbytes(shape) - (4 if "global_scale" in parts else 0)
     assert stored * 8 / (64 * 4096) == BITS_PER_WEIGHT[name]
 
 
@@ -93,7 +93,7 @@ def test_a_vector_has_blocks_and_one_tensor_scale() -> None:
     assert fmt.parts((64,)) == {
         "codes": (np.uint8, (32,)),
         "scales": (np.uint8, (4,)),
-        "tensor_scale": (np.float32, ()),
+        "global_scale": (np.float32, ()),
     }
 
 

@@ -51,14 +51,14 @@ def int32_words(q: QuantizedTensor) -> Any:
 @pytest.mark.parametrize("search", ["absmax", "four_over_six", "sweep"])
 def test_nvfp4_decompresses_to_our_values_in_bf16(search: str) -> None:
     q = encode(weight(), "nvfp4", search)
-    assert q.tensor_scale is not None
-    q.divisor = np.float32(1) / q.tensor_scale
+    assert q.global_scale is not None
+    q.global_scale_inv = np.float32(1) / q.global_scale
     values = decompress(
         "nvfp4-pack-quantized",
         scheme("NVFP4A16"),
         weight_packed=torch.from_numpy(q.codes),
         weight_scale=torch.from_numpy(q.scales).view(FP8_CODES),
-        weight_global_scale=torch.from_numpy(q.divisor.reshape(1)),
+        weight_global_scale=torch.from_numpy(q.global_scale_inv.reshape(1)),
     )
     assert np.array_equal(values, q.decode().astype(ml_dtypes.bfloat16).astype(np.float32))
 
@@ -107,24 +107,24 @@ def test_mxfp8_decompresses_to_our_values() -> None:
 
 
 def compress(x: np.ndarray, container: str, preset: str) -> tuple[np.ndarray, np.ndarray, float | None]:
-    """Bytes, scales (E4M3/E8M0 bytes or BF16) and tensor scale by compressed-tensors' own rules."""
+    """Bytes, scales (E4M3/E8M0 bytes or BF16) and global scale by compressed-tensors' own rules."""
     how, t = scheme(preset), torch.from_numpy(x)
     args = how.weights
     groups = t.reshape(len(x), -1, args.group_size or x.shape[1])
-    divisor = generate_gparam(t.min(), t.max()) if "nvfp4" in container else None
-    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args, divisor)
+    global_scale_inv = generate_gparam(t.min(), t.max()) if "nvfp4" in container else None
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale_inv)
     if args.scale_dtype is None:
         scale = scale.bfloat16().float()
     state = {"weight": t, "weight_scale": scale}
-    if divisor is not None:
-        state["weight_global_scale"] = divisor.reshape(1)
+    if global_scale_inv is not None:
+        state["weight_global_scale"] = global_scale_inv.reshape(1)
     if not args.symmetric:
         state["weight_zero_point"] = zero
     found = BaseCompressor.get_value_from_registry(container).compress(state, how)
     codes = found.get("weight_packed", found.get("weight")).view(torch.uint8).numpy()
     scale = found["weight_scale"]
     stored = scale.float().numpy() if args.scale_dtype is None else scale.view(torch.uint8).numpy()
-    return codes, stored, None if divisor is None else 1 / float(divisor)
+    return codes, stored, None if global_scale_inv is None else 1 / float(global_scale_inv)
 
 
 @pytest.mark.parametrize("source", ["fp32", "bf16"])
@@ -146,8 +146,8 @@ def test_bytes_equal_those_of_compressed_tensors(
     source: str, name: str, search: str, container: str, preset: str, share: float
 ) -> None:
     x = weight() if source == "fp32" else to_bf16(weight())
-    codes, scales, tensor_scale = compress(x, container, preset)
-    q = encode(x, name, search, **({} if tensor_scale is None else {"tensor_scale": tensor_scale}))
+    codes, scales, global_scale = compress(x, container, preset)
+    q = encode(x, name, search, **({} if global_scale is None else {"global_scale": global_scale}))
     ours = q.scales if q.scales.dtype == np.uint8 else q.scales.astype(np.float32)
     assert np.mean(ours == scales.reshape(q.scales.shape)) >= share
     assert np.mean(q.codes == codes.reshape(q.codes.shape)) >= share

@@ -18,8 +18,8 @@ TEXT = (REPOSITORY / "docs" / "formats.md").read_text()
 
 @pytest.mark.parametrize("name", list_formats())
 def test_every_format_has_a_row_of_errors(name: str) -> None:
-    _, _, table = TEXT.partition("<!-- table of benchmarks/formats.py -->")
-    assert re.search(rf"^\|.*`{name}`.*\|$", table, re.MULTILINE)
+    _, _, codebook = TEXT.partition("<!-- table of benchmarks/formats.py -->")
+    assert re.search(rf"^\|.*`{name}`.*\|$", codebook, re.MULTILINE)
 
 
 @pytest.mark.parametrize("search", SEARCHES)

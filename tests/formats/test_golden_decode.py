@@ -7,15 +7,15 @@ import pytest
 
 from halfbyte.formats import QuantizedTensor, get_format
 from halfbyte.formats.packing import pack_nibbles
-from halfbyte.formats.signed import IQ4_NL_TABLE
+from halfbyte.formats.signed import IQ4_NL_CODEBOOK
 
 from .streams import digests, golden, random_bytes
 
 
-def decode(name: str, codes: np.ndarray, scales: np.ndarray, tensor_scale: float | None = None) -> np.ndarray:
+def decode(name: str, codes: np.ndarray, scales: np.ndarray, global_scale: float | None = None) -> np.ndarray:
     fmt = get_format(name)
     shape = (len(codes), codes.shape[1] * (1 if name == "mxfp8" else 2))
-    scale = None if tensor_scale is None else np.float32(tensor_scale)
+    scale = None if global_scale is None else np.float32(global_scale)
     return QuantizedTensor(fmt, shape, codes, scales, scale).decode()
 
 
@@ -50,4 +50,4 @@ def test_random_bytes_decode_as_in_gguf_nvfp4() -> None:
 
 
 def test_iq4_nl_is_the_table_of_gguf() -> None:
-    assert list(IQ4_NL_TABLE.values) == golden("gguf")["iq4_nl/table"]["values"]
+    assert list(IQ4_NL_CODEBOOK.values) == golden("gguf")["iq4_nl/table"]["values"]

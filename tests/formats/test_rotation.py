@@ -10,7 +10,7 @@ from halfbyte.errors import FormatError
 from halfbyte.formats import get_format, list_formats
 from halfbyte.formats.rotation import END, ROTATIONS, hadamard_matrix, plain_swaps, rotate_reference, rotated
 from halfbyte.search import encode
-from halfbyte.search.rotation import rotation_matrices
+from halfbyte.search.rotated_space import rotation_matrices
 
 SIZES = {16: "nvfp4", 32: "mxfp4", 64: "int4_g64", 128: "int4_g128"}
 
@@ -111,7 +111,7 @@ def test_errors_are_those_of_decoded_values_and_equal_values_have_none(name: str
     kernels.compare(tensor, x, later)
     assert later.squared_error == float(np.square((tensor.decode() - x).astype(np.float64)).sum())
     assert while_encoding.squared_error == pytest.approx(later.squared_error, rel=1e-5)
-    assert (while_encoding.saturated, while_encoding.table_blocks) == (later.saturated, later.table_blocks)
+    assert (while_encoding.saturated, while_encoding.codebook_blocks) == (later.saturated, later.codebook_blocks)
     assert kernels.compare(tensor, tensor.decode(), none) and none.max_error == none.squared_error == 0
 
 

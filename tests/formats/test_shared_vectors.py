@@ -62,16 +62,16 @@ def test_torchao_mxfp4_decodes_to_the_recorded_values(vectors: Any, name: str, r
 def test_torchao_nvfp4_decodes_to_the_recorded_values(vectors: Any, name: str, level: str) -> None:
     x, key = vectors[f"{name}/input"], f"{name}/torchao_nvfp4_{level}_level"
     scale = vectors[f"{key}/per_tensor_scale"][0] if level == "two" else np.float32(1)
-    values = decode("nvfp4", x.shape, vectors[f"{key}/packed"], vectors[f"{key}/scale_e4m3"], tensor_scale=scale)
+    values = decode("nvfp4", x.shape, vectors[f"{key}/packed"], vectors[f"{key}/scale_e4m3"], global_scale=scale)
     assert np.array_equal(values, vectors[f"{key}/dequant"])
 
 
 @on_all
 def test_compressed_tensors_nvfp4_decodes_to_the_recorded_bf16_values(vectors: Any, name: str) -> None:
     x, key = vectors[f"{name}/input"], f"{name}/ct_nvfp4"
-    divisor = vectors[f"{key}/weight_global_scale"][0]
+    global_scale_inv = vectors[f"{key}/weight_global_scale"][0]
     codes, scales = vectors[f"{key}/weight_packed"], vectors[f"{key}/weight_scale_e4m3"]
-    values = decode("nvfp4", x.shape, codes, scales, divisor=divisor)
+    values = decode("nvfp4", x.shape, codes, scales, global_scale_inv=global_scale_inv)
     assert np.array_equal(values.astype(ml_dtypes.bfloat16).astype(np.float32), vectors[f"{key}/dequant"])
 
 
@@ -90,7 +90,7 @@ def test_mlx_words_decode_to_the_recorded_values(vectors: Any, name: str, mode: 
     x, key = vectors[f"{name}/input"], f"{name}/mlx_{mode}"
     scale = np.float32(1) if fmt == "nvfp4" else None
     words = vectors[f"{key}/w_q"].view(np.uint8)
-    values = decode(fmt, x.shape, words, vectors[f"{key}/scales"], tensor_scale=scale)
+    values = decode(fmt, x.shape, words, vectors[f"{key}/scales"], global_scale=scale)
     assert same(values, vectors[f"{key}/dequant"], name)
 
 
@@ -127,7 +127,7 @@ def test_all_nvfp4_bytes_of_gguf_decode_to_the_recorded_values(vectors: Any) -> 
     codes = pack_nibbles(np.concatenate([nibbles & 15, nibbles >> 4], -1).reshape(-1, 64))
     # llama.cpp strips the sign of a scale and reads 0x7F as zero
     scales = np.where(blocks[:, :4] & 127 == 127, 0, blocks[:, :4] & 127).astype(np.uint8)
-    values = decode("nvfp4", (64, 64), codes, scales, tensor_scale=np.float32(1))
+    values = decode("nvfp4", (64, 64), codes, scales, global_scale=np.float32(1))
     assert np.array_equal(values, vectors["gguf_NVFP4_random/dequant"])
 
 
@@ -181,7 +181,7 @@ def test_mxfp4_values_equal_mlx_and_gguf_but_for_ties(vectors: Any, name: str, l
 @on_real
 def test_nvfp4_bytes_equal_torchao_with_its_tensor_scale(vectors: Any, name: str) -> None:
     q, key = encode(vectors[f"{name}/input"], "nvfp4", "absmax"), f"{name}/torchao_nvfp4_two_level"
-    assert q.tensor_scale == vectors[f"{key}/per_tensor_scale"][0]
+    assert q.global_scale == vectors[f"{key}/per_tensor_scale"][0]
     assert np.array_equal(q.scales, vectors[f"{key}/scale_e4m3"])
     assert np.array_equal(q.codes, vectors[f"{key}/packed"])
 
@@ -190,13 +190,13 @@ def test_nvfp4_bytes_equal_torchao_with_its_tensor_scale(vectors: Any, name: str
 def test_nvfp4_bytes_equal_compressed_tensors_but_for_ties(vectors: Any, name: str) -> None:
     # its global scale is a divisor; 0.17 % of the bytes of one BF16 input hold ties that fall the other way
     x, key = vectors[f"{name}/input"], f"{name}/ct_nvfp4"
-    q = encode(x, "nvfp4", "absmax", tensor_scale=1 / vectors[f"{key}/weight_global_scale"][0])
+    q = encode(x, "nvfp4", "absmax", global_scale=1 / vectors[f"{key}/weight_global_scale"][0])
     assert np.array_equal(q.scales, vectors[f"{key}/weight_scale_e4m3"])
     assert np.mean(q.codes == vectors[f"{key}/weight_packed"]) > 0.998
 
 
 def test_small_float_rounding_equals_ml_dtypes_on_all_ties(shared: Path) -> None:
-    from halfbyte.formats.tables import E2M1, E4M3
+    from halfbyte.formats.codebooks import E2M1, E4M3
 
     grids = np.load(shared / "data" / "golden" / "decode_tables_ml_dtypes.npz")
     assert np.array_equal(E2M1.array, grids["decode_float4_e2m1fn"])

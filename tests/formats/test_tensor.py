@@ -16,13 +16,13 @@ def test_tables_tells_the_choice_of_each_block() -> None:
     scales = np.array([[0x38, 0xB8]], dtype=np.uint8)
     codes = np.zeros((1, 16), dtype=np.uint8)
     q = QuantizedTensor(get_format("mixfp4"), (1, 32), codes, scales, np.float32(1))
-    assert q.tables.tolist() == [[0, 1]]
+    assert q.codebooks.tolist() == [[0, 1]]
     q = QuantizedTensor(get_format("razer_e3m3"), (1, 32), codes, np.array([[0x10, 0xD0]], np.uint8), np.float32(1))
-    assert q.tables.tolist() == [[0, 3]]
+    assert q.codebooks.tolist() == [[0, 3]]
 
 
 def test_the_tensor_scale_of_each_expert_is_its_own() -> None:
     x = np.random.RandomState(0).standard_normal((2, 4, 32)).astype(np.float32) * [[[1]], [[100]]]
     q = encode(x.astype(np.float32), "nvfp4")
-    assert q.tensor_scale is not None and q.tensor_scale.shape == (2,)
-    assert np.array_equal(q.tensor_scale, (np.abs(x).max(axis=(1, 2)) / 2688).astype(np.float32))
+    assert q.global_scale is not None and q.global_scale.shape == (2,)
+    assert np.array_equal(q.global_scale, (np.abs(x).max(axis=(1, 2)) / 2688).astype(np.float32))

@@ -36,7 +36,7 @@ def test_a_group_shares_one_tensor_scale() -> None:
     top = np.maximum(top_exponent(gate), top_exponent(up))
     pair = [transcode(t, get_format("nvfp4"), top) for t in (gate, up)]
     assert pair[0] is not None and pair[1] is not None
-    assert pair[0].tensor_scale == pair[1].tensor_scale
+    assert pair[0].global_scale == pair[1].global_scale
     assert np.array_equal(pair[0].decode(), gate.decode())
 
 

@@ -84,7 +84,7 @@ def reference(x: NDArray[Any], fmt: Format, search: str, importance: Any = None,
 def differences(ours: QuantizedTensor, theirs: QuantizedTensor) -> list[str]:
     """Names of the arrays that differ in any bit."""
     found = []
-    for name in ("codes", "scales", "tensor_scale", "offsets", "divisor"):
+    for name in ("codes", "scales", "global_scale", "offsets", "global_scale_inv"):
         a, b = getattr(ours, name), getattr(theirs, name)
         if (a is None) != (b is None) or (a is not None and (a.shape != b.shape or a.tobytes() != b.tobytes())):
             found.append(name)

@@ -16,8 +16,8 @@ def random_tensor(fmt: Format, shape: tuple[int, ...], seed: int) -> QuantizedTe
     for name, (dtype, size) in fmt.parts(shape).items():
         count = int(np.prod(size, dtype=np.int64)) * np.dtype(dtype).itemsize
         arrays[name] = np.frombuffer(r.bytes(count), dtype=dtype).reshape(size).copy()
-    if "tensor_scale" in arrays:
-        arrays["tensor_scale"] = np.asarray(r.uniform(0.001, 3, arrays["tensor_scale"].shape), dtype=np.float32)
+    if "global_scale" in arrays:
+        arrays["global_scale"] = np.asarray(r.uniform(0.001, 3, arrays["global_scale"].shape), dtype=np.float32)
     return QuantizedTensor(fmt, shape, **arrays)
 
 
@@ -41,7 +41,7 @@ def test_a_stored_divisor_is_what_decoding_divides_by(name: str) -> None:
     fmt = get_format(name)
     tensor = random_tensor(fmt, (2, 4, 64), 2)
     tensor.scales &= np.uint8(0xF7)  # no NaN
-    tensor.divisor = np.array([3.0, 7.0], dtype=np.float32)
+    tensor.global_scale_inv = np.array([3.0, 7.0], dtype=np.float32)
     expected = fmt.decode(tensor)
     for isa in NATIVE:
         with kernels.use_backend(isa):

@@ -41,7 +41,7 @@ def test_kernels_write_their_arrays_and_nothing_beside_them(data: st.DataObject)
     arrays, around = {}, []
     for part, (part_type, size) in fmt.parts(shape).items():
         arrays[part], sides = guarded(size, np.dtype(part_type), data.draw(st.integers(0, 40)))
-        if part == "tensor_scale":
+        if part == "global_scale":
             arrays[part][...] = 0.001
         around += sides
     rows = data.draw(st.sampled_from([0, 1, lead]))
@@ -57,7 +57,7 @@ def test_kernels_write_their_arrays_and_nothing_beside_them(data: st.DataObject)
 
 
 def _same(arrays: dict[str, NDArray]) -> dict[str, NDArray]:
-    return {"tensor_scale": np.array(arrays["tensor_scale"])} if "tensor_scale" in arrays else {}
+    return {"global_scale": np.array(arrays["global_scale"])} if "global_scale" in arrays else {}
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +84,7 @@ def test_a_non_finite_weight_anywhere_is_refused_with_its_index(data: st.DataObj
     x = draw("normal", shape, 1).astype(dtype)
     where = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
     x[where] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
-    given_scale = {"tensor_scale": 0.01} if "tensor_scale" in fmt.parts(shape) and data.draw(st.booleans()) else {}
+    given_scale = {"global_scale": 0.01} if "global_scale" in fmt.parts(shape) and data.draw(st.booleans()) else {}
     with (
         kernels.use_backend(data.draw(st.sampled_from(NATIVE))),
         pytest.raises(FormatError, match=rf"first at index \[{', '.join(map(str, where))}\]"),

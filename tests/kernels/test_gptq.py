@@ -60,7 +60,7 @@ def test_any_weights_with_any_options_are_rounded_as_the_reference(data: st.Data
     x = cast(x * np.float32(10.0 ** data.draw(st.integers(-20, 12))), TYPES[data.draw(st.sampled_from(sorted(TYPES)))])
     options = {}
     if name in TENSOR_SCALED and data.draw(st.booleans()):
-        options["tensor_scale"] = np.float32(10.0 ** data.draw(st.integers(-12, 12)))
+        options["global_scale"] = np.float32(10.0 ** data.draw(st.integers(-12, 12)))
     kind = data.draw(st.sampled_from([*MODES, "nearest", "feedback"]))
     h = hessian(k, seed=data.draw(st.integers(0, 3)))
     prepared = (

@@ -82,10 +82,10 @@ def test_weights_beyond_the_given_tensor_scale_are_encoded_as_the_reference(name
     for size in (1e-44, 1e-30, 1e30):
         x = draw("heavy", (6, 64), 3) * np.float32(size)
         for scale in (1e-37, 1e-30, 1e30, 3e38):
-            expected = reference(x, fmt, search, tensor_scale=scale)
+            expected = reference(x, fmt, search, global_scale=scale)
             for isa in NATIVE:
                 with kernels.use_backend(isa):
-                    assert not differences(encode(x, fmt, search, tensor_scale=scale), expected), (size, scale, isa)
+                    assert not differences(encode(x, fmt, search, global_scale=scale), expected), (size, scale, isa)
 
 
 @settings(max_examples=150, deadline=None)
@@ -96,8 +96,8 @@ def test_any_weights_with_any_options_are_encoded_as_the_reference(data: st.Data
     x = data.draw(weights(name, decades=37)) if data.draw(st.booleans()) else data.draw(weights(name, decades=4))
     x = cast(x, TYPES[data.draw(st.sampled_from(sorted(TYPES)))])
     options = {}
-    if "tensor_scale" in fmt.parts(x.shape):
-        key = data.draw(st.sampled_from(["", "tensor_scale", "divisor", "amax", "power_of_two"]))
+    if "global_scale" in fmt.parts(x.shape):
+        key = data.draw(st.sampled_from(["", "global_scale", "global_scale_inv", "amax", "power_of_two"]))
         if key == "power_of_two":
             options[key] = True
         elif key:

@@ -92,15 +92,15 @@ def test_a_format_that_kernels_do_not_know_is_left_to_the_reference() -> None:
 
 def test_slices_in_many_threads_give_the_bytes_of_the_whole() -> None:
     x = draw("normal", (64, 512), 2)
-    whole = encode(x, "mixfp4", tensor_scale=np.float32(0.001))
+    whole = encode(x, "mixfp4", global_scale=np.float32(0.001))
     with ThreadPoolExecutor(8) as pool:
-        parts = list(pool.map(lambda p: encode(p, "mixfp4", tensor_scale=np.float32(0.001)), np.split(x, 32)))
+        parts = list(pool.map(lambda p: encode(p, "mixfp4", global_scale=np.float32(0.001)), np.split(x, 32)))
     joined = QuantizedTensor(
         whole.format,
         whole.shape,
         np.concatenate([p.codes for p in parts]),
         np.concatenate([p.scales for p in parts]),
-        whole.tensor_scale,
+        whole.global_scale,
     )
     assert not differences(joined, whole)
 

@@ -27,7 +27,7 @@ def test_errors_measured_while_encoding_are_those_of_the_decoded_values(name: st
                 assert found.squares == pytest.approx(expected.squares, rel=1e-12), (kind, isa)
                 assert found.max_error == expected.max_error, (kind, isa)
                 assert found.saturated == expected.saturated, (kind, isa)
-                assert found.table_blocks == expected.table_blocks, (kind, isa)
+                assert found.codebook_blocks == expected.codebook_blocks, (kind, isa)
                 assert found.elements == x.size
 
 
@@ -46,32 +46,32 @@ def test_sums_do_not_depend_on_the_instruction_set(name: str) -> None:
 def test_a_divisor_is_decoded_with_while_errors_are_measured() -> None:
     x = draw("normal", (4, 64), 5)
     stats = ErrorStats()
-    tensor = encode(x, "nvfp4", divisor=np.float32(900), stats=stats)
+    tensor = encode(x, "nvfp4", global_scale_inv=np.float32(900), stats=stats)
     error = tensor.decode().astype(np.float64) - x
     assert stats.squared_error == pytest.approx(float((error**2).sum()), rel=1e-12)
-    assert tensor.tensor_scale == np.float32(1) / np.float32(900)
+    assert tensor.global_scale == np.float32(1) / np.float32(900)
 
 
 def test_values_that_the_format_holds_have_no_error() -> None:
-    exact = encode(draw("normal", (16, 256), 6), "nvfp4", tensor_scale=np.float32(2.0**-10)).decode()
+    exact = encode(draw("normal", (16, 256), 6), "nvfp4", global_scale=np.float32(2.0**-10)).decode()
     stats = ErrorStats()
-    encode(exact, "nvfp4", tensor_scale=np.float32(2.0**-10), stats=stats)
+    encode(exact, "nvfp4", global_scale=np.float32(2.0**-10), stats=stats)
     assert (stats.squared_error, stats.max_error, stats.relmse) == (0, 0, 0)
 
 
 def test_statistics_of_slices_add_up_to_those_of_the_whole() -> None:
     x = draw("normal", (64, 256), 7)
     whole, parts = ErrorStats(), ErrorStats()
-    encode(x, "mixfp4", "absmax", tensor_scale=np.float32(0.001), stats=whole)
+    encode(x, "mixfp4", "absmax", global_scale=np.float32(0.001), stats=whole)
     for part in np.split(x, 4):
-        encode(part, "mixfp4", "absmax", tensor_scale=np.float32(0.001), stats=parts)
+        encode(part, "mixfp4", "absmax", global_scale=np.float32(0.001), stats=parts)
     assert parts.squared_error == pytest.approx(whole.squared_error, rel=1e-12)
-    assert (parts.elements, parts.max_error, parts.table_blocks) == (
+    assert (parts.elements, parts.max_error, parts.codebook_blocks) == (
         whole.elements,
         whole.max_error,
-        whole.table_blocks,
+        whole.codebook_blocks,
     )
-    assert sum(whole.table_blocks) == x.size // 16
+    assert sum(whole.codebook_blocks) == x.size // 16
 
 
 @pytest.mark.parametrize("isa", [*NATIVE, "reference"])

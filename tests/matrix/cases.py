@@ -8,13 +8,13 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from halfbyte.convert import convert
+from halfbyte.convert.conversion import convert
 from halfbyte.dialects import Dialect, get_dialect, list_dialects
 from halfbyte.formats import BlockFormat, Format, get_format, list_formats
 from halfbyte.models import Piece, Weight
-from halfbyte.plan import make_plan
-from halfbyte.quantized import misfit
-from halfbyte.view import Checkpoint
+from halfbyte.plan.build import make_plan
+from halfbyte.plan.transcoding import misfit
+from halfbyte.source.checkpoint import Checkpoint
 from matrix.sources import MODELS, write
 from small_models import recipe
 
@@ -59,20 +59,20 @@ HELD = [(d, f) for d in list_dialects() for f in map(get_format, list_formats())
 CASES = [Case(d.name, f.name, model) for d, f in HELD for model in _MODELS.get(d.name, MODELS)]
 
 
-def has_tensor_scale(fmt: Format) -> bool:
-    return isinstance(fmt, BlockFormat) and fmt.has_tensor_scale
+def has_global_scale(fmt: Format) -> bool:
+    return isinstance(fmt, BlockFormat) and fmt.has_global_scale
 
 
 def _pairs() -> list[Pair]:
     found = []
     for (one, fmt), (two, same) in product(HELD, HELD):
-        # GGUF is no source, and MLX cannot store every tensor scale
+        # GGUF is no source, and MLX cannot store every global scale
         if (
             one is two
             or fmt is not same
             or not _holds(fmt, one, two)
             or one.standalone
-            or (two.power_of_two and has_tensor_scale(fmt))
+            or (two.power_of_two and has_global_scale(fmt))
         ):
             continue
         models = [m for m in MODELS if all(m in _MODELS.get(d.name, MODELS) for d in (one, two))]

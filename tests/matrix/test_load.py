@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from halfbyte.checkpoint import Reader
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import linear, run
 
 torch = pytest.importorskip("torch")

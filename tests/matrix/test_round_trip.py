@@ -18,8 +18,8 @@ from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.dialects import get_dialect
 from halfbyte.errors import PlanError
 from halfbyte.formats import get_format
-from halfbyte.view import Checkpoint
-from matrix.cases import CASES, PAIRS, Case, Made, Pair, has_tensor_scale, make
+from halfbyte.source.checkpoint import Checkpoint
+from matrix.cases import CASES, PAIRS, Case, Made, Pair, has_global_scale, make
 from matrix.judges import JUDGES, Stored
 from matrix.names import modules
 from small_models import read_file
@@ -66,7 +66,7 @@ def test_the_engine_reads_the_values_that_halfbyte_decodes(
     assert theirs.keys() == ours.keys()
     for name, values in theirs.items():
         if values.dtype == np.float64:
-            # llama.cpp multiplies its sums by the tensor scale, we the block scales: only the last bit may differ
+            # llama.cpp multiplies its sums by the global scale, we the block scales: only the last bit may differ
             np.testing.assert_array_max_ulp(ours[name], values.astype(np.float32), 1)
         else:
             # in the type that the engine gives
@@ -98,10 +98,12 @@ def test_another_dialect_gets_the_same_codes_and_gives_them_back(pair: Pair, tmp
     first = make(tmp_path, pair.dialect, fmt, pair.model, pair.other).out
     there = tmp_path / "there"
     halfbyte.convert(first, there, pair.other)
-    rounded = has_tensor_scale(fmt) and get_dialect(pair.dialect).divisor != get_dialect(pair.other).divisor
+    rounded = (
+        has_global_scale(fmt) and get_dialect(pair.dialect).global_scale_inv != get_dialect(pair.other).global_scale_inv
+    )
     _same_codes(first, there, rounded)
-    if get_dialect(pair.other).standalone or (get_dialect(pair.dialect).power_of_two and has_tensor_scale(fmt)):
-        # no way back: GGUF is no source, and MLX takes no tensor scales that it did not choose
+    if get_dialect(pair.other).standalone or (get_dialect(pair.dialect).power_of_two and has_global_scale(fmt)):
+        # no way back: GGUF is no source, and MLX takes no global scales that it did not choose
         with pytest.raises(PlanError):
             halfbyte.convert(there, tmp_path / "back", pair.dialect)
         return
@@ -124,7 +126,7 @@ def test_another_dialect_gets_the_same_codes_and_gives_them_back(pair: Pair, tmp
 
 
 def _same_codes(one: Path, two: Path, rounded: bool) -> None:
-    """Of all quantized weights; ``rounded``: their tensor scale is stored as its reciprocal in one of both."""
+    """Of all quantized weights; ``rounded``: their global scale is stored as its reciprocal in one of both."""
     a, b = Checkpoint.open(one), Checkpoint.open(two)
     assert a.formats == b.formats
     others = {weight.name: weight for weight in b.weights}
@@ -133,7 +135,7 @@ def _same_codes(one: Path, two: Path, rounded: bool) -> None:
             before, after = a.read_quantized(reader, weight), b.read_quantized(other, others[weight.name])
             np.testing.assert_array_equal(before.codes, after.codes)
             np.testing.assert_array_equal(before.scales, after.scales)
-            for x, y in ((before.offsets, after.offsets), (before.tensor_scale, after.tensor_scale)):
+            for x, y in ((before.offsets, after.offsets), (before.global_scale, after.global_scale)):
                 assert (x is None) == (y is None)
                 if x is not None and y is not None:
                     np.testing.assert_array_max_ulp(x, y, 1) if rounded else np.testing.assert_array_equal(x, y)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.models import schema
+from halfbyte.models import family_schema as schema
 from halfbyte.models.classify import Classifier
-from halfbyte.models.patterns import normalise
+from halfbyte.models.name_templates import normalise
 
 QWEN = Classifier(schema.read("qwen3_5_moe"))
 

@@ -1,4 +1,4 @@
-"""What loads where: the tables in the documents are those of engines.yaml, which does not contradict itself."""
+"""What loads where: the tables in the documents are those of engine_facts.yaml, which does not contradict itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
+from halfbyte.compatibility.engine_facts import Engine, Load, engines
 from halfbyte.dialects import list_dialects
 from halfbyte.formats import list_formats
-from halfbyte.models.engines import Engine, Load, engines
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LOADS = [pytest.param(e, load, id=f"{e.name}-{i}") for e in engines() for i, load in enumerate(e.loads)]

@@ -16,7 +16,7 @@ def rules(*lines: str) -> str:
 
 def test_a_rule_has_defaults() -> None:
     rule = parse_recipe(f"name: mine\n{RULE}", "here").rules[0]
-    assert (rule.match, rule.search, rule.tensor_scale, rule.indivisible) == (("linear",), "sweep", "amax", "error")
+    assert (rule.match, rule.search, rule.global_scale, rule.indivisible) == (("linear",), "sweep", "amax", "error")
     assert rule.action == "quantize" and not rule.optional and rule.reason is None
 
 
@@ -95,7 +95,7 @@ def test_hyphens_underscores_and_aliases_name_a_builtin(name: str) -> None:
         ("match: linear, keep: true, search: sweep", "`search` has no meaning without `format`"),
         ("match: linear, format: a, optional: 'yes'", "rule 2: optional"),
         ("match: linear, format: 4", "rule 2: format"),
-        ("match: linear, format: a, tensor_scale: max", "'amax', 'power_of_two' or 'soar'"),
+        ("match: linear, format: a, global_scale: max", "'amax', 'power_of_two' or 'soar'"),
         ("match: [], format: a", "rule 2: match"),
         ("format: a", "rule 2: match: Field required"),
         ("match: expert, format: a", "no role 'expert'; nearest: experts"),

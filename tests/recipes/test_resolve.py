@@ -145,7 +145,7 @@ def test_a_group_that_is_quantized_only_in_part_is_refused() -> None:
 def test_a_group_with_searches_of_two_tensor_scales_is_refused() -> None:
     rules = "match: linear, format: nvfp4", "match: attention.v, format: nvfp4, search: four_over_six"
     with pytest.raises(
-        RecipeError, match=r"v_proj gets nvfp4 by four_over_six \(rule 2\).*same format and tensor scale"
+        RecipeError, match=r"v_proj gets nvfp4 by four_over_six \(rule 2\).*same format and global scale"
     ):
         resolve(recipe(*rules), GROUP)
     resolve(recipe("match: linear, format: nvfp4", "match: attention.v, format: nvfp4, search: absmax"), GROUP)
@@ -153,7 +153,7 @@ def test_a_group_with_searches_of_two_tensor_scales_is_refused() -> None:
 
 def test_a_group_with_two_tensor_scales_is_refused() -> None:
     with pytest.raises(RecipeError, match="splits the fusion group"):
-        rules = recipe("match: linear, format: a", "match: attention.q, format: a, tensor_scale: power_of_two")
+        rules = recipe("match: linear, format: a", "match: attention.q, format: a, global_scale: power_of_two")
         resolve(rules, GROUP)
 
 

@@ -10,7 +10,7 @@ from tests.report import documents
 from tests.report.documents import write
 
 from halfbyte.report import datasets, make_studies, read_inputs
-from halfbyte.report.schema import Allocation, Sensitivity
+from halfbyte.report.results_schema import Allocation, Sensitivity
 from halfbyte.report.studies import Study
 
 

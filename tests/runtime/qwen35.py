@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from halfbyte.checkpoint import Reader
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import Tensors, heavy_tailed, read_file, spell_per_expert, write_file
 
 from .architectures import QWEN35_TEXT, QWEN35_VISION

@@ -61,8 +61,8 @@ def test_a_decoded_weight_is_rounded_once_to_the_dtype_asked_for() -> None:
 
 def test_a_stored_reciprocal_of_the_tensor_scale_is_divided_by() -> None:
     tensor = encode(weight(32, 64), "nvfp4", search="absmax")
-    assert tensor.tensor_scale is not None
-    tensor.divisor = np.asarray(np.float32(1) / tensor.tensor_scale)
+    assert tensor.global_scale is not None
+    tensor.global_scale_inv = np.asarray(np.float32(1) / tensor.global_scale)
     np.testing.assert_array_equal(decode(tensor).numpy(), tensor.decode())
 
 
@@ -70,8 +70,8 @@ def test_a_stored_reciprocal_of_the_tensor_scale_is_divided_by() -> None:
 def test_a_matrix_decoded_in_chunks_equals_one_decoded_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = encode(weight(300, 128), name, search="absmax")
     parts = {"codes": to_torch(tensor.codes), "scales": to_torch(tensor.scales)}
-    if tensor.tensor_scale is not None:
-        parts["tensor_scale"] = to_torch(np.asarray(tensor.tensor_scale))
+    if tensor.global_scale is not None:
+        parts["tensor_scale"] = to_torch(np.asarray(tensor.global_scale))
     if tensor.offsets is not None:
         parts["offsets"] = to_torch(tensor.offsets)
     monkeypatch.setattr(halfbyte_modules, "CHUNK", 128)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import halfbyte.transformers  # noqa: F401
 from halfbyte.checkpoint import Inventory
 from halfbyte.runtime.remote.halfbyte_modules import QuantizedWeights
-from halfbyte.verify import verify
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.verify.weights import verify
 from small_models import DATA_FREE, read_file
 
 from . import qwen35

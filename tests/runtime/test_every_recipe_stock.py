@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dialects.library import decompress, groups_of
 from halfbyte.errors import PlanError
-from halfbyte.plan import make_plan
+from halfbyte.plan.build import make_plan
 from halfbyte.runtime import load
-from halfbyte.verify import verify
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.verify.weights import verify
 from small_models import DATA_FREE, read_file
 
 from .qwen35 import FUSED, PER_EXPERT, SPELLINGS, Models, decoded, inputs

@@ -12,12 +12,12 @@ import torch
 
 import halfbyte
 from folded import importance_of
-from halfbyte.calibrate import write_importance
+from halfbyte.calibration import write_importance
 from halfbyte.checkpoint import Reader
 from halfbyte.cli import main
-from halfbyte.folding import FOLDS, read_scales
-from halfbyte.view import Checkpoint
-from halfbyte.weighting import stored_folds
+from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.smoothing import FOLDS, read_scales
 from small_models import read_file, write_file
 
 RECIPE = """
@@ -58,11 +58,11 @@ def test_folded_weights_give_the_logits_of_the_source(shared: Path, tmp_path: Pa
     ours, origin = Checkpoint.open(out), Checkpoint.open(source)
     parameters = dict(model.named_parameters())
     with Reader(origin.inventory) as reader, torch.no_grad():
-        folds = stored_folds(out, origin, reader)
+        smoothings = stored_folds(out, origin, reader)
         for weight in (w for w in origin.weights if w.name in ours.formats):
             dense = origin.read(reader, weight)
             parameters[weight.name].copy_(
-                torch.from_numpy(folds[weight.name].apply(dense) if weight.name in folds else dense)
+                torch.from_numpy(smoothings[weight.name].apply(dense) if weight.name in smoothings else dense)
             )
     exact = logits(model)
     assert float((exact - before).abs().max()) < 1e-4

@@ -11,16 +11,15 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from halfbyte import encode, get_format
-from halfbyte.dialects.halfbyte import describe
+from halfbyte.dialects.halfbyte import describe, stored_arrays
 from halfbyte.formats import QuantizedTensor
 from halfbyte.runtime.decode import to_torch
 from halfbyte.runtime.remote import halfbyte_modules
-from halfbyte.runtime.remote.halfbyte_modules import PARTS, dequantize_module, quantize_module
+from halfbyte.runtime.remote.halfbyte_modules import dequantize_module, quantize_module
 
 
 def parts_of(tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
-    arrays = {part: getattr(tensor, part) for part in PARTS}
-    return {part: to_torch(np.asarray(array)) for part, array in arrays.items() if array is not None}
+    return {part: to_torch(array) for part, array in stored_arrays(tensor).items()}
 
 
 def quantize(module: nn.Module, name: str, fmt: str) -> torch.Tensor:

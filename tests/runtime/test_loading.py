@@ -20,7 +20,7 @@ from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.runtime import load, load_tokenizer
 from halfbyte.runtime.decode import to_torch
 from halfbyte.runtime.remote.halfbyte_modules import QuantizedWeights
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 from small_models import linear, read_file, recipe, write_file
 
 from .architectures import ARCHITECTURES

@@ -14,7 +14,7 @@ import torch
 from halfbyte.errors import PlanError
 from halfbyte.runtime import load
 from halfbyte.runtime.remote_code import remote_code_config, remote_code_files
-from halfbyte.verify import verify
+from halfbyte.verify.weights import verify
 from small_models import linear, run
 
 SCRIPT = """

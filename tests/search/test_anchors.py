@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from formats.streams import STREAMS
-from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format, scales, tables
-from halfbyte.formats.tables import Table
+from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format, scales
+from halfbyte.formats import codebooks as codebooks
+from halfbyte.formats.codebooks import Codebook
 from halfbyte.search import encode
 
-INT8 = Table("int8", tuple(float(v) for v in (*range(8), *range(-8, 0))), 7.0)
-SPLIT = BlockFormat("e2m1+5_int-8", (tables.e2m1_with(5.0), INT8), scales.E4M3, (1, 16), True, (0, 1))
+INT8 = Codebook("int8", tuple(float(v) for v in (*range(8), *range(-8, 0))), 7.0)
+SPLIT = BlockFormat("e2m1+5_int-8", (codebooks.e2m1_with(5.0), INT8), scales.E4M3, (1, 16), True, (0, 1))
 
 ANCHORS = [
     ("nvfp4", "absmax", 0.009047, 0.008622),
@@ -72,8 +73,8 @@ def test_relative_error(fmt: str, search: str, gaussian: float, laplace: float) 
 
 @pytest.mark.parametrize(("fmt", "search", "gaussian", "laplace"), INT_SHARES)
 def test_share_of_blocks_on_integers(fmt: str, search: str, gaussian: float, laplace: float) -> None:
-    assert quantized("gaussian", fmt, search).tables.mean() == pytest.approx(gaussian, abs=0.005)
-    assert quantized("laplace", fmt, search).tables.mean() == pytest.approx(laplace, abs=0.005)
+    assert quantized("gaussian", fmt, search).codebooks.mean() == pytest.approx(gaussian, abs=0.005)
+    assert quantized("laplace", fmt, search).codebooks.mean() == pytest.approx(laplace, abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_relative_error_by_block_size(search: str, mixed: bool, expected: tuple[
     pair = get_format("mixfp4" if mixed else "nvfp4")
     assert isinstance(pair, BlockFormat)
     for size, error in zip((8, 16, 32, 64), expected, strict=True):
-        fmt = BlockFormat(f"g{size}", pair.tables, pair.scale, (1, size), True, pair.order)
+        fmt = BlockFormat(f"g{size}", pair.codebooks, pair.scale, (1, size), True, pair.order)
         # the published figures have three digits
         found = relative_error("gaussian", quantized("gaussian", fmt, search))
         assert found == pytest.approx(error, rel=0.005, abs=5e-6)

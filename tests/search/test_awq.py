@@ -19,9 +19,9 @@ from halfbyte.search.awq import (
     apply,
     choose_scale,
     fold_columns,
-    fold_norm,
     fold_rows,
     scale_from,
+    smooth_norm,
     weighted_error,
 )
 
@@ -59,7 +59,7 @@ def test_a_channel_without_activations_keeps_a_finite_scale() -> None:
 def test_norm_times_weight_stays_what_it_was(zero_centred: bool, dtype: Any) -> None:
     weight, _, importance = layer()
     norm = np.random.default_rng(1).normal(0 if zero_centred else 1, 0.3, K).astype(dtype)
-    new, scale = fold_norm(norm, scale_from(importance, 0.5), zero_centred)
+    new, scale = smooth_norm(norm, scale_from(importance, 0.5), zero_centred)
     assert new.dtype == norm.dtype and not np.array_equal(new, norm)
     offset = 1 if zero_centred else 0
     before = weight * (norm.astype(np.float64) + offset)
@@ -75,7 +75,7 @@ finite = st.floats(-4, 4, width=32)
 @given(st.lists(finite, min_size=1, max_size=8), st.floats(2**-10, 2**10), st.booleans())
 def test_any_norm_and_any_scale_keep_the_product(values: list[float], factor: float, zero_centred: bool) -> None:
     norm = np.asarray(values, dtype=BF16)
-    new, scale = fold_norm(norm, np.full(len(values), factor, np.float32), zero_centred)
+    new, scale = smooth_norm(norm, np.full(len(values), factor, np.float32), zero_centred)
     offset = 1 if zero_centred else 0
     assert np.isfinite(scale).all() and (scale != 0).all() and np.isfinite(new.astype(np.float32)).all()
     before = norm.astype(np.float64) + offset
@@ -83,13 +83,13 @@ def test_any_norm_and_any_scale_keep_the_product(values: list[float], factor: fl
 
 
 def test_a_gain_near_zero_does_not_become_zero() -> None:
-    new, scale = fold_norm(np.asarray([-0.99, 0.5], dtype=BF16), np.float32([1000, 1000]), True)
+    new, scale = smooth_norm(np.asarray([-0.99, 0.5], dtype=BF16), np.float32([1000, 1000]), True)
     assert (new.astype(np.float32) > -1).all()
     np.testing.assert_allclose((new.astype(np.float64) + 1) * scale, [1 - 0.98828125, 1.5], rtol=1e-6)
 
 
 def test_a_channel_with_zero_gain_stays() -> None:
-    new, scale = fold_norm(np.asarray([0, 1], dtype=BF16), np.float32([4, 4]), False)
+    new, scale = smooth_norm(np.asarray([0, 1], dtype=BF16), np.float32([4, 4]), False)
     np.testing.assert_array_equal(new.astype(np.float32), [0, 0.25])
     np.testing.assert_array_equal(scale, [1, 4])
 

@@ -12,9 +12,9 @@ import pytest
 
 from halfbyte.checkpoint import Reader, ShardWriter, build_header
 from halfbyte.models import Weight
-from halfbyte.models.folds import find_groups
-from halfbyte.search.awq import FoldChoice, apply, fold_norm
-from halfbyte.view import Checkpoint
+from halfbyte.models.smoothing_groups import find_groups
+from halfbyte.search.awq import FoldChoice, apply, smooth_norm
+from halfbyte.source.checkpoint import Checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -75,7 +75,7 @@ def fold(source: Path, out: Path) -> int:
         scale, norm = np.exp2(rng.uniform(-2, 2, shape)).astype(np.float32), None
         first = group.producers[0]
         if first.kind != "rows":
-            norm, scale = fold_norm(arrays[first.weight.name], scale, first.kind == "zero_centred")
+            norm, scale = smooth_norm(arrays[first.weight.name], scale, first.kind == "zero_centred")
         producers = [(p.weight.name, p.kind, p.rows) for p in group.producers]
         choice = FoldChoice(0.5, scale, {0.0: 1.0, 0.5: 0.0}, norm)
         arrays.update(apply(arrays, choice, producers, [c.name for c in group.consumers]))

@@ -20,8 +20,8 @@ def test_a_tensor_of_zeros_decodes_to_zeros(name: str, search: str, zero: float)
     q = encode(np.full(shape_for(get_format(name)), zero, dtype=np.float32), name, search)
     assert not q.decode().any()
     assert np.isfinite(scale_values(q)).all()
-    if q.tensor_scale is not None:
-        assert q.tensor_scale == 1
+    if q.global_scale is not None:
+        assert q.global_scale == 1
 
 
 @every_case
@@ -86,7 +86,7 @@ def test_powers_of_two_as_tensor_scale_take_any_size(name: str, search: str, siz
     x = (draw("normal", (4, 64), 1) / 5 * np.float64(size)).astype(np.float32)
     q = encode(x, name, search, power_of_two=True)
     assert np.isfinite(q.decode()).all()
-    assert np.frexp(q.tensor_scale)[0] == 0.5
+    assert np.frexp(q.global_scale)[0] == 0.5
 
 
 @quick_case

@@ -65,24 +65,24 @@ def test_importance_protects_the_columns_that_matter(name: str) -> None:
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf, 1e-40])
 def test_a_tensor_scale_that_cannot_divide_is_refused(bad: float) -> None:
     with pytest.raises(FormatError, match="finite and positive"):
-        encode(np.ones((1, 16), dtype=np.float32), "nvfp4", tensor_scale=bad)
+        encode(np.ones((1, 16), dtype=np.float32), "nvfp4", global_scale=bad)
 
 
-@pytest.mark.parametrize("argument", ["tensor_scale", "amax"])
+@pytest.mark.parametrize("argument", ["global_scale", "amax"])
 def test_a_tensor_scale_or_amax_of_another_shape_is_refused(argument: str) -> None:
     with pytest.raises(FormatError, match=rf"{argument} has shape \[3\], but the weight needs \[2\] or one number"):
         encode(np.ones((2, 4, 16), dtype=np.float32), "nvfp4", **{argument: np.ones(3)})  # type: ignore[arg-type]
 
 
 def test_a_format_without_tensor_scale_refuses_one() -> None:
-    with pytest.raises(FormatError, match="mxfp4 has no tensor scale"):
-        encode(np.ones((1, 32), dtype=np.float32), "mxfp4", tensor_scale=1.0)
+    with pytest.raises(FormatError, match="mxfp4 has no global scale"):
+        encode(np.ones((1, 32), dtype=np.float32), "mxfp4", global_scale=1.0)
 
 
 def test_one_tensor_scale_serves_all_experts() -> None:
     x = draw("normal", (3, 4, 32), 0)
-    q = encode(x, "nvfp4", tensor_scale=0.01)
-    assert q.tensor_scale is not None and q.tensor_scale.tolist() == [np.float32(0.01)] * 3
+    q = encode(x, "nvfp4", global_scale=0.01)
+    assert q.global_scale is not None and q.global_scale.tolist() == [np.float32(0.01)] * 3
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mixfp4", "fp8_tensor"])
@@ -96,7 +96,7 @@ def test_slices_with_the_whole_amax_are_encoded_as_the_whole(name: str) -> None:
 def test_a_tensor_scale_that_is_too_small_saturates() -> None:
     x = draw("normal", (2, 32), 0)
     with np.errstate(over="ignore"):
-        q = encode(x, "nvfp4", tensor_scale=2.0**-120)
+        q = encode(x, "nvfp4", global_scale=2.0**-120)
     assert np.array_equal(np.abs(q.decode()), np.full((2, 32), 2688 * 2.0**-120, dtype=np.float32))
 
 
@@ -104,8 +104,8 @@ def test_a_tensor_scale_that_is_too_small_saturates() -> None:
 def test_a_power_of_two_tensor_scale_is_the_next_one_above(name: str) -> None:
     x = draw("normal", (4, 64), 0)
     plain, power = encode(x, name), encode(x, name, power_of_two=True)
-    assert plain.tensor_scale is not None and power.tensor_scale is not None
-    assert np.log2(power.tensor_scale) == np.ceil(np.log2(plain.tensor_scale))
+    assert plain.global_scale is not None and power.global_scale is not None
+    assert np.log2(power.global_scale) == np.ceil(np.log2(plain.global_scale))
 
 
 def test_a_power_of_two_tensor_scale_makes_values_exact_in_bf16() -> None:
@@ -130,5 +130,5 @@ def test_rows_of_a_transposed_view_are_read_in_order() -> None:
 
 def test_a_weight_larger_than_the_working_set_is_encoded_as_its_parts() -> None:
     x = draw("normal", (600, 512), 0)
-    whole = encode(x, "mixfp4", tensor_scale=0.001)
-    assert np.array_equal(whole.codes[511:], encode(x[511:], "mixfp4", tensor_scale=0.001).codes)
+    whole = encode(x, "mixfp4", global_scale=0.001)
+    assert np.array_equal(whole.codes[511:], encode(x[511:], "mixfp4", global_scale=0.001).codes)

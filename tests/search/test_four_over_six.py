@@ -13,10 +13,10 @@ EXAMPLE = np.array([[10, 20, 30, 40] * 4], dtype=np.float32)
 
 
 def test_the_published_block_is_exact_when_its_maximum_becomes_four() -> None:
-    six = encode(EXAMPLE, "nvfp4", "absmax", tensor_scale=1.0)
+    six = encode(EXAMPLE, "nvfp4", "absmax", global_scale=1.0)
     assert six.decode()[0, :4].tolist() == [9.75, 19.5, 26, 39]
     assert np.mean((six.decode() - EXAMPLE) ** 2) == pytest.approx(4.33, abs=0.005)
-    four = encode(EXAMPLE, "nvfp4", "four_over_six", tensor_scale=1.0)
+    four = encode(EXAMPLE, "nvfp4", "four_over_six", global_scale=1.0)
     assert np.array_equal(four.decode(), EXAMPLE)
     assert four.scales[0, 0].view(ml_dtypes.float8_e4m3fn) == 10
 

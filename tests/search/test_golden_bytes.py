@@ -55,8 +55,8 @@ def fouroversix_spelling(key: str) -> tuple[QuantizedTensor, np.ndarray]:
     name, rule, stream = key.split("/")
     x = STREAMS[stream]()
     if name == "nvint4":
-        # 7 * 448 instead of 6 * 448 in the tensor scale, and two's complement
-        q = encode(x, name, "absmax", tensor_scale=np.abs(x).max() / np.float32(3136))
+        # 7 * 448 instead of 6 * 448 in the global scale, and two's complement
+        q = encode(x, name, "absmax", global_scale=np.abs(x).max() / np.float32(3136))
         spelled = np.array([*range(8), *(-v & 15 for v in range(8))], dtype=np.uint8)
         return q, pack_nibbles(spelled[unpack_nibbles(q.codes)])
     q = encode(x, name, "absmax" if name == "if4" else SEARCH[rule])

@@ -29,7 +29,7 @@ FORMATS = (
 
 
 def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    pairs = [(getattr(a, n), getattr(b, n)) for n in ("codes", "scales", "tensor_scale", "offsets")]
+    pairs = [(getattr(a, n), getattr(b, n)) for n in ("codes", "scales", "global_scale", "offsets")]
     return all((x is None and y is None) or x.tobytes() == y.tobytes() for x, y in pairs)
 
 
@@ -51,8 +51,8 @@ def test_static_gptq_is_that_of_the_paper() -> None:
     plain = encode(w, "nvfp4", "absmax")
     assert found.scales.tobytes() == plain.scales.tobytes()
     scales = np.repeat(plain.scales.view(ml_dtypes.float8_e4m3fn).astype(np.float64), 16, axis=1)
-    values = np.unique(get_format("nvfp4").tables[0].array.astype(np.float64))
-    expected = textbook(w, scales * float(plain.tensor_scale), values, damped(checked(h, 128), 0.01))
+    values = np.unique(get_format("nvfp4").codebooks[0].array.astype(np.float64))
+    expected = textbook(w, scales * float(plain.global_scale), values, damped(checked(h, 128), 0.01))
     assert np.isclose(found.decode(), expected, rtol=1e-5, atol=1e-9).mean() > 0.999
 
 
@@ -134,7 +134,7 @@ def test_given_scales_are_kept() -> None:
     given = encode(w, "mixfp4", "sweep", np.diag(h), power_of_two=True)
     found = gptq(w, "mixfp4", "sweep", h, mode="static", given=given)
     assert found.scales.tobytes() == given.scales.tobytes()
-    assert found.tensor_scale == given.tensor_scale and found.codes.tobytes() != given.codes.tobytes()
+    assert found.global_scale == given.global_scale and found.codes.tobytes() != given.codes.tobytes()
 
 
 def test_weights_of_zero_stay_zero() -> None:
@@ -170,17 +170,17 @@ def test_weights_of_every_type_are_their_fp32_values(dtype) -> None:
 
 def test_tensor_scales_are_those_of_encode() -> None:
     w, h = weight(3, 4, 64), hessian(64)
-    for options in ({}, {"amax": 1.0}, {"tensor_scale": 0.01}, {"divisor": 100.0}, {"power_of_two": True}):
+    for options in ({}, {"amax": 1.0}, {"global_scale": 0.01}, {"global_scale_inv": 100.0}, {"power_of_two": True}):
         for mode in ("in_loop", "static"):
             found, plain = gptq(w, "nvfp4", "sweep", h, mode=mode, **options), encode(w, "nvfp4", "sweep", **options)
-            assert found.tensor_scale.tobytes() == plain.tensor_scale.tobytes()
-            assert (found.divisor is None) == (plain.divisor is None)
+            assert found.global_scale.tobytes() == plain.global_scale.tobytes()
+            assert (found.global_scale_inv is None) == (plain.global_scale_inv is None)
 
 
 def test_statistics_are_those_of_the_result() -> None:
     w, h, stats = weight(8, 64), hessian(64), ErrorStats()
     found = gptq(w, "mixfp4", "sweep", h, stats=stats)
-    assert stats.elements == w.size and sum(stats.table_blocks) == w.size // 16
+    assert stats.elements == w.size and sum(stats.codebook_blocks) == w.size // 16
     assert np.isclose(stats.squared_error, np.square(found.decode().astype(np.float64) - w).sum())
 
 
@@ -192,7 +192,7 @@ def test_a_single_row_is_rounded() -> None:
 
 def test_four_over_six_chooses_between_its_two_scales() -> None:
     w, h = weight(16, 128), hessian(128)
-    absmax = {"tensor_scale": encode(w, "nvfp4", "four_over_six").tensor_scale}
+    absmax = {"global_scale": encode(w, "nvfp4", "four_over_six").global_scale}
     six = gptq(w, "nvfp4", "absmax", h, mode="compensated", **absmax)
     found = gptq(w, "nvfp4", "four_over_six", h)
     assert 0.1 < (six.scales == found.scales).mean() < 0.9
@@ -202,7 +202,11 @@ def test_codes_that_a_format_never_writes_stay_unused() -> None:
     w, h = weight(64, 128), hessian(128)
     found = gptq(w, "mixfp4_twos_complement", "sweep", h)
     codes = unpack_codes(found.codes, 4).reshape(64, 8, 16)
-    assert found.tables.any() and (codes[found.tables == 0] == 8).any() and not (codes[found.tables == 1] == 8).any()
+    assert (
+        found.codebooks.any()
+        and (codes[found.codebooks == 0] == 8).any()
+        and not (codes[found.codebooks == 1] == 8).any()
+    )
 
 
 @pytest.mark.parametrize("name", list_formats())

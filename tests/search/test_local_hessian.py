@@ -34,13 +34,13 @@ def test_each_block_gets_the_candidate_of_least_cost(name: str) -> None:
     w, size = weight(12, 64), get_format(name).block[1]
     h = hessian(64) + 0.0
     found = encode_local(w, name, "sweep", h, damping=0.0)
-    scale = 1.0 if found.tensor_scale is None else found.tensor_scale
+    scale = 1.0 if found.global_scale is None else found.global_scale
     best = np.full((12, 64 // size), np.inf)
     y = (w / np.float32(scale)).reshape(-1, size)
     for index in fmt.order:
-        table = fmt.tables[index]
-        for _, value in candidates(np.abs(y).max(axis=1), table, fmt, how):
-            q = table.array[table.encode(y / value[:, None])] * value[:, None] * scale
+        codebook = fmt.codebooks[index]
+        for _, value in candidates(np.abs(y).max(axis=1), codebook, fmt, how):
+            q = codebook.array[codebook.encode(y / value[:, None])] * value[:, None] * scale
             best = np.minimum(best, costs(w, q.reshape(12, 64), h, size))
     assert np.allclose(costs(w, found.decode(), h, size), best, rtol=1e-3)
 

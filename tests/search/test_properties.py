@@ -45,8 +45,8 @@ def exact_again(fmt: object, search: str) -> bool:
     if not isinstance(fmt, BlockFormat):
         return False
     if search in ("sweep", "exhaustive"):
-        return fmt.scale.ordered or all(t.kind in ("int_offset", "e4m3") for t in fmt.tables)
-    return all({t.top, -t.top} <= set(t.values) for t in fmt.tables)
+        return fmt.scale.ordered or all(t.kind in ("int_offset", "e4m3") for t in fmt.codebooks)
+    return all({t.top, -t.top} <= set(t.values) for t in fmt.codebooks)
 
 
 @every_case
@@ -55,7 +55,7 @@ def exact_again(fmt: object, search: str) -> bool:
 def test_arrays_have_the_declared_types_and_shapes(name: str, search: str, data: st.DataObject) -> None:
     x = data.draw(weights(name))
     q = encode(x, name, search)
-    stored = {k: getattr(q, k) for k in ("codes", "scales", "tensor_scale", "offsets")}
+    stored = {k: getattr(q, k) for k in ("codes", "scales", "global_scale", "offsets")}
     found = {k: (v.dtype, v.shape) for k, v in stored.items() if v is not None}
     assert found == {k: (np.dtype(d), s) for k, (d, s) in q.format.parts(x.shape).items()}
     assert q.nbytes == q.format.nbytes(x.shape)
@@ -67,10 +67,10 @@ def test_arrays_have_the_declared_types_and_shapes(name: str, search: str, data:
 def test_unused_codes_are_never_written(name: str, search: str, data: st.DataObject) -> None:
     q = encode(data.draw(weights(name)), name, search)
     if isinstance(q.format, BlockFormat):
-        chosen = np.broadcast_to(q.format.spread(q.tables, q.shape), q.shape)
-        for index, table in enumerate(q.format.tables):
-            assert not np.isin(unpacked(q)[chosen == index], table.unused).any()
-        assert q.tables.max() < len(q.format.tables)
+        chosen = np.broadcast_to(q.format.spread(q.codebooks, q.shape), q.shape)
+        for index, codebook in enumerate(q.format.codebooks):
+            assert not np.isin(unpacked(q)[chosen == index], codebook.unused).any()
+        assert q.codebooks.max() < len(q.format.codebooks)
 
 
 @every_case
@@ -104,7 +104,7 @@ def test_decoded_values_are_encoded_again_without_loss(name: str, search: str, d
         kept = fine_scales(q) | (scale_values(q).reshape(-1) == 0)
     first, second = (by_block(v, q.format)[kept] for v in (values, again.decode()))
     np.testing.assert_allclose(second, first, rtol=5e-7, atol=0)
-    if search == "absmax" and isinstance(q.format, BlockFormat) and len(q.format.tables) == 1:
+    if search == "absmax" and isinstance(q.format, BlockFormat) and len(q.format.codebooks) == 1:
         assert np.array_equal(again.scales.reshape(-1)[kept], q.scales.reshape(-1)[kept])
 
 
@@ -123,11 +123,11 @@ def test_encoding_decoded_values_loses_less_than_encoding_did(name: str, search:
 @given(data=st.data())
 def test_a_power_of_two_scales_the_decoded_values_exactly(name: str, search: str, data: st.DataObject) -> None:
     x = data.draw(weights(name))
-    x = x * np.ldexp(np.float32(1), -np.frexp(np.abs(x).max())[1])  # HiF4 has no tensor scale and a narrow range
+    x = x * np.ldexp(np.float32(1), -np.frexp(np.abs(x).max())[1])  # HiF4 has no global scale and a narrow range
     factor = np.float32(2.0 ** data.draw(st.integers(-6, 6)))
     q, scaled = encode(x, name, search), encode(x * factor, name, search)
     values, expected = scaled.decode(), q.decode() * factor
-    if q.tensor_scale is not None:
+    if q.global_scale is not None:
         assert np.array_equal(scaled.codes, q.codes)
         assert np.array_equal(scaled.scales, q.scales)
     else:

@@ -78,7 +78,7 @@ def test_a_wider_search_is_no_worse_in_any_block_of_activations(shared: Path, pa
 def test_small_weights_need_the_tensor_scale(shared: Path) -> None:
     # without it, as in MLX, block scales of Qwen3.6's embedding rows are E4M3 subnormals
     x = np.load(shared / "data" / "qwen36_activations" / "qwen36_embed_35b" / "embed.npy")
-    one_level = encode(x, "nvfp4", "absmax", tensor_scale=1.0).decode()
+    one_level = encode(x, "nvfp4", "absmax", global_scale=1.0).decode()
     alone = ((one_level - x) ** 2).sum() / (x**2).sum()
     assert alone == pytest.approx(0.0111, rel=0.02)
     assert relative_error(x, "nvfp4", "absmax") == pytest.approx(0.0070, rel=0.02)

@@ -31,15 +31,15 @@ def grids(name: str) -> list[np.ndarray]:
     return [np.array(sorted({*t, *(-v for v in t)}), dtype=np.float64) for t in TABLES[name]]
 
 
-def least_error(block: np.ndarray, name: str, tensor_scale: float, codes: range | None) -> float:
+def least_error(block: np.ndarray, name: str, global_scale: float, codes: range | None) -> float:
     """Least squared error over the scale codes (a window around absmax where ``codes`` is None) and tables."""
     best = np.inf
     tops = {"if4": [6, 6], "mixfp4": [6, 7], "nvint4": [7]}.get(name, [np.abs(g).max() for g in grids(name)])
     for grid, top in zip(grids(name), tops, strict=True):
-        amax = np.abs(block).max() / tensor_scale
+        amax = np.abs(block).max() / global_scale
         base = max(int(np.float32(min(amax / top, 448)).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)), 1)
         for code in codes or range(max(base - 3, 1), min(base + 8, 126) + 1):
-            step = E4M3[code] * tensor_scale
+            step = E4M3[code] * global_scale
             nearest = np.abs(block[:, None] / step - grid).min(axis=1) * step
             best = min(best, float((nearest**2).sum()))
     return best
@@ -52,7 +52,7 @@ def test_the_sweep_finds_the_least_error_of_its_window(name: str, kind: str) -> 
     q = encode(x, name, "sweep")
     errors = ((q.decode().astype(np.float64) - x) ** 2).reshape(-1, 16).sum(axis=1)
     for block, error in zip(x.reshape(-1, 16).astype(np.float64), errors, strict=True):
-        expected = least_error(block, name, float(q.tensor_scale), None) if block.any() else 0.0
+        expected = least_error(block, name, float(q.global_scale), None) if block.any() else 0.0
         assert error == pytest.approx(expected, rel=1e-4, abs=1e-10 * float((block**2).sum()))
 
 
@@ -62,7 +62,7 @@ def test_exhaustive_finds_the_least_error_of_all_scales(name: str) -> None:
     q = encode(x, name, "exhaustive")
     errors = ((q.decode().astype(np.float64) - x) ** 2).reshape(-1, 16).sum(axis=1)
     for block, error in zip(x.reshape(-1, 16).astype(np.float64), errors, strict=True):
-        expected = least_error(block, name, float(q.tensor_scale), range(1, 127))
+        expected = least_error(block, name, float(q.global_scale), range(1, 127))
         assert error == pytest.approx(expected, rel=1e-4)
 
 

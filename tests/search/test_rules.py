@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from halfbyte.formats import BlockFormat, get_format
-from halfbyte.search import encode, get_search, tensor_scale
+from halfbyte.search import encode, get_search, global_scale
 
 
 def block(amax: float) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_even_rounds_up_where_rounding_would_leave_the_octave(name: str, amax: f
 def test_the_tensor_scale_maps_amax_to_the_largest_product(name: str, search: str, maximum: int) -> None:
     fmt = get_format(name)
     assert isinstance(fmt, BlockFormat)
-    found = tensor_scale(np.array([1.0, 3.7, 0.0]), fmt, get_search(search))
+    found = global_scale(np.array([1.0, 3.7, 0.0]), fmt, get_search(search))
     assert found.tolist() == [np.float32(1) / np.float32(maximum), np.float32(3.7) / np.float32(maximum), 1.0]
 
 
@@ -70,6 +70,6 @@ def test_the_tensor_scale_maps_amax_to_the_largest_product(name: str, search: st
 def test_a_power_of_two_above_leaves_exact_powers_alone(amax: float) -> None:
     fmt = get_format("nvfp4")
     assert isinstance(fmt, BlockFormat)
-    found = float(tensor_scale(np.array(amax), fmt, get_search("absmax"), power_of_two=True))
+    found = float(global_scale(np.array(amax), fmt, get_search("absmax"), power_of_two=True))
     assert found / 2 < amax / 2688 <= found
     assert math.frexp(found)[0] == 0.5

@@ -24,7 +24,7 @@ def test_an_unknown_search_names_the_nearest() -> None:
     "name", ["nvint4", "mxfp4", "int4_g32", "hif4", "affine4_g64", "razer", "fp8_channel", "nvfp4_unscaled"]
 )
 def test_four_over_six_needs_e2m1_with_e4m3_scales(name: str) -> None:
-    problem = f"needs E2M1 elements, E4M3 scales and a tensor scale, which {name} does not have"
+    problem = f"needs E2M1 elements, E4M3 scales and a global scale, which {name} does not have"
     with pytest.raises(FormatError, match=problem):
         get_search("four_over_six", get_format(name))
 

@@ -47,7 +47,7 @@ def test_the_encoder_prefers_integers_below_the_crossover_and_fp4_above() -> Non
     x = gaussian()
     blocks = x.reshape(-1, BLOCK).astype(np.float64)
     kappa = np.abs(blocks).max(axis=1) / np.sqrt((blocks**2).mean(axis=1))
-    integers = encode(x, "mixfp4", "absmax").tables.reshape(-1) == 1
+    integers = encode(x, "mixfp4", "absmax").codebooks.reshape(-1) == 1
     assert integers[kappa < CROSSOVER - 0.2].mean() > 0.75
     assert integers[kappa > CROSSOVER + 0.2].mean() < 0.25
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.allocate.prior import HEAD, STREAM
-from halfbyte.calibrate import Calibration
+from halfbyte.calibration import Calibration
 from halfbyte.checkpoint import Reader, nbytes
 from halfbyte.checkpoint.files import parse_object, reason
 from halfbyte.dialects import Dialect
@@ -19,9 +19,9 @@ from halfbyte.errors import CheckpointError, FormatError, PlanError
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Weight
 from halfbyte.models.roles import LINEAR, bare_role, is_under
+from halfbyte.plan.calibration_use import is_tied
 from halfbyte.search import encode, get_search
-from halfbyte.view import FLOATS, Checkpoint
-from halfbyte.weighting import is_tied
+from halfbyte.source.checkpoint import FLOATS, Checkpoint
 
 KEEP = "keep"
 MIXED = "mixed"  # what a sensitivity file calls a group of several formats
@@ -40,7 +40,7 @@ class Choice:
 
 
 @dataclass
-class Unit:
+class AllocationUnit:
     """Weights that get one format: a fusion group, the experts of a layer, tied embeddings, or a single weight.
 
     ``errors`` are relative output errors by format, also in formats that are no choice.
@@ -59,13 +59,13 @@ class Unit:
 
 def make_units(
     checkpoint: Checkpoint, dialect: Dialect, formats: Sequence[str], roles: Sequence[str] = ("linear",)
-) -> list[Unit]:
+) -> list[AllocationUnit]:
     """The units of the weights of some ``roles``, each with the formats that its shape and the dialect allow.
 
     Errors are still unknown (``measure``). PlanError if no unit has a choice.
     """
     known = {name: get_format(name) for name in formats if name != KEEP}
-    grouped: dict[str, Unit] = {}
+    grouped: dict[str, AllocationUnit] = {}
     ends = [w.name for w in checkpoint.weights if w.role in (STREAM, HEAD)]
     tied = is_tied(checkpoint.inventory.config)
     for weight in (w.upright() for w in checkpoint.weights):
@@ -76,7 +76,7 @@ def make_units(
             key = f"{weight.name.partition('.experts.')[0]}.experts"
         elif tied and weight.role in (STREAM, HEAD):
             key = ends[0]  # one tensor for an engine, also where a checkpoint holds it twice
-        grouped.setdefault(key, Unit(key, [])).weights.append(weight)
+        grouped.setdefault(key, AllocationUnit(key, [])).weights.append(weight)
     for unit in grouped.values():
         unit.choices = [Choice(KEEP, sum(nbytes(w.dtype, w.shape) for w in unit.weights), 0.0)]
         for name, fmt in known.items():
@@ -99,7 +99,7 @@ def _is_chosen(weight: Weight, roles: Sequence[str]) -> bool:
 
 def measure(
     checkpoint: Checkpoint,
-    units: Sequence[Unit],
+    units: Sequence[AllocationUnit],
     searches: Mapping[str, str] | None = None,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
@@ -162,7 +162,9 @@ def _error(array: NDArray[np.float32], fmt: Format, search: str, columns: NDArra
 
 
 def predict(
-    units: Sequence[Unit], measured: Sequence[Measured] | None = None, factors: Mapping[str, float] | None = None
+    units: Sequence[AllocationUnit],
+    measured: Sequence[Measured] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> None:
     """Turn errors into losses: divergence grows with the squared relative error of a weight's output, times a
     factor of its own (Malinovskii et al., arXiv 2411.17525, theorem 1).
@@ -209,7 +211,7 @@ def read_sensitivity(path: str | Path) -> list[Measured]:
     ]
 
 
-def _factor(unit: Unit, measured: Sequence[Measured]) -> float:
+def _factor(unit: AllocationUnit, measured: Sequence[Measured]) -> float:
     """Divergence per relative error, from the groups that hold the unit's weights."""
     names = {w.name for w in unit.weights}
     total = 0.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.allocate.choices import Choice, Unit
+from halfbyte.allocate.choices import AllocationUnit, Choice
 from halfbyte.errors import HalfbyteError, PlanError
 
 GAP = 1e-4  # relative to the best possible loss
@@ -31,7 +31,7 @@ class Allocation:
         return sum(choice.loss for choice in self.chosen)
 
 
-def allocate(units: Sequence[Unit], budget: int) -> Allocation:
+def allocate(units: Sequence[AllocationUnit], budget: int) -> Allocation:
     """The choices with the least sum of losses whose bytes are at most ``budget``.
 
     A multiple-choice knapsack, solved by HiGHS to a relative gap of 1e-4. PlanError, with the least possible size,
@@ -62,7 +62,7 @@ def allocate(units: Sequence[Unit], budget: int) -> Allocation:
     return found
 
 
-def check_budget(units: Sequence[Unit], budget: int) -> int:
+def check_budget(units: Sequence[AllocationUnit], budget: int) -> int:
     """The least bytes that the units can have; PlanError if that is more than ``budget``, or there is no solver."""
     _highspy()
     least = sum(min(c.bytes for c in unit.choices) for unit in units)
@@ -74,7 +74,7 @@ def check_budget(units: Sequence[Unit], budget: int) -> int:
     return least
 
 
-def frontier(units: Sequence[Unit], points: int = 24) -> list[Allocation]:
+def frontier(units: Sequence[AllocationUnit], points: int = 24) -> list[Allocation]:
     """Allocations from the smallest to the largest possible size, evenly spaced: the Pareto curve."""
     smallest = sum(min(c.bytes for c in unit.choices) for unit in units)
     largest = sum(max(c.bytes for c in unit.choices) for unit in units)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from halfbyte.allocate.choices import KEEP, Choice, Unit
-from halfbyte.dialects.patterns import compact, spaces
+from halfbyte.allocate.choices import KEEP, AllocationUnit, Choice
+from halfbyte.dialects.module_patterns import compact, spaces
 from halfbyte.models import Weight
 
 
 def recipe_text(
     name: str,
-    units: Sequence[Unit],
+    units: Sequence[AllocationUnit],
     chosen: Sequence[Choice],
     weights: Sequence[Weight],
     searches: Mapping[str, str],
@@ -49,10 +49,10 @@ def recipe_text(
     return "\n".join(lines) + "\n"
 
 
-def _those(units: Sequence[Unit], chosen: Sequence[Choice], fmt: str) -> list[Unit]:
+def _those(units: Sequence[AllocationUnit], chosen: Sequence[Choice], fmt: str) -> list[AllocationUnit]:
     return [unit for unit, choice in zip(units, chosen, strict=True) if choice.format == fmt]
 
 
-def _described(units: Sequence[Unit], chosen: Sequence[Choice]) -> str:
+def _described(units: Sequence[AllocationUnit], chosen: Sequence[Choice]) -> str:
     size, count = sum(c.bytes for c in chosen), sum(u.parameters for u in units)
     return f"Allocated automatically: {8 * size / max(count, 1):.3f} bits per weight over {len(units)} units."

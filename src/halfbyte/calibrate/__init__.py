@@ -1,15 +1,1 @@
-"""What activations say about weights: importance of input columns, from halfbyte's and llama.cpp's files."""
-
-from halfbyte.calibrate.activations import Activations, Calibration, calibration_of
-from halfbyte.calibrate.importance import Importance, Matched, match_importance, read_importance, write_importance
-
-__all__ = [
-    "Activations",
-    "Calibration",
-    "Importance",
-    "Matched",
-    "calibration_of",
-    "match_importance",
-    "read_importance",
-    "write_importance",
-]
+"""Calibration runs: text goes through a model, and what its matrices see is summed up; needs torch."""

@@ -16,24 +16,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from halfbyte.calibrate.blocks import Arguments, Blocks, as_numpy, enter, run_layer
 from halfbyte.calibrate.caches import arrays_of, watch_caches
 from halfbyte.calibrate.experts import show_all_tokens
+from halfbyte.calibrate.layerwise import Arguments, LayerwiseModel, as_numpy, enter, run_layer
 from halfbyte.calibrate.observe import Observer, Sums
 from halfbyte.calibrate.samples import Samples, make_samples
 from halfbyte.calibrate.states import States, release_memory
-from halfbyte.calibrate.statistics import (
-    Part,
-    Statistics,
-    new_about,
-    read_about,
-    write_about,
-    write_part,
-)
+from halfbyte.calibration.statistics import Part, Statistics, new_about, read_about, write_about, write_part
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import OutputError
 from halfbyte.runtime.loading import load_tokenizer
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 BATCH_TOKENS = 4096
 HESSIAN_BYTES = 2 << 30
@@ -67,7 +60,7 @@ def collect_statistics(
     drawn = make_samples(texts, load_tokenizer(source), samples, length)
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with Reader(checkpoint.inventory) as reader, torch.inference_mode():
-        blocks = Blocks(checkpoint, reader, kind, torch.device(device))
+        blocks = LayerwiseModel(checkpoint, reader, kind, torch.device(device))
         parts = [*(f"layer-{i:05d}" for i in range(len(blocks.layers))), "head"]
         about = new_about(
             source={"name": checkpoint.inventory.source.rstrip("/").rsplit("/", 1)[-1],
@@ -97,7 +90,12 @@ def _resume(out: Path, about: dict[str, Any]) -> int:
 
 class _Run:
     def __init__(
-        self, blocks: Blocks, samples: Samples, out: Path, about: dict[str, Any], progress: Callable[[int, int], None]
+        self,
+        blocks: LayerwiseModel,
+        samples: Samples,
+        out: Path,
+        about: dict[str, Any],
+        progress: Callable[[int, int], None],
     ) -> None:
         self.blocks, self.samples, self.out, self.about, self.progress = blocks, samples, out, about, progress
         self.device = blocks.device

@@ -15,7 +15,7 @@ from typing import Any
 from halfbyte.checkpoint.dtypes import nbytes
 from halfbyte.checkpoint.files import check_unicode, collector_paused, parse_object, read_small
 from halfbyte.checkpoint.folder import CONFIG, Contents, scan
-from halfbyte.checkpoint.gguf import find_gguf, read_gguf
+from halfbyte.checkpoint.gguf_header import find_gguf, read_gguf
 from halfbyte.checkpoint.header import TensorInfo, check_shape, read_header
 from halfbyte.checkpoint.source import resolve
 from halfbyte.errors import CheckpointError

@@ -11,21 +11,21 @@ from typing import NoReturn, Protocol
 
 from halfbyte import __version__
 from halfbyte.cli import (
-    allocate,
-    calibrate,
-    card,
-    convert,
-    demo,
-    errors,
-    evaluate,
-    formats,
-    inspect,
-    plan,
-    quantize,
-    recipes,
-    report,
-    sensitivity,
-    verify,
+    allocate_command,
+    calibrate_command,
+    card_command,
+    convert_command,
+    demo_command,
+    errors_command,
+    evaluate_command,
+    formats_command,
+    inspect_command,
+    plan_command,
+    quantize_command,
+    recipes_command,
+    report_command,
+    sensitivity_command,
+    verify_command,
 )
 from halfbyte.cli.json_stdout import divert_the_rest, only_documents
 from halfbyte.errors import HalfbyteError
@@ -47,21 +47,21 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
-    "inspect": inspect,
-    "plan": plan,
-    "quantize": quantize,
-    "convert": convert,
-    "verify": verify,
-    "errors": errors,
-    "evaluate": evaluate,
-    "sensitivity": sensitivity,
-    "report": report,
-    "card": card,
-    "calibrate": calibrate,
-    "allocate": allocate,
-    "recipes": recipes,
-    "formats": formats,
-    "demo": demo,
+    "inspect": inspect_command,
+    "plan": plan_command,
+    "quantize": quantize_command,
+    "convert": convert_command,
+    "verify": verify_command,
+    "errors": errors_command,
+    "evaluate": evaluate_command,
+    "sensitivity": sensitivity_command,
+    "report": report_command,
+    "card": card_command,
+    "calibrate": calibrate_command,
+    "allocate": allocate_command,
+    "recipes": recipes_command,
+    "formats": formats_command,
+    "demo": demo_command,
 }
 
 _EPILOG = """\
@@ -160,7 +160,7 @@ def _forget_output() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    from halfbyte.cli.units import clean
+    from halfbyte.cli.human import clean
 
     print(f"halfbyte: {clean(' '.join(message.split()))}", file=sys.stderr)
     return code

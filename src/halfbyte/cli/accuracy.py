@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.cli.output import table
 
 if TYPE_CHECKING:
-    from halfbyte.measure import TensorError
+    from halfbyte.kernels.tensor_error import TensorError
 
 
 def by_role(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
@@ -21,9 +21,9 @@ def by_role(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
     rows = []
     for (role, fmt), members in groups.items():
         squares = sum(e.squares for e in members)
-        counts = [sum(column) for column in zip(*(e.table_blocks for e in members), strict=True)]
+        counts = [sum(column) for column in zip(*(e.codebook_blocks for e in members), strict=True)]
         known = get_format(fmt)
-        tables = [t.name for t in known.tables] if isinstance(known, BlockFormat) else []
+        tables = [t.name for t in known.codebooks] if isinstance(known, BlockFormat) else []
         rows.append(
             {
                 "role": role,
@@ -32,7 +32,7 @@ def by_role(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
                 "parameters": sum(e.elements for e in members),
                 "relmse": sum(e.squared_error for e in members) / squares if squares else 0.0,
                 "max_error": max(e.max_error for e in members),
-                "table_blocks": dict(zip(tables, counts, strict=False)),
+                "codebook_blocks": dict(zip(tables, counts, strict=False)),
             }
         )
     return rows
@@ -41,7 +41,7 @@ def by_role(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
 def show(errors: Iterable[TensorError], relmse: float) -> None:
     """The same as a table."""
     rows = by_role(errors)
-    mixed = any(row["table_blocks"] for row in rows)
+    mixed = any(row["codebook_blocks"] for row in rows)
     columns = ["role", "format", ">weights", ">parameters", ">relative error", ">largest error"]
     lines = [
         [
@@ -59,7 +59,7 @@ def show(errors: Iterable[TensorError], relmse: float) -> None:
     if mixed:
         columns.append("blocks by table")
         for line, row in zip(lines, rows, strict=True):
-            line.append(_shares(row["table_blocks"]))
+            line.append(_shares(row["codebook_blocks"]))
         total.append("")
     table(columns, lines, total)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from halfbyte.cli.units import parse_size, positive
+from halfbyte.cli.human import parse_size, positive
 
 if TYPE_CHECKING:
-    from halfbyte.plan import Plan
-    from halfbyte.slices import Limits
-    from halfbyte.view import Checkpoint
+    from halfbyte.plan.conversion_plan import Plan
+    from halfbyte.plan.resources import Limits
+    from halfbyte.source.checkpoint import Checkpoint
 
 SOURCE = "a local folder, a .safetensors file, or a hub id owner/name"
 
@@ -66,7 +66,7 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
 
 def limits(args: argparse.Namespace) -> Limits:
     """The limits that ``add_resources`` sets."""
-    from halfbyte.slices import MEMORY, Limits, cores
+    from halfbyte.plan.resources import MEMORY, Limits, cores
 
     return Limits(args.threads or cores(), args.memory or MEMORY)
 
@@ -106,7 +106,7 @@ def activations_of(args: argparse.Namespace) -> str | None:
             "a plan reads no weights, so it needs statistics that were collected before: run `halfbyte calibrate` and "
             "give its folder"
         )
-    from halfbyte.cli.calibrate import collect
+    from halfbyte.cli.calibrate_command import collect
 
     folder = f"{out.rstrip('/')}.statistics"
     collect(args.source, folder, given, args.json, samples=args.samples, length=args.length)
@@ -117,7 +117,7 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that ``add_source`` names."""
     from halfbyte.checkpoint import Inventory
     from halfbyte.errors import CheckpointError
-    from halfbyte.view import Checkpoint
+    from halfbyte.source.checkpoint import Checkpoint
 
     inventory = getattr(args, "inventory", None)
     if (args.source is None) == (inventory is None):

@@ -11,8 +11,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
+from halfbyte.cli.human import clean
 from halfbyte.cli.json_stdout import write_document
-from halfbyte.cli.units import clean
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn

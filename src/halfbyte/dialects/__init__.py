@@ -1,18 +1,19 @@
 """Dialects: one file per engine's spelling of quantized tensors."""
 
-from halfbyte.dialects import compressed_tensors, fp8, gguf, gpt_oss, halfbyte, mlx, modelopt
-from halfbyte.dialects.base import Dialect, get_dialect, list_dialects, register_dialect
-from halfbyte.dialects.outputs import CacheScales, Container, InputScale, OutputTensor, UnequalScalesError, Written
-from halfbyte.dialects.settings import quantization_config_of, unquantized_config
+from halfbyte.dialects import compressed_tensors, gguf, gpt_oss, halfbyte, mlx, modelopt
+from halfbyte.dialects import fp8_dialect as fp8
+from halfbyte.dialects.dialect import Dialect, get_dialect, list_dialects, register_dialect
+from halfbyte.dialects.outputs import CacheScales, Container, InputScale, OutputChunk, OutputTensor, UnequalScalesError
+from halfbyte.dialects.quantization_config import quantization_config_of, unquantized_config
 
 __all__ = [
     "CacheScales",
     "Container",
     "Dialect",
     "InputScale",
+    "OutputChunk",
     "OutputTensor",
     "UnequalScalesError",
-    "Written",
     "compressed_tensors",
     "fp8",
     "get_dialect",

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Dialect, register_dialect
 from halfbyte.dialects.compressed_tensors_config import (
     CACHE,
     SPELLINGS,
@@ -26,10 +25,11 @@ from halfbyte.dialects.compressed_tensors_config import (
     quantization_config,
     transform_name,
 )
+from halfbyte.dialects.dialect import Dialect, register_dialect
+from halfbyte.dialects.module_patterns import spaces
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.outputs import Array, CacheScales, InputScale, OutputTensor
-from halfbyte.dialects.patterns import spaces
-from halfbyte.dialects.settings import quantization_config_of
+from halfbyte.dialects.quantization_config import quantization_config_of
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import AffineFormat, BlockFormat, Format, rotation_of
 from halfbyte.formats.rotation import hadamard_matrix
@@ -41,7 +41,7 @@ class CompressedTensorsDialect(Dialect):
 
     name = "compressed-tensors"
     about = "vLLM, SGLang, transformers"
-    divisor = True
+    global_scale_inv = True
     input_scales = (".input_global_scale", ".input_scale")
     cache_scales = CacheScales((".k_scale", ".v_scale"), "BF16", (1,), CACHE)
 
@@ -67,7 +67,7 @@ class CompressedTensorsDialect(Dialect):
             return _pack_rows(part)
         if output.dtype == "I32":
             return np.ascontiguousarray(part).view("<i4")
-        return part.reshape(output.shape) if output.part == "tensor_scale" else part
+        return part.reshape(output.shape) if output.part == "global_scale" else part
 
     def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
         """The inverse."""
@@ -102,9 +102,9 @@ class CompressedTensorsDialect(Dialect):
         if any(len(found) < 2 or len(set(found)) > 1 for found in stacks.values()):
             notes.append("vLLM wants all projections of a layer's experts in one format; here some differ or are kept")
         scaled = (fmt for found in stacks.values() for fmt in found if isinstance(fmt, BlockFormat))
-        if any(fmt.has_tensor_scale for fmt in scaled):
+        if any(fmt.has_global_scale for fmt in scaled):
             notes.append(
-                "transformers (to 5.23) ignores the tensor scales of experts in compressed-tensors; vLLM does not"
+                "transformers (to 5.23) ignores the global scales of experts in compressed-tensors; vLLM does not"
             )
         if any(rotation_of(fmt) for _, fmt in quantized):
             notes.append(
@@ -196,8 +196,8 @@ def _packed_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:
     scale_dtype = "U8" if plain_name(fmt) == "mxfp4" else "F8_E4M3"
     yield OutputTensor(f"{m.name}.weight_packed", "U8", (m.n, m.k // 2), "codes", m.expert, m.rows)
     yield OutputTensor(f"{m.name}.weight_scale", scale_dtype, (m.n, m.k // columns), "scales", m.expert, m.rows)
-    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
-        yield OutputTensor(f"{m.name}.weight_global_scale", "F32", (1,), "tensor_scale", m.expert, None, 0)
+    if isinstance(fmt, BlockFormat) and fmt.has_global_scale:
+        yield OutputTensor(f"{m.name}.weight_global_scale", "F32", (1,), "global_scale", m.expert, None, 0)
 
 
 def _fp8_outputs(m: Module, fmt: Format) -> Iterator[OutputTensor]:

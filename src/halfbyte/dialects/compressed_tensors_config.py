@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from halfbyte.dialects.patterns import compact
+from halfbyte.dialects.module_patterns import compact
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import BlockFormat, Format, get_format, rotation_of
 from halfbyte.formats.rotation import rotated
@@ -52,7 +52,7 @@ CACHE = _TENSOR
 """The scheme of an FP8 KV cache."""
 
 SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any] | None]]] = {
-    # block scales of activations are found at run time, under a calibrated tensor scale
+    # block scales of activations are found at run time, under a calibrated global scale
     "nvfp4": ("nvfp4-pack-quantized", _NVFP4, {"none": None, "static": {**_NVFP4, "dynamic": "local"}}),
     "mixfp4": ("mixfp4-pack-quantized", _NVFP4, {"none": None}),
     "mxfp4": ("mxfp4-pack-quantized", _MXFP4, {"none": None, "dynamic": {**_MXFP4, "dynamic": True}}),

@@ -2,7 +2,7 @@
 
 Tensors, their types and their order are those of llama.cpp's own converter: a stack of experts is one tensor per
 projection, q and k rows of Llama are turned to llama.cpp's order of rotary pairs, and norms, biases, routers and sinks
-are FP32. NVFP4's tensor scale is the tensor ``<name>.scale`` beside the weight, one number per expert.
+are FP32. NVFP4's global scale is the tensor ``<name>.scale`` beside the weight, one number per expert.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, numpy_dtype
-from halfbyte.dialects.base import Dialect, register_dialect
+from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.gguf_blocks import BLOCKS, pack_blocks, row_bytes
 from halfbyte.dialects.gguf_file import GgufContainer, metadata_differences
 from halfbyte.dialects.gguf_metadata import remarks
 from halfbyte.dialects.gguf_models import model_of
 from halfbyte.dialects.gguf_source import FLOATS, GgufBase, GgufReading, rotated, scale_name, scaled
 from halfbyte.dialects.gguf_vocab import tokenizer_remarks
-from halfbyte.dialects.outputs import Array, Container, OutputTensor, Written
+from halfbyte.dialects.outputs import Array, Container, OutputChunk, OutputTensor
 from halfbyte.errors import PlanError
 from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.models import Weight
@@ -32,7 +32,7 @@ class GgufModel(GgufReading):
     """GGUF for one model."""
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
-        """What is no ggml type, and what llama.cpp reads in FP32 or without a tensor scale."""
+        """What is no ggml type, and what llama.cpp reads in FP32 or without a global scale."""
         unknown = super().problem(weight, fmt)
         if unknown:
             return unknown
@@ -41,7 +41,7 @@ class GgufModel(GgufReading):
             return f"llama.cpp reads {names[0]} in FP32; keep it"
         if scaled(fmt) and names[0].split(".")[-2] in self.model.unscaled:
             return (
-                f"llama.cpp's {self.model.name} applies no tensor scale to {names[0]}; choose a format without one, "
+                f"llama.cpp's {self.model.name} applies no global scale to {names[0]}; choose a format without one, "
                 "such as mxfp4, q8_0 or nvfp4_unscaled"
             )
         return self.unfit(weight, fmt)
@@ -58,7 +58,7 @@ class GgufModel(GgufReading):
         return "a buffer that llama.cpp computes itself" if weight.role == "buffer" else None
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
-        """Blocks and, where the format has one, the tensor scale."""
+        """Blocks and, where the format has one, the global scale."""
         found = []
         *lead, n, k = weight.shape
         for place in self.model.places(weight.name):
@@ -67,7 +67,7 @@ class GgufModel(GgufReading):
             found.append(OutputTensor(place.name, "U8", shape, "blocks", rows=rows))
             if scaled(fmt):
                 shape = tuple(lead) or (1,)
-                found.append(OutputTensor(scale_name(place.name), "F32", shape, "tensor_scale", rows_per_row=0))
+                found.append(OutputTensor(scale_name(place.name), "F32", shape, "global_scale", rows_per_row=0))
         return found
 
     def kept(self, weight: Weight, outputs: list[OutputTensor]) -> list[OutputTensor]:
@@ -88,7 +88,7 @@ class GgufModel(GgufReading):
             found.append(OutputTensor(place.name, "F32" if wide else weight.dtype, tuple(shape), "values", rows=rows))
         return found
 
-    def spell(self, outputs: Sequence[OutputTensor], values: Array, first: int) -> Iterator[Written]:
+    def spell(self, outputs: Sequence[OutputTensor], values: Array, first: int) -> Iterator[OutputChunk]:
         """Values in the output's type and rows."""
         for output in outputs:
             part = values
@@ -100,32 +100,32 @@ class GgufModel(GgufReading):
 
     def write(
         self, outputs: Sequence[OutputTensor], fmt: Format, tensor: QuantizedTensor, expert: int, row: int
-    ) -> Iterator[Written]:
-        """Blocks of a slice, and its tensor scales."""
+    ) -> Iterator[OutputChunk]:
+        """Blocks of a slice, and its global scales."""
         blocks = pack_blocks(tensor)
         for output in outputs:
-            if output.part == "tensor_scale":
-                assert tensor.tensor_scale is not None
-                yield Written(output, expert, np.atleast_1d(tensor.tensor_scale))
+            if output.part == "global_scale":
+                assert tensor.global_scale is not None
+                yield OutputChunk(output, expert, np.atleast_1d(tensor.global_scale))
             else:
                 part = blocks if output.rows is None else blocks[..., slice(*output.rows), :]
                 yield from self._placed(output, np.ascontiguousarray(part), expert if len(tensor.shape) > 2 else row)
 
-    def _placed(self, output: OutputTensor, part: Array, first: int) -> Iterator[Written]:
+    def _placed(self, output: OutputTensor, part: Array, first: int) -> Iterator[OutputChunk]:
         """Leading indices from ``first`` on where llama.cpp looks for them: in place, or in its order of a head."""
         width = part.size // len(part)
         head = self.head(output.name, output.shape[0])
         if not head:
-            yield Written(output, first * width, part)
+            yield OutputChunk(output, first * width, part)
             return
         places = rotated(np.arange(first, first + len(part)), head)
         if first % head == 0 and len(part) % head == 0:
             turned = np.empty_like(part)
             turned[places - first] = part
-            yield Written(output, first * width, turned)
+            yield OutputChunk(output, first * width, turned)
             return
         for place, values in zip(places.tolist(), part, strict=True):
-            yield Written(output, place * width, values)
+            yield OutputChunk(output, place * width, values)
 
     def differences(self, source: Inventory) -> list[str]:
         """Metadata that is not what the source gives."""

@@ -39,7 +39,7 @@ BLOCKS = {
 """By format."""
 
 FORMATS = {block.ggml: name for name, block in BLOCKS.items() if name != "nvfp4_unscaled"}
-"""The format of each ggml type; NVFP4 is unscaled where no tensor scale lies beside it."""
+"""The format of each ggml type; NVFP4 is unscaled where no global scale lies beside it."""
 
 
 def row_bytes(fmt: Format, k: int) -> int:
@@ -49,7 +49,7 @@ def row_bytes(fmt: Format, k: int) -> int:
 
 
 def pack_blocks(tensor: QuantizedTensor) -> Bytes:
-    """Rows of blocks, uint8 [..., N, bytes], of a weight [..., N, K]; its tensor scale is not among them."""
+    """Rows of blocks, uint8 [..., N, bytes], of a weight [..., N, K]; its global scale is not among them."""
     block = BLOCKS[tensor.format.name]
     rows = (*tensor.shape[:-1], tensor.shape[-1] // block.weights)
     out = np.empty((*rows, block.nbytes), dtype=np.uint8)

@@ -37,7 +37,7 @@ class Model:
 
     ``rotated``: q and k rows lie in llama.cpp's order, in which the two halves of a head alternate.
     ``interleaved``: gate and up rows alternate in the source's stacks of experts. ``unscaled``: tensors
-    whose tensor scale llama.cpp's graph does not apply.
+    whose global scale llama.cpp's graph does not apply.
     """
 
     name: str

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo
-from halfbyte.dialects.base import Dialect
+from halfbyte.dialects.dialect import Dialect
 from halfbyte.dialects.gguf_blocks import BLOCKS, FORMATS, row_bytes, unpack_blocks
 from halfbyte.dialects.gguf_models import Model, Place
 from halfbyte.dialects.outputs import Array, OutputTensor
@@ -76,7 +76,7 @@ class GgufReading(GgufBase):
         return 0
 
     def stored(self, weight: Weight, fmt: Format, tensors: Any) -> list[OutputTensor]:
-        """The converter of llama.cpp leaves tensor scales of 1 out."""
+        """The converter of llama.cpp leaves global scales of 1 out."""
         return [o for o in self.outputs(weight, fmt) if o.part == "blocks" or o.name in tensors]
 
     def kept_names(self, weight: Weight) -> list[str]:
@@ -92,13 +92,13 @@ class GgufReading(GgufBase):
         first: int,
         stop: int,
     ) -> QuantizedTensor:
-        """Codes, scales and tensor scales of leading indices (or rows) first..stop."""
+        """Codes, scales and global scales of leading indices (or rows) first..stop."""
         shape = (stop - first, *weight.shape[1:])
         blocks = np.empty((*shape[:-1], row_bytes(fmt, shape[-1])), dtype=np.uint8)
         lead = shape[:-2]
         scale: Array | None = None
         for output in outputs:
-            if output.part == "tensor_scale":
+            if output.part == "global_scale":
                 found = read(output, first, stop).reshape(lead)
                 if scale is not None and not np.array_equal(found, scale):
                     raise CheckpointError(f"{output.name} differs from the scale of the gate rows; this is not read")
@@ -197,7 +197,7 @@ class GgufReading(GgufBase):
 
 
 def scale_name(name: str) -> str:
-    """The tensor with the tensor scale of a weight."""
+    """The tensor with the global scale of a weight."""
     return f"{name.removesuffix('weight')}scale"
 
 
@@ -208,5 +208,5 @@ def rotated(rows: Array, head: int) -> Array:
 
 
 def scaled(fmt: Format) -> bool:
-    """Whether a format has a tensor scale."""
-    return isinstance(fmt, BlockFormat) and fmt.has_tensor_scale
+    """Whether a format has a global scale."""
+    return isinstance(fmt, BlockFormat) and fmt.has_global_scale

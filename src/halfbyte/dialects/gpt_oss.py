@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Dialect, register_dialect
+from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.modules import is_linear
 from halfbyte.dialects.outputs import Array, OutputTensor
-from halfbyte.dialects.settings import quantization_config_of
+from halfbyte.dialects.quantization_config import quantization_config_of
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Weight
-from halfbyte.models.patterns import normalise
+from halfbyte.models.name_templates import normalise
 
 _BLOCK = 32
 

@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo, safetensors_name
-from halfbyte.dialects.base import Dialect, register_dialect
+from halfbyte.dialects.dialect import Dialect, register_dialect
+from halfbyte.dialects.module_patterns import compact, spaces
 from halfbyte.dialects.outputs import Array, OutputTensor
-from halfbyte.dialects.patterns import compact, spaces
-from halfbyte.dialects.settings import quantization_config_of
+from halfbyte.dialects.quantization_config import quantization_config_of
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.formats import AffineFormat, BlockFormat, Format, HiF4Format, get_format
+from halfbyte.formats import AffineFormat, BlockFormat, Format, HiF4Format, QuantizedTensor, get_format
 from halfbyte.formats.hif4 import MAGNITUDES
 from halfbyte.models import Weight
 
 VERSION = 1
+# what files have called an array since version 1, where that is not its name here
+_SUFFIXES = {"global_scale": "tensor_scale"}
 
 
 class HalfbyteDialect(Dialect):
@@ -41,11 +43,11 @@ class HalfbyteDialect(Dialect):
         rows = fmt.block[0]
         return [
             OutputTensor(
-                f"{weight.name}_{part}",
+                f"{weight.name}_{suffix(part)}",
                 safetensors_name(np.dtype(kind)),
                 shape,
                 part,
-                rows_per_row=1 if part == "codes" else 0 if part in ("tensor_scale", "rotation") or rows < 0 else rows,
+                rows_per_row=1 if part == "codes" else 0 if part in ("global_scale", "rotation") or rows < 0 else rows,
             )
             for part, (kind, shape) in fmt.parts(weight.shape).items()
         ]
@@ -98,7 +100,7 @@ class HalfbyteDialect(Dialect):
                 formats[weight] = fmt = _format_of(weight, patterns)
                 shape = (*info.shape[:-1], info.shape[-1] * 256 // fmt.parts((2, 256))["codes"][1][-1])
                 tensors[weight] = TensorInfo(weight, "BF16", shape, info.file, info.offset, info.nbytes)
-        companions = {f"{w}_{part}" for w, fmt in formats.items() for part in fmt.parts((128, 256))}
+        companions = {f"{w}_{suffix(part)}" for w, fmt in formats.items() for part in fmt.parts((128, 256))}
         for name, info in inventory.tensors.items():
             if name not in companions:
                 tensors[name] = info
@@ -106,6 +108,16 @@ class HalfbyteDialect(Dialect):
         if missing:
             raise CheckpointError(f"{inventory.source} lacks the tensor {missing[0]}; the checkpoint is incomplete")
         return tensors, formats
+
+
+def suffix(part: str) -> str:
+    """What follows a weight's name in the name of the tensor that holds an array of it."""
+    return _SUFFIXES.get(part, part)
+
+
+def stored_arrays(tensor: QuantizedTensor) -> dict[str, Array]:
+    """The arrays of a tensor by the suffixes under which they are stored."""
+    return {suffix(part): np.asarray(getattr(tensor, part)) for part in tensor.format.parts(tensor.shape)}
 
 
 def describe(fmt: Format) -> dict[str, Any]:
@@ -118,13 +130,13 @@ def describe(fmt: Format) -> dict[str, Any]:
     if isinstance(fmt, BlockFormat):
         about["bits"] = fmt.bits
         about["scale"] = fmt.scale.name
-        about["tensor_scale"] = "multiplier" if fmt.has_tensor_scale else None
-        about["tables"] = [t.name for t in fmt.tables]
+        about["tensor_scale"] = "multiplier" if fmt.has_global_scale else None
+        about["tables"] = [t.name for t in fmt.codebooks]
         if fmt.bits == 4:
-            about["table_values"] = [list(t.values) for t in fmt.tables]
+            about["table_values"] = [list(t.values) for t in fmt.codebooks]
         if fmt.rotation:
             about["rotation"] = {"name": fmt.rotation.name, "size": fmt.block[1], "steps": fmt.rotation.steps}
-        if len(fmt.tables) > 1:
+        if len(fmt.codebooks) > 1:
             about["selector"] = f"scale byte >> {fmt.scale.bits}"
     return about
 

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo
-from halfbyte.dialects.base import Dialect, register_dialect
+from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.mlx_names import BIASES, Model, config_for_mlx, is_stack, original_config
 from halfbyte.dialects.mlx_source import Source, parameters, settings_of
-from halfbyte.dialects.outputs import Array, OutputTensor, Written
+from halfbyte.dialects.outputs import Array, OutputChunk, OutputTensor
 from halfbyte.errors import PlanError
 from halfbyte.formats import AffineFormat, BlockFormat, Format, get_format
 from halfbyte.models import Weight
 
 _BLOCK_FORMATS = ("mxfp4", "mxfp8", "nvfp4", "nvfp4_unscaled")
-_TOP = np.float32(2688)  # 6 * 448: global_scale is the amax that this tensor scale maps to the largest value
+_TOP = np.float32(2688)  # 6 * 448: global_scale is the amax that this global scale maps to the largest value
 _INTERVAL = 4  # mlx-lm's default
 
 
@@ -46,7 +46,7 @@ class MlxDialect(Dialect):
         return MlxDialect(model, Source(inventory, model) if self.claims(inventory) else None)
 
     def format_for(self, weight: Weight, fmt: Format) -> Format:
-        """Only experts have a tensor scale."""
+        """Only experts have a global scale."""
         return fmt if fmt.name != "nvfp4" or is_stack(weight) else get_format("nvfp4_unscaled")
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
@@ -84,16 +84,16 @@ class MlxDialect(Dialect):
         return [o._replace(name=self._stored_name(o.name, tensors)) for o in self.outputs(weight, fmt)]
 
     def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
-        """Codes as words; the tensor scale times 2688, which is exact for powers of two."""
+        """Codes as words; the global scale times 2688, which is exact for powers of two."""
         if output.part == "codes":
             return np.ascontiguousarray(part).view("<u4")
-        return _global_scale(part) if output.part == "tensor_scale" else part
+        return _global_scale(part) if output.part == "global_scale" else part
 
     def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
         """The inverse."""
         if output.part == "codes":
             return np.ascontiguousarray(stored).view(np.uint8).reshape(shape)
-        return np.asarray((stored / _TOP if output.part == "tensor_scale" else stored).reshape(shape))
+        return np.asarray((stored / _TOP if output.part == "global_scale" else stored).reshape(shape))
 
     def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
         """The parameters of most modules, and those of each module that has others."""
@@ -123,7 +123,7 @@ class MlxDialect(Dialect):
         notes = []
         if any(fmt.name == "nvfp4_unscaled" for _, fmt in quantized):
             notes.append(
-                "MLX's layers have no tensor scale for nvfp4, so weights below about 0.1 lose accuracy; mxfp4 or "
+                "MLX's layers have no global scale for nvfp4, so weights below about 0.1 lose accuracy; mxfp4 or "
                 "affine4 do not"
             )
         if any(fmt.name == "nvfp4" for _, fmt in quantized):
@@ -164,7 +164,7 @@ class MlxDialect(Dialect):
             ]
         return outputs
 
-    def spell(self, outputs: Sequence[OutputTensor], values: Array, first: int) -> Iterator[Written]:
+    def spell(self, outputs: Sequence[OutputTensor], values: Array, first: int) -> Iterator[OutputChunk]:
         """Projections are ranges of the second axis."""
         if outputs[0].part != "values" or outputs[0].rows is None:
             yield from super().spell(outputs, values, first)
@@ -173,7 +173,7 @@ class MlxDialect(Dialect):
             assert output.rows is not None
             begin, stop, step = output.rows
             part = np.ascontiguousarray(values[:, begin:stop:step])
-            yield Written(output, first * math.prod(output.shape[1:]), part)
+            yield OutputChunk(output, first * math.prod(output.shape[1:]), part)
 
     def read_kept(self, reader: Reader, weight: Weight, first: int, stop: int) -> Array | None:
         """As the original checkpoint has it."""
@@ -207,12 +207,12 @@ def _outputs(
     yield OutputTensor(f"{module}.scales", "BF16" if wide else "U8", parts["scales"][1], "scales", None, rows)
     if wide:
         yield OutputTensor(f"{module}.biases", "BF16", parts["offsets"][1], "offsets", None, rows)
-    if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale:
-        yield OutputTensor(f"{module}.global_scale", "F32", shape[:-2], "tensor_scale", None, None, 0)
+    if isinstance(fmt, BlockFormat) and fmt.has_global_scale:
+        yield OutputTensor(f"{module}.global_scale", "F32", shape[:-2], "global_scale", None, None, 0)
 
 
 def _global_scale(scale: Array) -> Array:
-    """What gives the tensor scale again when MLX divides it by 2688; there is one for every scale that MLX stored."""
+    """What gives the global scale again when MLX divides it by 2688; there is one for every scale that MLX stored."""
     found = np.asarray(scale, dtype=np.float32) * _TOP
     for near in (np.nextafter(found, np.float32(0)), np.nextafter(found, np.float32(np.inf))):
         found = np.where((found / _TOP != scale) & (near / _TOP == scale), near, found)

@@ -11,7 +11,7 @@ import numpy as np
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo, nbytes
 from halfbyte.dialects.mlx_names import Model, stack_of
 from halfbyte.dialects.outputs import Array
-from halfbyte.dialects.settings import quantization_config_of
+from halfbyte.dialects.quantization_config import quantization_config_of
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats import AffineFormat, Format, get_format
 from halfbyte.models import Weight

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory, TensorInfo
-from halfbyte.dialects.base import Dialect, register_dialect
+from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.modelopt_config import CACHE, FILE, Algorithms, config_file, quantization_config, settings_of
+from halfbyte.dialects.module_patterns import spaces
 from halfbyte.dialects.modules import Module, is_linear, module_problem, modules, scaled_modules, stored_bytes
 from halfbyte.dialects.outputs import Array, CacheScales, InputScale, OutputTensor
-from halfbyte.dialects.patterns import spaces
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import BlockFormat, Format
 from halfbyte.models import Weight
@@ -133,10 +133,10 @@ def _outputs(m: Module, fmt: BlockFormat) -> Iterator[OutputTensor]:
         grid = fmt.scales_shape((m.n, m.k))
         yield OutputTensor(name, "F32", (grid[0], 1, grid[1], 1), "scales", m.expert, m.rows, rows)
     else:
-        dtype = "F8_E4M3" if fmt.has_tensor_scale else "U8"
+        dtype = "F8_E4M3" if fmt.has_global_scale else "U8"
         yield OutputTensor(name, dtype, (m.n, m.k // columns), "scales", m.expert, m.rows)
-    if fmt.has_tensor_scale:
-        yield OutputTensor(f"{m.name}.weight_scale_2", "F32", (), "tensor_scale", m.expert, None, 0)
+    if fmt.has_global_scale:
+        yield OutputTensor(f"{m.name}.weight_scale_2", "F32", (), "global_scale", m.expert, None, 0)
 
 
 def _excluded(kept: Sequence[Weight], whole: set[str]) -> Iterator[str]:

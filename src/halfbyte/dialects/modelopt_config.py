@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
-from halfbyte.dialects.settings import quantization_config_of
+from halfbyte.dialects.quantization_config import quantization_config_of
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, get_format
 

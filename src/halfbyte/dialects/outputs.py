@@ -20,7 +20,7 @@ class UnequalScalesError(CheckpointError):
 class OutputTensor(NamedTuple):
     """One tensor of the output, and which part of which region of a weight it holds.
 
-    ``part`` is an array of QuantizedTensor (``codes``, ``scales``, ``tensor_scale``, ``offsets``) or the
+    ``part`` is an array of QuantizedTensor (``codes``, ``scales``, ``global_scale``, ``offsets``) or the
     dialect's own word. ``expert`` is the leading index it belongs to, None for all of them. ``rows`` are the
     weight's rows (first, stop, step) that it holds, None for all. ``rows_per_row``: how many of the weight's
     rows one stored row stands for (1 for codes, 8 for zero points packed in words, 128 for scales of 128x128
@@ -37,7 +37,7 @@ class OutputTensor(NamedTuple):
     constant: tuple[float, ...] | None = None
 
 
-class Written(NamedTuple):
+class OutputChunk(NamedTuple):
     """Bytes for a planned tensor: ``array`` goes ``start`` elements after its beginning."""
 
     output: OutputTensor
@@ -49,7 +49,7 @@ class InputScale(NamedTuple):
     """How a calibrated scale of activations is stored: after the module's name, reciprocal or not, in which shape."""
 
     ending: str
-    divisor: bool
+    global_scale_inv: bool
     shape: tuple[int, ...]
 
 

@@ -12,7 +12,7 @@ from halfbyte.dialects import quantization_config_of
 from halfbyte.errors import CheckpointError
 from halfbyte.models import Family, Piece, Weight
 from halfbyte.runtime.decode import to_torch
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 # values decoded at a time; rows come in multiples of every format's block height and of words of zero points
 SLICE = 1 << 24

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from halfbyte.dialects.settings import is_fp8_cache
+from halfbyte.dialects.quantization_config import is_fp8_cache
 
 METHOD = "halfbyte"
 # quantization methods by vLLM's names whose checkpoints halfbyte reads

@@ -8,19 +8,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.evaluate.errors import tensor_errors
+from halfbyte.evaluate.errors_document import tensor_errors
 from halfbyte.evaluate.windows import Protocol, Window, windows
 
 if TYPE_CHECKING:
     from halfbyte.evaluate.by_group import sensitivity
-    from halfbyte.evaluate.run import evaluate, measure
+    from halfbyte.evaluate.evaluation import evaluate, measure
     from halfbyte.evaluate.settings import Settings
 
 __all__ = ["Protocol", "Settings", "Window", "evaluate", "measure", "sensitivity", "tensor_errors", "windows"]
 
 _HOME = {
     "Settings": "halfbyte.evaluate.settings",
-    **dict.fromkeys(("evaluate", "measure"), "halfbyte.evaluate.run"),
+    **dict.fromkeys(("evaluate", "measure"), "halfbyte.evaluate.evaluation"),
     "sensitivity": "halfbyte.evaluate.by_group",
 }
 

@@ -21,22 +21,23 @@ from typing import Any, Literal
 import torch
 
 from halfbyte.checkpoint import Reader, nbytes
-from halfbyte.convert import convert
+from halfbyte.convert.conversion import convert
 from halfbyte.errors import OutputError, PlanError
 from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.evaluate.forward import reference_key, score, store_reference
 from halfbyte.evaluate.models import check_length, opened
 from halfbyte.evaluate.placement import places
-from halfbyte.evaluate.reference import Cache, Reference
+from halfbyte.evaluate.reference_logprobs import Cache, Reference
 from halfbyte.evaluate.text import Passage, passage_of
 from halfbyte.evaluate.weight_errors import WeightError, compare_weights
 from halfbyte.models import Weight
 from halfbyte.models.roles import bare_role, is_under
-from halfbyte.plan import Plan, make_plan
+from halfbyte.plan.build import make_plan
+from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.plan.conversion_plan import Plan
 from halfbyte.recipes import Recipe, load_recipe
 from halfbyte.runtime.loading import load_tokenizer
-from halfbyte.view import Checkpoint
-from halfbyte.weighting import stored_folds
+from halfbyte.source.checkpoint import Checkpoint
 
 VERSION = 1
 ALL = "all"
@@ -45,18 +46,18 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Unit:
+class SensitivityUnit:
     """Weights that are quantized together."""
 
     name: str
     weights: list[Weight]
 
 
-def units_of(weights: list[Weight], by: By) -> list[Unit]:
+def units_of(weights: list[Weight], by: By) -> list[SensitivityUnit]:
     """Weights in groups: ``group``: what engines fuse, and all experts of a layer; ``role``: a role of a layer;
     ``weight``: each by itself.
     """
-    found: dict[str, Unit] = {}
+    found: dict[str, SensitivityUnit] = {}
     for weight in weights:
         name = weight.name
         if by == "role":
@@ -65,13 +66,13 @@ def units_of(weights: list[Weight], by: By) -> list[Unit]:
             name = f"{weight.name.partition('.experts.')[0]}.experts"
         elif by == "group":
             name = weight.group or weight.name
-        found.setdefault(name, Unit(name, [])).weights.append(weight)
+        found.setdefault(name, SensitivityUnit(name, [])).weights.append(weight)
     return list(found.values())
 
 
-def _joined(units: list[Unit], places: dict[str, str], model: Any) -> list[Unit]:
+def _joined(units: list[SensitivityUnit], places: dict[str, str], model: Any) -> list[SensitivityUnit]:
     """Units of tied embeddings that a checkpoint holds twice as one: the model has one parameter for both."""
-    owners: dict[int, Unit] = {}
+    owners: dict[int, SensitivityUnit] = {}
     for unit in units:
         ends = [w for w in unit.weights if w.role in ("embedding", "lm_head")]
         owner = owners.setdefault(id(model.get_parameter(places[ends[0].name])), unit) if ends else unit
@@ -214,7 +215,7 @@ class _Job:
             reference = self._reference(model)
             found = places(model, weights)
             weights = [w for w in weights if w.name in found]
-            units = [*_joined(units_of(weights, by), found, model), Unit(ALL, weights)]
+            units = [*_joined(units_of(weights, by), found, model), SensitivityUnit(ALL, weights)]
             for number, unit in enumerate(units):
                 if unit.name not in done:
                     with _quantized(model, codes, sorted({found[w.name] for w in unit.weights})):
@@ -226,7 +227,7 @@ class _Job:
                     }
                 progress(number + 1, len(units))
 
-    def _about(self, unit: Unit, errors: dict[str, WeightError]) -> dict[str, Any]:
+    def _about(self, unit: SensitivityUnit, errors: dict[str, WeightError]) -> dict[str, Any]:
         mine = [errors[w.name] for w in unit.weights]
         formats = {entry.error.format for entry in mine}
         squares = sum(entry.error.squares for entry in mine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from halfbyte.errors import CheckpointError
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 _PIECE = 16 << 20
 

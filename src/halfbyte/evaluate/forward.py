@@ -10,7 +10,7 @@ import torch
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.divergence import Scores, TokenScores, log_softmax
 from halfbyte.evaluate.models import vocabulary
-from halfbyte.evaluate.reference import Cache, Reference, Writer
+from halfbyte.evaluate.reference_logprobs import Cache, Reference, Writer
 from halfbyte.evaluate.results import environment
 from halfbyte.evaluate.text import Passage
 from halfbyte.evaluate.windows import batches

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from halfbyte.dialects import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.runtime.loading import load
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 
 @contextlib.contextmanager

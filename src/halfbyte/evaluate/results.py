@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import halfbyte
-from halfbyte.plan import PROVENANCE
-from halfbyte.view import Checkpoint
+from halfbyte.plan.conversion_plan import PROVENANCE
+from halfbyte.source.checkpoint import Checkpoint
 
 VERSION = 1
 PACKAGES = ("numpy", "torch", "transformers", "lm_eval")

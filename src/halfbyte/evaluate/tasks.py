@@ -14,7 +14,7 @@ from typing import Any
 
 from halfbyte.checkpoint.files import parse_object, reason
 from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate.statistics import wilson
+from halfbyte.evaluate.confidence import wilson
 
 MMLU_PRO = "mmlu_pro"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

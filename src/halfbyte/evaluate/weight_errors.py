@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.calibrate.importance import match_importance, read_importance
+from halfbyte.calibration.importance import match_importance, read_importance
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
 from halfbyte.errors import CheckpointError
-from halfbyte.folding import Fold
 from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax, in_rotated_space
-from halfbyte.measure import TensorError
+from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.models import Weight
-from halfbyte.view import Checkpoint
-from halfbyte.weighting import stored_folds
+from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.smoothing import Smoothing
 
 SLICE_BYTES = 8 << 20
 Progress = Callable[[int], None]
@@ -93,10 +93,10 @@ class WeightError:
 
     def _tables(self) -> dict[str, float]:
         fmt = get_format(self.error.format) if self.error.format else None
-        if not isinstance(fmt, BlockFormat) or len(fmt.tables) < 2:
+        if not isinstance(fmt, BlockFormat) or len(fmt.codebooks) < 2:
             return {}
-        counts = self.error.table_blocks
-        return {t.name: count / max(sum(counts), 1) for t, count in zip(fmt.tables, counts, strict=False)}
+        counts = self.error.codebook_blocks
+        return {t.name: count / max(sum(counts), 1) for t, count in zip(fmt.codebooks, counts, strict=False)}
 
 
 def compare_weights(
@@ -121,12 +121,12 @@ def compare_weights(
         config = source.inventory.config
         columns = match_importance(read_importance(importance), source.weights, config).values
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
-        folds = stored_folds(Path(out), source, right)
-        for name in columns.keys() & folds.keys():
-            scale = folds[name].columns
+        smoothings = stored_folds(Path(out), source, right)
+        for name in columns.keys() & smoothings.keys():
+            scale = smoothings[name].columns
             if scale is not None:
                 columns[name] = np.asarray(columns[name] / np.square(scale), np.float32)
-        job = _Job(ours, source, left, right, columns, folds, progress or (lambda _: None))
+        job = _Job(ours, source, left, right, columns, smoothings, progress or (lambda _: None))
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
             found = list(job.run(pool, [(weight, twins[weight.name]) for weight in chosen]))
     return list(zip(chosen, found, strict=True))
@@ -141,7 +141,7 @@ class _Job:
     left: Reader
     right: Reader
     importance: dict[str, NDArray[np.float32]]
-    folds: dict[str, Fold]
+    smoothings: dict[str, Smoothing]
     progress: Progress
 
     def run(self, pool: ThreadPoolExecutor, pairs: Iterable[tuple[Weight, Weight]]) -> Iterator[WeightError]:
@@ -166,13 +166,13 @@ class _Job:
     def _slice(self, weight: Weight, twin: Weight, first: int, stop: int) -> WeightError:
         fmt = self.ours.formats[weight.name]
         dense = self.source.read(self.right, twin, first, stop)
-        if twin.name in self.folds:
-            dense = self.folds[twin.name].apply(dense, first)
+        if twin.name in self.smoothings:
+            dense = self.smoothings[twin.name].apply(dense, first)
         found = WeightError(TensorError(weight.name, weight.role, fmt.name, dense.size))
         try:
             tensor = self.ours.read_quantized(self.left, weight, first, stop)
         except UnequalScalesError:
-            # projections of an expert have a tensor scale each: values can be compared, blocks not counted
+            # projections of an expert have a global scale each: values can be compared, blocks not counted
             values = self.ours.read(self.left, weight, first, stop)
             self._values(found, weight, dense, values, first)
         else:
@@ -193,8 +193,8 @@ class _Job:
         self, found: WeightError, weight: Weight, dense: NDArray[Any], values: NDArray[Any], first: int
     ) -> None:
         fmt = self.ours.formats[weight.name]
-        if isinstance(fmt, BlockFormat) and len(fmt.tables) > 1:
-            found.error.table_blocks = [0] * len(fmt.tables)
+        if isinstance(fmt, BlockFormat) and len(fmt.codebooks) > 1:
+            found.error.codebook_blocks = [0] * len(fmt.codebooks)
         wide = dense.astype(np.float64)
         error = values - wide
         found.error.squared_error = float((error * error).sum())
@@ -241,7 +241,7 @@ def _count_blocks(found: WeightError, fmt: Format, tensor: QuantizedTensor, dens
 def _saturated_blocks(fmt: BlockFormat, tensor: QuantizedTensor, dense: NDArray[Any]) -> int:
     """Blocks whose largest magnitude is beyond what table and scale can hold."""
     scales, chosen = fmt.decode_scales(tensor)
-    ends = np.array([np.abs(np.delete(t.array, list(t.unused))).max() for t in fmt.tables], dtype=np.float32)
+    ends = np.array([np.abs(np.delete(t.array, list(t.unused))).max() for t in fmt.codebooks], dtype=np.float32)
     reach = np.abs(scales) * (ends[0] if chosen is None else ends[chosen])
     largest, _ = amax(dense.reshape(-1, 1, fmt.block[1]))
     return int(np.count_nonzero(largest.reshape(reach.shape) > reach))

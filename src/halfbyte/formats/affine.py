@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats.base import Format, register
+from halfbyte.formats.format import Format, register
 from halfbyte.formats.packing import unpack_codes
 from halfbyte.formats.tensor import QuantizedTensor
 

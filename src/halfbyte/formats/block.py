@@ -1,4 +1,4 @@
-"""Block formats: codes of one of a few tables, times a block scale, times a tensor scale."""
+"""Block formats: codes of one of a few tables, times a block scale, times a global scale."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats.base import Format
+from halfbyte.formats.codebooks import Codebook
+from halfbyte.formats.format import Format
 from halfbyte.formats.packing import unpack_nibbles
 from halfbyte.formats.rotation import Rotation, check_swaps, rotate_reference
 from halfbyte.formats.scales import ScaleType
-from halfbyte.formats.tables import Table
 from halfbyte.formats.tensor import QuantizedTensor
 
 
@@ -23,23 +23,23 @@ def rotation_of(fmt: Format | None) -> Rotation | None:
 
 @dataclass(frozen=True)
 class BlockFormat(Format):
-    """value = table[selector][code] * scale * tensor_scale.
+    """value = table[selector][code] * scale * global_scale.
 
-    ``tables`` are indexed by the selector, whose bits lie above the scale's code in the scale byte.
+    ``codebooks`` are indexed by the selector, whose bits lie above the scale's code in the scale byte.
     ``order`` is the order in which a search tries the tables: a later one must be strictly better, so the
     first wins ties. ``block_shape`` is (rows, columns) that share a scale, -1 for all of that dimension.
     ``shared_base``: all tables use the first tried table's absmax scale (IF4) instead of their own.
-    ``tensor_top``: the tensor scale maps the tensor's amax to ``tensor_top`` times the largest scale.
+    ``global_top``: the global scale maps the tensor's amax to ``global_top`` times the largest scale.
     ``rotation``: codes and scales are those of the weight times a rotation of each block's columns.
     """
 
-    tables: tuple[Table, ...]
+    codebooks: tuple[Codebook, ...]
     scale: ScaleType
     block_shape: tuple[int, int]
-    has_tensor_scale: bool = False
+    has_global_scale: bool = False
     order: tuple[int, ...] = (0,)
     shared_base: bool = False
-    tensor_top: float = 6.0
+    global_top: float = 6.0
     rotation: Rotation | None = None
 
     @property
@@ -57,10 +57,10 @@ class BlockFormat(Format):
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return self.tables[0].bits
+        return self.codebooks[0].bits
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scales for a weight's shape; per-tensor scales have shape [...] + [1, 1]."""
+        """Shape of the scales for a weight's shape; per-global scales have shape [...] + [1, 1]."""
         rows, columns = self.block_shape
         k = 1 if columns < 0 else -(-shape[-1] // columns)
         if len(shape) == 1:
@@ -69,14 +69,14 @@ class BlockFormat(Format):
         return (*shape[:-2], n, k)
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[Any, tuple[int, ...]]]:
-        """Dtype and shape of codes, scales and tensor_scale."""
+        """Dtype and shape of codes, scales and global_scale."""
         width = shape[-1] // 2 if self.bits == 4 else shape[-1]
         found: dict[str, tuple[Any, tuple[int, ...]]] = {
             "codes": (np.uint8, (*shape[:-1], width)),
             "scales": (self.scale.dtype, self.scales_shape(shape)),
         }
-        if self.has_tensor_scale:
-            found["tensor_scale"] = (np.float32, shape[:-2])
+        if self.has_global_scale:
+            found["global_scale"] = (np.float32, shape[:-2])
         if self.rotation and self.rotation.steps:
             found["rotation"] = (np.uint8, self.rotation.swaps_shape(shape[:-2], shape[-1], self.block_shape[1]))
         return found
@@ -89,15 +89,15 @@ class BlockFormat(Format):
 
     def split_scales(self, scales: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
         """FP32 scale values and table indices (None where there is one table) of stored scales."""
-        if len(self.tables) == 1:
+        if len(self.codebooks) == 1:
             return self.scale.to_value(scales), None
         mask = np.uint8((1 << self.scale.bits) - 1)
         return self.scale.to_value(scales & mask), scales >> np.uint8(self.scale.bits)
 
-    def tables_of(self, tensor: QuantizedTensor) -> NDArray[np.uint8]:
+    def codebooks_of(self, tensor: QuantizedTensor) -> NDArray[np.uint8]:
         """Index of the table that each block chose."""
         chosen = self.split_scales(tensor.scales)[1]
-        return super().tables_of(tensor) if chosen is None else chosen
+        return super().codebooks_of(tensor) if chosen is None else chosen
 
     def spread(self, per_block: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """Repeat one value per block (shape of the scales) over the block's elements."""
@@ -113,21 +113,21 @@ class BlockFormat(Format):
         """What each block's table values are multiplied by, and its table's index (None where there is one)."""
         scales, chosen = self.split_scales(tensor.scales)
         lead = (..., *(None,) * min(2, scales.ndim))
-        if tensor.divisor is not None:
-            scales = scales / tensor.divisor[lead]
-        elif tensor.tensor_scale is not None:
-            scales = scales * tensor.tensor_scale[lead]
+        if tensor.global_scale_inv is not None:
+            scales = scales / tensor.global_scale_inv[lead]
+        elif tensor.global_scale is not None:
+            scales = scales * tensor.global_scale[lead]
         return scales, chosen
 
     def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
-        """FP32: table value times (scale times tensor scale), each product rounded once; then a rotation is undone."""
+        """FP32: table value times (scale times global scale), each product rounded once; then a rotation is undone."""
         scales, chosen = self.decode_scales(tensor)
         codes = unpack_nibbles(tensor.codes) if self.bits == 4 else tensor.codes
         if chosen is None:
-            values = self.tables[0].array[codes]
+            values = self.codebooks[0].array[codes]
         else:
-            stacked = np.concatenate([t.array for t in self.tables])
-            index = self.spread(chosen, tensor.shape) * np.uint8(len(self.tables[0].values)) + codes
+            stacked = np.concatenate([t.array for t in self.codebooks])
+            index = self.spread(chosen, tensor.shape) * np.uint8(len(self.codebooks[0].values)) + codes
             values = stacked[index]
         values = np.asarray(values * self.spread(scales, tensor.shape), dtype=np.float32)
         if self.rotation:

@@ -3,35 +3,36 @@
 Writers disagree on the bit and on the tie, so each convention has a name of its own; nothing is guessed.
 """
 
-from halfbyte.formats import scales, tables
-from halfbyte.formats.base import register
+from halfbyte.formats import codebooks as codebooks
+from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
+from halfbyte.formats.format import register
 
-_FP, _INT = tables.E2M1, tables.INT7_SIGN_MAGNITUDE
+_FP, _INT = codebooks.E2M1, codebooks.INT7_SIGN_MAGNITUDE
 
 MIXFP4 = register(
-    BlockFormat("mixfp4", (_FP, _INT), scales.E4M3, (1, 16), has_tensor_scale=True, order=(0, 1)),
+    BlockFormat("mixfp4", (_FP, _INT), scales.E4M3, (1, 16), has_global_scale=True, order=(0, 1)),
     "mixfp4_compressed_tensors",
 )
 """The convention of compressed-tensors #687 and vLLM #41004: bit 7 = 1 means INT4, sign-magnitude, ties to FP4."""
 
 MIXFP4_MAKORA = register(
-    BlockFormat("mixfp4_makora", (_INT, _FP), scales.E4M3, (1, 16), has_tensor_scale=True, order=(1, 0))
+    BlockFormat("mixfp4_makora", (_INT, _FP), scales.E4M3, (1, 16), has_global_scale=True, order=(1, 0))
 )
 """Makora's published meaning of the bit: 0 = INT4, 1 = FP4. Nibble and tie are not published; as above."""
 
 MIXFP4_PAPER = register(
-    BlockFormat("mixfp4_paper", (_FP, _INT), scales.E4M3, (1, 16), has_tensor_scale=True, order=(1, 0))
+    BlockFormat("mixfp4_paper", (_FP, _INT), scales.E4M3, (1, 16), has_global_scale=True, order=(1, 0))
 )
 """The paper's tie rule (INT wins); the paper leaves the bit open, taken as in ``mixfp4``."""
 
 MIXFP4_TWOS_COMPLEMENT = register(
     BlockFormat(
         "mixfp4_twos_complement",
-        (_FP, tables.INT7_TWOS_COMPLEMENT),
+        (_FP, codebooks.INT7_TWOS_COMPLEMENT),
         scales.E4M3,
         (1, 16),
-        has_tensor_scale=True,
+        has_global_scale=True,
         order=(0, 1),
     )
 )

@@ -1,12 +1,13 @@
 """OCP microscaling formats: blocks of 32 with a power-of-two scale (MX specification 1.0)."""
 
-from halfbyte.formats import scales, tables
-from halfbyte.formats.base import register
+from halfbyte.formats import codebooks as codebooks
+from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
+from halfbyte.formats.format import register
 from halfbyte.formats.rotation import rotated
 
-MXFP4 = register(BlockFormat("mxfp4", (tables.E2M1,), scales.E8M0, (1, 32)))
-MXFP8 = register(BlockFormat("mxfp8", (tables.E4M3,), scales.E8M0, (1, 32)))
+MXFP4 = register(BlockFormat("mxfp4", (codebooks.E2M1,), scales.E8M0, (1, 32)))
+MXFP8 = register(BlockFormat("mxfp8", (codebooks.E4M3,), scales.E8M0, (1, 32)))
 
 MXFP4_HADAMARD = register(rotated(MXFP4, "hadamard"))
 """MXFP4 of weights times the Hadamard matrix of 32 (MR-GPTQ, arXiv 2509.23202)."""

@@ -1,18 +1,18 @@
 """Signed tables: an asymmetric table whose mirror image is reached by a negative scale."""
 
 from halfbyte.formats import scales
-from halfbyte.formats.base import register
 from halfbyte.formats.block import BlockFormat
-from halfbyte.formats.tables import Table
+from halfbyte.formats.codebooks import Codebook
+from halfbyte.formats.format import register
 
-IQ4_NL_TABLE = Table(
+IQ4_NL_CODEBOOK = Codebook(
     "iq4_nl",
     tuple(float(v) for v in (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)),
     127.0,
 )
 """The non-linear 4-bit grid of llama.cpp's IQ4_NL."""
 
-NF4_TABLE = Table(
+NF4_CODEBOOK = Codebook(
     "nf4",
     (
         -1.0,
@@ -36,15 +36,15 @@ NF4_TABLE = Table(
 )
 """NormalFloat-4 (arXiv 2305.14314, appendix E)."""
 
-for _table in (IQ4_NL_TABLE, NF4_TABLE):
+for _codebook in (IQ4_NL_CODEBOOK, NF4_CODEBOOK):
     register(
         BlockFormat(
-            _table.name,
-            (_table, _table.mirrored()),
+            _codebook.name,
+            (_codebook, _codebook.mirrored()),
             scales.E4M3,
             (1, 16),
-            has_tensor_scale=True,
+            has_global_scale=True,
             order=(0, 1),
-            tensor_top=_table.top,
+            global_top=_codebook.top,
         )
     )

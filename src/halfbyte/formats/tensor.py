@@ -1,4 +1,4 @@
-"""A quantized tensor: codes, block scales and, where the format has one, a tensor scale."""
+"""A quantized tensor: codes, block scales and, where the format has one, a global scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from halfbyte.formats.base import Format
+    from halfbyte.formats.format import Format
 
 
 _decoders: list[Callable[[QuantizedTensor, NDArray[Any]], bool]] = []
@@ -27,19 +27,19 @@ class QuantizedTensor:
 
     For a weight of shape [..., N, K]: ``codes`` uint8 [..., N, K*bits/8], first element in the lowest bits;
     ``scales`` [..., N, K/B] in the format's own type (bytes for E4M3, E8M0 and the like, any selector bits included);
-    ``tensor_scale`` FP32 [...] multiplies every scale, or None; ``offsets``: biases or
-    zero points of affine formats, shaped like ``scales``. ``divisor`` FP32 [...]: where a checkpoint stores the
-    reciprocal of the tensor scale, that stored number is the exact one and decoding divides by it. ``rotation`` uint8
-    [..., K/B, steps]: channels that make up the rotation of each block (``halfbyte.formats.rotation``), or None.
+    ``global_scale`` FP32 [...] multiplies every scale, or None; ``offsets``: biases or
+    zero points of affine formats, shaped like ``scales``. ``global_scale_inv`` FP32 [...]: where a checkpoint stores
+    the reciprocal of the global scale, that stored number is the exact one and decoding divides by it. ``rotation``
+    uint8 [..., K/B, steps]: channels that make up the rotation of each block (``halfbyte.formats.rotation``), or None.
     """
 
     format: Format
     shape: tuple[int, ...]
     codes: NDArray[np.uint8]
     scales: NDArray[Any]
-    tensor_scale: NDArray[np.float32] | None = None
+    global_scale: NDArray[np.float32] | None = None
     offsets: NDArray[Any] | None = None
-    divisor: NDArray[np.float32] | None = None
+    global_scale_inv: NDArray[np.float32] | None = None
     rotation: NDArray[np.uint8] | None = None
 
     def decode(self, dtype: Any = np.float32) -> NDArray[Any]:
@@ -52,13 +52,13 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays together."""
-        arrays = (self.codes, self.scales, self.tensor_scale, self.offsets, self.rotation)
+        arrays = (self.codes, self.scales, self.global_scale, self.offsets, self.rotation)
         return sum(a.nbytes for a in arrays if a is not None)
 
     @property
-    def tables(self) -> NDArray[np.uint8]:
+    def codebooks(self) -> NDArray[np.uint8]:
         """Index of the table that each block chose, shaped like ``scales`` (all zero for one-table formats)."""
-        return self.format.tables_of(self)
+        return self.format.codebooks_of(self)
 
 
 def stacked(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -66,7 +66,7 @@ def stacked(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
     first = tensors[0]
     if len(tensors) == 1:
         return first
-    names = ("codes", "scales", "tensor_scale", "offsets", "divisor", "rotation")
+    names = ("codes", "scales", "global_scale", "offsets", "global_scale_inv", "rotation")
     parts: dict[str, Any] = {
         name: np.concatenate([getattr(t, name) for t in tensors]) for name in names if getattr(first, name) is not None
     }

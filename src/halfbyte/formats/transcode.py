@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats.base import Format
 from halfbyte.formats.block import BlockFormat
+from halfbyte.formats.format import Format
 from halfbyte.formats.tensor import QuantizedTensor
 
 _LOWEST, _HIGHEST = -9, 8  # E4M3 holds the powers of two from 2**-9 to 2**8
@@ -30,8 +30,8 @@ def transcode(tensor: QuantizedTensor, target: Format, top: NDArray[np.int32] | 
     """The same values in ``target``, or None where they do not fit.
 
     MXFP4 becomes NVFP4 when its blocks' exponents span at most 17: codes stay, each scale is repeated for the two
-    halves of its block, and the tensor scale is a power of two. ``top`` int32 [...] is ``top_exponent`` of the
-    tensor, or the largest of a group of tensors that share a tensor scale.
+    halves of its block, and the global scale is a power of two. ``top`` int32 [...] is ``top_exponent`` of the
+    tensor, or the largest of a group of tensors that share a global scale.
     """
     if tensor.format == target:
         return tensor
@@ -47,8 +47,8 @@ def transcode(tensor: QuantizedTensor, target: Format, top: NDArray[np.int32] | 
         return None
     scale = np.ldexp(np.float32(1), np.clip(exponent, _LOWEST, _HIGHEST)).astype(np.float32)
     scales = np.repeat(target.scale.to_code(scale), 2, axis=-1)
-    tensor_scale = np.ldexp(np.float32(1), base).astype(np.float32)
-    return QuantizedTensor(target, tensor.shape, tensor.codes, scales, np.asarray(tensor_scale))
+    global_scale = np.ldexp(np.float32(1), base).astype(np.float32)
+    return QuantizedTensor(target, tensor.shape, tensor.codes, scales, np.asarray(global_scale))
 
 
 def _zero_blocks(tensor: QuantizedTensor) -> NDArray[Any]:

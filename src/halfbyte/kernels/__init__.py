@@ -24,7 +24,7 @@ from halfbyte.formats.tensor import add_decoder
 from halfbyte.kernels.buffers import as_array
 from halfbyte.kernels.codec import NativeStats, SearchLike, describe
 from halfbyte.kernels.native import Native, find
-from halfbyte.kernels.stats import ErrorStats, reference_stats, table_count
+from halfbyte.kernels.stats import ErrorStats, codebook_count, reference_stats
 
 __all__ = [
     "NUMPY_ONLY",
@@ -122,16 +122,16 @@ def encode_into(
     codes: NDArray[np.uint8],
     scales: NDArray[Any],
     offsets: NDArray[Any] | None = None,
-    tensor_scale: NDArray[np.float32] | None = None,
-    divisor: NDArray[np.float32] | None = None,
+    global_scale: NDArray[np.float32] | None = None,
+    global_scale_inv: NDArray[np.float32] | None = None,
     weights: NDArray[np.float32] | None = None,
     stats: ErrorStats | None = None,
 ) -> bool:
     """Encode x [L, N, K] (contiguous BF16, FP16 or FP32) into the contiguous arrays of a QuantizedTensor.
 
-    ``tensor_scale`` and ``divisor`` are FP32 [L], ``weights`` FP32 [1 or L, K]; ``stats`` are added to. For formats
-    with one scale per tensor, ``scales`` holds it already. Only where ``supports`` is true. False where x holds a
-    NaN or an infinity; the arrays are worthless then.
+    ``global_scale`` and ``global_scale_inv`` are FP32 [L], ``weights`` FP32 [1 or L, K]; ``stats`` are added to. For
+    formats with one scale per tensor, ``scales`` holds it already. Only where ``supports`` is true. False where x holds
+    a NaN or an infinity; the arrays are worthless then.
     """
     codec = describe(fmt, search)
     assert _native is not None and codec is not None
@@ -139,14 +139,14 @@ def encode_into(
         "codes": codes,
         "scales": scales,
         "offsets": offsets,
-        "tensor_scale": tensor_scale,
-        "divisor": divisor,
+        "global_scale": global_scale,
+        "global_scale_inv": global_scale_inv,
         "weights": weights,
     }
     found = NativeStats() if stats is not None else None
     finite = _native.call("encode", _current, codec, x, arrays, found)
     if stats is not None and found is not None:
-        stats.add(_stats(found, x.size, codec.table_count))
+        stats.add(_stats(found, x.size, codec.codebook_count))
     return finite
 
 
@@ -164,7 +164,7 @@ def gptq_into(
 ) -> None:
     """Round x [L, N, K] (contiguous, finite) with error feedback; only where ``supports_gptq`` is true.
 
-    ``arrays``, all contiguous: ``tensor_scale`` FP32 [L]; ``judge`` and ``inner`` FP32 [K/B, B, B], ``gain`` FP32
+    ``arrays``, all contiguous: ``global_scale`` FP32 [L]; ``judge`` and ``inner`` FP32 [K/B, B, B], ``gain`` FP32
     [K], ``outer`` FP32 [K/16, K, 16] as ``halfbyte.search.gptq_reference`` describes them; ``block_of`` int32 [K]
     where scales are given, for which B is 16; the results ``codes`` uint8 [L, N, K], ``scales`` and ``offsets``.
     """
@@ -241,7 +241,7 @@ def compare(tensor: QuantizedTensor, source: NDArray[Any], stats: ErrorStats) ->
         error = (tensor.decode() - wide).astype(np.float64)
         sums = float(np.sum(error * error)), float(np.sum(wide.astype(np.float64) ** 2))
         largest = float(np.abs(error).max(initial=0))
-        stats.add(ErrorStats(wide.size, *sums, largest, within.saturated, within.table_blocks))
+        stats.add(ErrorStats(wide.size, *sums, largest, within.saturated, within.codebook_blocks))
         return finite
     codec = describe(tensor.format, None) if _current != _REFERENCE else None
     arrays = _arrays(tensor) if codec is not None and source.dtype.name in _SOURCES else None
@@ -251,7 +251,7 @@ def compare(tensor: QuantizedTensor, source: NDArray[Any], stats: ErrorStats) ->
         return bool(np.isfinite(found.squared_error))
     native = NativeStats()
     finite = _native.call("compare", _current, codec, _matrices(np.ascontiguousarray(source)), arrays, native)
-    stats.add(_stats(native, source.size, table_count(tensor)))
+    stats.add(_stats(native, source.size, codebook_count(tensor)))
     return finite
 
 
@@ -262,11 +262,11 @@ def _matrices(array: NDArray[Any]) -> NDArray[Any]:
 
 def _arrays(tensor: QuantizedTensor) -> dict[str, NDArray[Any] | None] | None:
     """The arrays of a tensor as kernels want them, or None where they are not what the format says."""
-    found: dict[str, NDArray[Any] | None] = {"divisor": None}
+    found: dict[str, NDArray[Any] | None] = {"global_scale_inv": None}
     for name, (dtype, shape) in tensor.format.parts(tensor.shape).items():
         array = getattr(tensor, name)
-        if name == "tensor_scale" and tensor.divisor is not None:
-            name, array = "divisor", tensor.divisor
+        if name == "global_scale" and tensor.global_scale_inv is not None:
+            name, array = "global_scale_inv", tensor.global_scale_inv
         if array is None or array.shape != shape or array.dtype != dtype:
             return None
         if name != "rotation":  # which is undone afterwards
@@ -274,9 +274,9 @@ def _arrays(tensor: QuantizedTensor) -> dict[str, NDArray[Any] | None] | None:
     return found
 
 
-def _stats(found: NativeStats, elements: int, tables: int) -> ErrorStats:
+def _stats(found: NativeStats, elements: int, codebooks: int) -> ErrorStats:
     return ErrorStats(
-        elements, found.squared_error, found.squares, found.max_error, found.saturated, list(found.blocks[:tables])
+        elements, found.squared_error, found.squares, found.max_error, found.saturated, list(found.blocks[:codebooks])
     )
 
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from halfbyte.formats import AffineFormat, BlockFormat, Format, HiF4Format
-from halfbyte.formats.tables import Table
+from halfbyte.formats.codebooks import Codebook
 
 _KINDS = {
     "e2m1": 0,
@@ -51,7 +51,7 @@ class SearchLike(Protocol):
     def __hash__(self) -> int: ...
 
 
-class NativeTable(ctypes.Structure):
+class NativeCodebook(ctypes.Structure):
     """``hb_table``."""
 
     _fields_ = (
@@ -83,7 +83,7 @@ class NativeCodec(ctypes.Structure):
         ("scale_kind", c_int32),
         ("scale_bits", c_int32),
         ("scale_low", c_int32),
-        ("table_count", c_int32),
+        ("codebook_count", c_int32),
         ("order", c_int32 * 4),
         ("shared_base", c_int32),
         ("four_over_six", c_int32),
@@ -97,7 +97,7 @@ class NativeCodec(ctypes.Structure):
         ("below", c_int32 * 256),
         ("ratios", c_float * 64),
         ("levels", c_int32),
-        ("tables", NativeTable * 4),
+        ("codebooks", NativeCodebook * 4),
     )
 
 
@@ -122,8 +122,8 @@ class NativeTask(ctypes.Structure):
         ("lead", c_int64),
         ("n", c_int64),
         ("k", c_int64),
-        ("tensor_scale", c_void_p),
-        ("divisor", c_void_p),
+        ("global_scale", c_void_p),
+        ("global_scale_inv", c_void_p),
         ("weights", c_void_p),
         ("weight_lead", c_int64),
         ("codes", c_void_p),
@@ -142,7 +142,7 @@ class NativeGptq(ctypes.Structure):
         ("lead", c_int64),
         ("n", c_int64),
         ("k", c_int64),
-        ("tensor_scale", c_void_p),
+        ("global_scale", c_void_p),
         ("judge_feedback", c_int32),
         ("judge", c_void_p),
         ("gain", c_void_p),
@@ -160,7 +160,7 @@ def describe(fmt: Format, search: SearchLike | None) -> NativeCodec | None:
     """The structure for a format and a search (None: for decoding), or None where the kernels do not know one."""
     if isinstance(fmt, BlockFormat):
         return _block(fmt, search)
-    codec = NativeCodec(rows=1, columns=fmt.block[1], table_count=1)
+    codec = NativeCodec(rows=1, columns=fmt.block[1], codebook_count=1)
     if isinstance(fmt, HiF4Format):
         codec.family, codec.bits = 3, 4
         offsets = {0, *(o // 2 for o in search.offsets)} if search else {0}
@@ -180,33 +180,33 @@ def _short(columns: int) -> bool:
 
 def _block(fmt: BlockFormat, search: SearchLike | None) -> NativeCodec | None:
     rows, columns = fmt.block_shape
-    tables, scale = fmt.tables, fmt.scale
+    codebooks, scale = fmt.codebooks, fmt.scale
     along_row = rows == 1 and _short(columns)
     large = (fmt.bits == 8 and (rows, columns) in ((1, -1), (-1, -1))) or (
         rows > 1 and columns > 0 and columns % 64 == 0
     )
-    if not along_row and not (large and len(tables) == 1 and tables[0].kind == "e4m3" and tables[0].rounding):
+    if not along_row and not (large and len(codebooks) == 1 and codebooks[0].kind == "e4m3" and codebooks[0].rounding):
         return None
     if rows < 0 and scale.name != "fp32":
         return None
-    if scale.name not in _SCALES or len(tables) > 4 or sorted(fmt.order) != list(range(len(tables))):
+    if scale.name not in _SCALES or len(codebooks) > 4 or sorted(fmt.order) != list(range(len(codebooks))):
         return None
-    if len(tables) > 1 and (scale.dtype is not np.uint8 or len(tables) << scale.bits > 256):
+    if len(codebooks) > 1 and (scale.dtype is not np.uint8 or len(codebooks) << scale.bits > 256):
         return None
-    codec = NativeCodec(family=0, bits=fmt.bits, rows=rows, columns=columns, table_count=len(tables))
+    codec = NativeCodec(family=0, bits=fmt.bits, rows=rows, columns=columns, codebook_count=len(codebooks))
     codec.scale_kind, codec.scale_bits, codec.scale_low = _SCALES[scale.name], scale.bits, scale.low
-    codec.order[: len(tables)] = fmt.order
+    codec.order[: len(codebooks)] = fmt.order
     codec.shared_base = fmt.shared_base
-    for i, table in enumerate(tables):
-        described = _table(table, fmt)
+    for i, codebook in enumerate(codebooks):
+        described = _codebook(codebook, fmt)
         if described is None:
             return None
-        codec.tables[i] = described
+        codec.codebooks[i] = described
     if search is None:
         return codec
     codec.metric, codec.rule = _METRICS[search.metric], _RULES[search.rule]
     codec.four_over_six = search.only == "four_over_six"
-    codec.single = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(tables) == 1
+    codec.single = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(codebooks) == 1
     if search.metric != "sse" and not codec.four_over_six:
         return None
     ratios = search.int_ratios if fmt.bits == 4 else search.float_ratios
@@ -214,23 +214,23 @@ def _block(fmt: BlockFormat, search: SearchLike | None) -> NativeCodec | None:
     return codec if _set_ratios(codec, ratios) and _set_offsets(codec, offsets) else None
 
 
-def _table(table: Table, fmt: BlockFormat) -> NativeTable | None:
-    kind = _LADDER if table.rounding is None else _KINDS.get(table.kind)
-    if kind is None or (kind == _LADDER and table.bits != 4) or table.exponent < 1:
+def _codebook(codebook: Codebook, fmt: BlockFormat) -> NativeCodebook | None:
+    kind = _LADDER if codebook.rounding is None else _KINDS.get(codebook.kind)
+    if kind is None or (kind == _LADDER and codebook.bits != 4) or codebook.exponent < 1:
         return None
-    values = table.array
-    used = np.delete(values, list(table.unused))
-    found = NativeTable(kind=kind, top=table.top, exponent=table.exponent)
+    values = codebook.array
+    used = np.delete(values, list(codebook.unused))
+    found = NativeCodebook(kind=kind, top=codebook.top, exponent=codebook.exponent)
     found.lowest, found.highest = used.min(), used.max()
     found.limit = np.float32(np.finfo(np.float32).max / np.nanmax(np.abs(values)) * (1 - 2.0**-8))
-    found.even_from = 2 - 2.0 ** -(table.mantissa_bits + 1)
-    found.rceil_from = table.top / 2.0**table.exponent
+    found.even_from = 2 - 2.0 ** -(codebook.mantissa_bits + 1)
+    found.rceil_from = codebook.top / 2.0**codebook.exponent
     if fmt.scale.ordered:
         found.high = min(fmt.scale.high, int(fmt.scale.to_code(np.array([found.limit], dtype=np.float32))[0]))
-    found.zero_code = int(table.encode(np.zeros((1, 1), dtype=np.float32))[0, 0])
+    found.zero_code = int(codebook.encode(np.zeros((1, 1), dtype=np.float32))[0, 0])
     found.values[: len(values)] = values.tolist()
     if kind == _LADDER:
-        thresholds, codes = table.ladder
+        thresholds, codes = codebook.ladder
         padded = [*codes.tolist(), *[int(codes[-1])] * (16 - len(codes))]
         found.thresholds[:] = [*thresholds.tolist(), *[float("inf")] * (16 - len(thresholds))]
         found.ladder_codes[:] = padded

@@ -17,7 +17,7 @@ from halfbyte.formats.scales import E6M2
 class ErrorStats:
     """Sums over all elements that were added: sum of squared errors, of squares, and the largest error.
 
-    ``saturated`` counts elements outside the range of values that their block can stand for; ``table_blocks`` the
+    ``saturated`` counts elements outside the range of values that their block can stand for; ``codebook_blocks`` the
     blocks that chose each table. Sums are FP64; they do not depend on the instruction set of the kernels.
     """
 
@@ -26,7 +26,7 @@ class ErrorStats:
     squares: float = 0.0
     max_error: float = 0.0
     saturated: int = 0
-    table_blocks: list[int] = field(default_factory=list)
+    codebook_blocks: list[int] = field(default_factory=list)
 
     @property
     def relmse(self) -> float:
@@ -40,14 +40,14 @@ class ErrorStats:
         self.squares += other.squares
         self.max_error = max(self.max_error, other.max_error)
         self.saturated += other.saturated
-        count = max(len(self.table_blocks), len(other.table_blocks))
-        ours, theirs = ([*b.table_blocks, *[0] * (count - len(b.table_blocks))] for b in (self, other))
-        self.table_blocks = [a + b for a, b in zip(ours, theirs, strict=True)]
+        count = max(len(self.codebook_blocks), len(other.codebook_blocks))
+        ours, theirs = ([*b.codebook_blocks, *[0] * (count - len(b.codebook_blocks))] for b in (self, other))
+        self.codebook_blocks = [a + b for a, b in zip(ours, theirs, strict=True)]
 
 
-def table_count(tensor: QuantizedTensor) -> int:
+def codebook_count(tensor: QuantizedTensor) -> int:
     """How many tables the blocks of this format choose from."""
-    return len(tensor.format.tables) if isinstance(tensor.format, BlockFormat) else 1
+    return len(tensor.format.codebooks) if isinstance(tensor.format, BlockFormat) else 1
 
 
 def reference_stats(tensor: QuantizedTensor, source: NDArray[Any]) -> ErrorStats:
@@ -63,7 +63,7 @@ def reference_stats(tensor: QuantizedTensor, source: NDArray[Any]) -> ErrorStats
         float(np.sum(wide.astype(np.float64) ** 2)),
         float(np.abs(error).max(initial=0)),
         int(np.count_nonzero((wide < low) | (wide > high))),
-        np.bincount(tensor.tables.ravel(), minlength=table_count(tensor)).tolist(),
+        np.bincount(tensor.codebooks.ravel(), minlength=codebook_count(tensor)).tolist(),
     )
 
 
@@ -72,7 +72,7 @@ def _range(tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.flo
     fmt = tensor.format
     if isinstance(fmt, BlockFormat):
         scales, chosen = fmt.decode_scales(tensor)
-        used = [np.delete(t.array, list(t.unused)) for t in fmt.tables]
+        used = [np.delete(t.array, list(t.unused)) for t in fmt.codebooks]
         ends = np.array([[u.min() for u in used], [u.max() for u in used]], dtype=np.float32)
         first, last = (ends[:, 0].reshape(2, *(1,) * scales.ndim) if chosen is None else ends[:, chosen]) * scales
         return fmt.spread(first, tensor.shape), fmt.spread(last, tensor.shape)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from halfbyte.models.patterns import Match, Templates
+from halfbyte.models.family_schema import FamilyFile
+from halfbyte.models.name_templates import Match, Templates
 from halfbyte.models.roles import bare_role, is_matrix, is_under
-from halfbyte.models.schema import FamilyFile
 
 
 @dataclass(frozen=True, slots=True)

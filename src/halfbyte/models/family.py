@@ -9,10 +9,10 @@ from functools import cache
 from typing import Any, Protocol
 
 from halfbyte.errors import CheckpointError
-from halfbyte.models import schema
+from halfbyte.models import family_schema as schema
 from halfbyte.models.classify import Classifier, Kind
 from halfbyte.models.gather import Gather, TensorLike
-from halfbyte.models.patterns import normalise, split_numbers
+from halfbyte.models.name_templates import normalise, split_numbers
 from halfbyte.models.weight import Piece, Weight
 
 _PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})

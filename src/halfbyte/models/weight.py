@@ -23,7 +23,7 @@ class Weight:
     """One tensor of the model with its role; per-expert sources are one fused 3-D weight.
 
     `shape` is `[..., N, K]` with K the input dimension, `dtype` the safetensors spelling. `group` is the key
-    of the fusion group: weights with the same key must share a format and a tensor scale. `row_parts` names
+    of the fusion group: weights with the same key must share a format and a global scale. `row_parts` names
     the row ranges of a fused projection, e.g. `(("gate", 0, I), ("up", I, 2I))`; when `interleaved`, part p
     of n owns the rows p, p+n, p+2n … instead, and the ranges hold after de-interleaving. `transposed` says
     that the source stores `[..., K, N]`, as gpt-oss does for unquantized experts; `shape` is the stored one.

@@ -17,6 +17,8 @@ from halfbyte.models.strict_yaml import load_yaml
 
 ALIASES = ("linear", "all")
 REGEX = "re:"
+# of recipes written before 0.2; they stay readable for one release
+OLD_KEYS = {"tensor_scale": "global_scale"}
 
 
 class Rule(BaseModel):
@@ -37,7 +39,7 @@ class Rule(BaseModel):
     keep: Literal[True] | None = None
     drop: Literal[True] | None = None
     search: str = "sweep"
-    tensor_scale: Literal["amax", "power_of_two", "soar"] = "amax"
+    global_scale: Literal["amax", "power_of_two", "soar"] = "amax"
     indivisible: Literal["error", "keep"] = "error"
     weight: Literal["importance", "local_hessian", "none"] | None = None
     method: Literal["nearest", "gptq"] | None = None
@@ -77,6 +79,17 @@ class Rule(BaseModel):
                 raise ValueError(f"there is no role {entry!r}{nearest(entry, known_roles())}")
         return entries
 
+    @model_validator(mode="before")
+    @classmethod
+    def _today(cls, content: Any) -> Any:
+        """Keys of recipes from before 0.2 under the names of today."""
+        if not isinstance(content, dict):
+            return content
+        twice = sorted(new for old, new in OLD_KEYS.items() if old in content and new in content)
+        if twice:
+            raise ValueError(f"`{twice[0]}` is given twice, once under its old name")
+        return {OLD_KEYS.get(key, key) if isinstance(key, str) else key: value for key, value in content.items()}
+
     @model_validator(mode="after")
     def _one_fate(self) -> Rule:
         if [bool(self.format), bool(self.keep), bool(self.drop)].count(True) != 1:
@@ -85,7 +98,7 @@ class Rule(BaseModel):
             raise ValueError("a rule that drops weights must give a `reason`")
         of_gptq = {key for key in ("mode", "order", "damping") if getattr(self, key) is not None}
         if not self.format:
-            others = {"search", "tensor_scale", "indivisible", "weight", "method", "transform", "activations"}
+            others = {"search", "global_scale", "indivisible", "weight", "method", "transform", "activations"}
             useless = others & self.model_fields_set | of_gptq
             if useless:
                 raise ValueError(f"`{sorted(useless)[0]}` has no meaning without `format`")

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from halfbyte.errors import FormatError, RecipeError
 from halfbyte.formats import get_format
 from halfbyte.formats.rotation import rotated
-from halfbyte.models.patterns import normalise
+from halfbyte.models.name_templates import normalise
 from halfbyte.models.roles import LINEAR, is_under
 from halfbyte.models.weight import Weight
 from halfbyte.recipes.recipe import REGEX, Recipe, Rule, nearest
@@ -30,7 +30,7 @@ class Method(NamedTuple):
 class Decision:
     """What happens to one weight, and why.
 
-    `format`, `search` and `tensor_scale` are None unless the action is `quantize`; `format` is the one in rotated space
+    `format`, `search` and `global_scale` are None unless the action is `quantize`; `format` is the one in rotated space
     where the rule rotates. `rule` counts from 1, as the messages do; None means that no rule matched. `weight`,
     `method` (None for rounding to nearest), `transform` and `activations` are the rule's.
     """
@@ -38,7 +38,7 @@ class Decision:
     action: Literal["quantize", "keep", "drop"]
     format: str | None
     search: str | None
-    tensor_scale: str | None
+    global_scale: str | None
     indivisible: Literal["error", "keep"]
     reason: str
     rule: int | None
@@ -82,7 +82,7 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
         "quantize",
         _format(rule, number, recipe),
         rule.search,
-        rule.tensor_scale,
+        rule.global_scale,
         rule.indivisible,
         reason,
         number,
@@ -166,14 +166,14 @@ def _check_groups(weights: Sequence[Weight], decisions: list[Decision], recipe: 
             raise RecipeError(
                 f"recipe {recipe} splits the fusion group {weight.group}: "
                 f"{_said(weights[other], decisions[other])} but {_said(weight, decisions[index])}; "
-                "engines fuse these tensors, so give all of them the same format and tensor scale"
+                "engines fuse these tensors, so give all of them the same format and global scale"
             )
 
 
 def _fate(decision: Decision) -> tuple[str | None, ...]:
-    # Four Over Six leaves room above the largest scale, so that its tensor scales are others
+    # Four Over Six leaves room above the largest scale, so that its global scales are others
     room = "room" if decision.search and get_search(decision.search).only == "four_over_six" else None
-    return decision.action, decision.format, decision.tensor_scale, room, decision.activations
+    return decision.action, decision.format, decision.global_scale, room, decision.activations
 
 
 def _said(weight: Weight, decision: Decision) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
-from halfbyte.report.schema import Allocation, Errors, Row, Sensitivity, WeightError
+from halfbyte.report.results_schema import Allocation, Errors, Row, Sensitivity, WeightError
 from halfbyte.report.studies import Study
 
 Records = list[dict[str, Any]]

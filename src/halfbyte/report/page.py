@@ -15,7 +15,7 @@ from halfbyte.report.provenance import provenance
 from halfbyte.report.read import Inputs, read_inputs
 from halfbyte.report.studies import Study, make_studies
 from halfbyte.report.table import columns, lines
-from halfbyte.report.text import includes, nats, size, task_name
+from halfbyte.report.wording import includes, nats, size, task_name
 
 MAX_GROUPS = 40
 """Bars in the chart of sensitivity: the worst groups."""
@@ -132,7 +132,7 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
     if histograms := datasets.scales(study):
         shown = list(dict.fromkeys(r["checkpoint"] for r in histograms))
         menu = [(charts.CHECKPOINT, "Checkpoint", shown)]
-        caption = "Before the tensor scale. A scale at either end of its type's range is a sign of clipping."
+        caption = "Before the global scale. A scale at either end of its type's range is a sign of clipping."
         add("scales", histograms, "Block scales", caption, charts.scales(name("scales")), menus=menu)
     for number, document in enumerate(study.sensitivity):
         records = datasets.sensitivity(document)

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.report.schema import Allocation, Document, ErrorsFile, Results, Sensitivity
+from halfbyte.report.results_schema import Allocation, Document, ErrorsFile, Results, Sensitivity
 
 KINDS: dict[str, type[Document]] = {"results": Results, "errors": ErrorsFile, "sensitivity": Sensitivity}
 SUFFIXES = (".json", ".jsonl")

@@ -1,4 +1,4 @@
-"""How a checkpoint is run, and what engines are known to make of it (``models/engines.yaml``)."""
+"""How a checkpoint is run, and what engines are known to make of it (``compatibility/engine_facts.yaml``)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import shlex
 from collections.abc import Iterator
 
-from halfbyte.models.engines import Finding
-from halfbyte.overview import Overview
+from halfbyte.compatibility.engine_facts import CompatibilityNote
+from halfbyte.source.overview import Overview
 
 HALFBYTE, TRANSFORMERS, VLLM, MLX, LLAMA_CPP = "halfbyte", "transformers", "vLLM", "mlx-lm", "llama.cpp"
 EFFECTS = {"wrong": " computes wrong numbers:", "refuses": " does not load it:", "loses": " loses", "needs": " needs"}
@@ -78,7 +78,7 @@ def _plugin_loads(found: Overview) -> bool:
     return bool(wrong) and found.dialect == "compressed-tensors" and all("halfbyte installed" in f.what for f in wrong)
 
 
-def _sentence(found: Finding) -> str:
+def _sentence(found: CompatibilityNote) -> str:
     where = f"{found.engine} {found.version}".rstrip() + (f" on {found.hardware}" if found.hardware else "")
     effect = EFFECTS.get(found.effect, "")
     source = " (read in its source, not run)" if found.known == "read" else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from halfbyte.report.read import Inputs
-from halfbyte.report.schema import (
+from halfbyte.report.results_schema import (
     Allocation,
     Comparison,
     Errors,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from halfbyte.report.schema import Row
+from halfbyte.report.results_schema import Row
 from halfbyte.report.studies import Study
-from halfbyte.report.text import between, includes, nats, size, some, storage, task_name
+from halfbyte.report.wording import between, includes, nats, size, some, storage, task_name
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from halfbyte.dialects.halfbyte import describe
+from halfbyte.dialects.halfbyte import describe, stored_arrays
 from halfbyte.formats import QuantizedTensor
-from halfbyte.runtime.remote.halfbyte_modules import PARTS, Decoder
+from halfbyte.runtime.remote.halfbyte_modules import Decoder
 
 
 def to_torch(array: NDArray[Any]) -> torch.Tensor:
@@ -23,11 +23,10 @@ def to_torch(array: NDArray[Any]) -> torch.Tensor:
 
 def decode(tensor: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Values [..., N, K] of a quantized tensor: computed in FP32, then rounded to ``dtype`` (default FP32)."""
-    if tensor.divisor is not None:
+    if tensor.global_scale_inv is not None:
         # a stored reciprocal is divided by, which the modules never do
         values = torch.from_numpy(tensor.decode())
     else:
-        parts = {part: getattr(tensor, part) for part in PARTS}
-        arrays = {part: to_torch(np.asarray(array)) for part, array in parts.items() if array is not None}
+        arrays = {part: to_torch(array) for part, array in stored_arrays(tensor).items()}
         values = Decoder(describe(tensor.format))(**arrays)
     return values.to(dtype or torch.float32)

@@ -18,7 +18,7 @@ from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.models import Piece
 from halfbyte.runtime.decode import to_torch
 from halfbyte.runtime.remote.halfbyte_quantizer import say_left_out
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 # roles of tensors that a model class may have no place for
 _OPTIONAL = ("mtp.", "vision.", "buffer", "quantized.")
@@ -120,7 +120,7 @@ def _dense(checkpoint: Checkpoint, config: Any, model_class: Any, dtype: torch.d
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     with Reader(checkpoint.inventory) as reader:
-        tensors = {name: Late(read) for name, read in sources_of(checkpoint, reader)}
+        tensors = {name: LazyTensor(read) for name, read in sources_of(checkpoint, reader)}
         kind = dtype or getattr(config, "dtype", None) or _dtype(checkpoint)
         model, report = _strictly(checkpoint, model_class, None, config=config, state_dict=tensors, dtype=kind)
     unread = {name for name, tensor in tensors.items() if not tensor.was_read}
@@ -142,7 +142,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return floats.get(largest.dtype, torch.float32)
 
 
-class Late:
+class LazyTensor:
     """Stands for a tensor that is read when transformers asks for it."""
 
     def __init__(self, read: Callable[[], NDArray[Any]]) -> None:

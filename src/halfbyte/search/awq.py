@@ -33,7 +33,7 @@ class Consumer:
     ``importance``: mean squared activation FP32 [K] or [E, K], or None for one that was never measured;
     ``counts`` [E]: tokens per expert. ``experts`` [E]: which of the model's experts these are, None for all.
     ``format`` None means that the matrix is kept in its own dtype. ``weighted``: its quantizer weighs errors by
-    importance too. Matrices with the same ``share`` have one tensor scale.
+    importance too. Matrices with the same ``share`` have one global scale.
     """
 
     name: str
@@ -103,7 +103,7 @@ def choose_scale(
         asked, rounded = scale_from(importance, alpha), None
         scale = asked
         if norm is not None:
-            rounded, scale = fold_norm(norm, asked, zero_centred)
+            rounded, scale = smooth_norm(norm, asked, zero_centred)
         losses[alpha] = _loss(consumers, scale if alpha else None, importance)
         if alpha and losses[alpha] < best.loss:
             best = FoldChoice(alpha, scale, losses, rounded, asked=asked)
@@ -121,7 +121,7 @@ def scale_from(importance: Floats, alpha: float) -> Floats:
     return values.astype(np.float32)
 
 
-def fold_norm(norm: Array, scale: Floats, zero_centred: bool) -> tuple[Array, Floats]:
+def smooth_norm(norm: Array, scale: Floats, zero_centred: bool) -> tuple[Array, Floats]:
     """A norm's weight [K] over the scale, rounded to its dtype, and the scale [K] that this amounts to exactly.
 
     A zero-centred weight stands for 1 + w, so w' = (1 + w) / s - 1. Channels whose gain is zero stay.
@@ -262,7 +262,7 @@ def apply(
 ) -> dict[str, Array]:
     """The group's tensors after folding, by name: producers and consumers as FP32, a chosen norm in its dtype.
 
-    ``producers`` are (name, kind, rows) as in ``halfbyte.models.folds.Producer``; empty where nothing is folded.
+    ``producers`` are (name, kind, rows) as in ``models.smoothing_groups.Producer``; empty where nothing is folded.
     """
     scale = choice.scale
     if scale is None:

@@ -15,7 +15,7 @@ from halfbyte.formats.rotation import Swaps, check_swaps
 from halfbyte.kernels import ErrorStats
 from halfbyte.search.numpy_backend import encode_reference
 from halfbyte.search.rules import SMALLEST
-from halfbyte.search.rules import tensor_scale as tensor_scale_of
+from halfbyte.search.rules import global_scale as global_scale_of
 from halfbyte.search.searches import Search, get_search
 
 Floats = NDArray[np.float32]
@@ -27,8 +27,8 @@ def encode(
     search: str = "sweep",
     importance: ArrayLike | None = None,
     *,
-    tensor_scale: ArrayLike | None = None,
-    divisor: ArrayLike | None = None,
+    global_scale: ArrayLike | None = None,
+    global_scale_inv: ArrayLike | None = None,
     amax: ArrayLike | None = None,
     power_of_two: bool = False,
     rotation: ArrayLike | None = None,
@@ -38,8 +38,8 @@ def encode(
 
     ``search`` names how scales and tables are chosen (``halfbyte.search.SEARCHES``). ``importance`` [K] or
     [..., K], non-negative, weights the squared error of each column. Leading dimensions are experts, each with
-    a tensor scale of its own; ``tensor_scale`` FP32 [...] sets them (tensors that an engine fuses must share
-    one), ``divisor`` FP32 [...] sets them as the reciprocals that some checkpoints store, ``amax`` FP32 [...]
+    a global scale of its own; ``global_scale`` FP32 [...] sets them (tensors that an engine fuses must share
+    one), ``global_scale_inv`` FP32 [...] sets them as the reciprocals that some checkpoints store, ``amax`` FP32 [...]
     derives them where ``weight`` is a slice of a larger tensor or fusion group, and ``power_of_two`` rounds them
     up to powers of two. ``rotation`` uint8 [..., K/B, steps]: steps of a format in rotated space, by default the
     Hadamard matrix. The error of the result is added to ``stats``.
@@ -54,7 +54,7 @@ def encode(
         if importance is not None:
             raise FormatError(f"{fmt.name} mixes the channels of each block, so importance of single ones cannot weigh")
         turned, swaps = into_rotated_space(weight, fmt, rotation)
-        scales: dict[str, Any] = {"tensor_scale": tensor_scale, "divisor": divisor, "amax": amax}
+        scales: dict[str, Any] = {"global_scale": global_scale, "global_scale_inv": global_scale_inv, "amax": amax}
         plain = encode(turned, fmt.plain, search, power_of_two=power_of_two, stats=stats, **scales)
         return replace(plain, format=fmt, rotation=swaps)
     if rotation is not None:
@@ -63,10 +63,10 @@ def encode(
     flat = array.reshape((-1, *array.shape[-2:]) if array.ndim > 1 else (1, 1, -1))
     weights = relative_importance(importance, array.shape)
     out = empty(fmt, array.shape)
-    set_scales(out, how, array, tensor_scale, divisor, amax, power_of_two)
+    set_scales(out, how, array, global_scale, global_scale_inv, amax, power_of_two)
     if kernels.supports(fmt, how):
         finite = kernels.encode_into(
-            flat, fmt, how, out.codes, out.scales, out.offsets, out.tensor_scale, out.divisor, weights, stats
+            flat, fmt, how, out.codes, out.scales, out.offsets, out.global_scale, out.global_scale_inv, weights, stats
         )
         check_finite(finite, array)
         return out
@@ -112,40 +112,40 @@ def set_scales(
     out: QuantizedTensor,
     search: Search,
     array: NDArray[Any],
-    tensor_scale: ArrayLike | None,
-    divisor: ArrayLike | None,
+    global_scale: ArrayLike | None,
+    global_scale_inv: ArrayLike | None,
     amax: ArrayLike | None,
     power_of_two: bool,
 ) -> None:
-    """Fill in what the kernels must know beforehand: tensor scales, or the scale of a whole tensor."""
+    """Fill in what the kernels must know beforehand: global scales, or the scale of a whole tensor."""
     fmt, lead = out.format, array.shape[:-2]
-    tensor_wide = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale
-    if not tensor_wide and (tensor_scale is not None or divisor is not None):
-        raise FormatError(f"{fmt.name} has no tensor scale; leave the arguments tensor_scale and divisor out")
+    tensor_wide = isinstance(fmt, BlockFormat) and fmt.has_global_scale
+    if not tensor_wide and (global_scale is not None or global_scale_inv is not None):
+        raise FormatError(f"{fmt.name} has no global scale; leave the arguments global_scale and global_scale_inv out")
     if not isinstance(fmt, BlockFormat) or not (tensor_wide or fmt.block == (-1, -1)):
         return
-    if tensor_scale is None and divisor is None:
+    if global_scale is None and global_scale_inv is None:
         largest = _per_matrix(amax, lead, "amax") if amax is not None else _amax(array)
     if fmt.block == (-1, -1):
         # always absmax, since a search over FP8 scales gains nothing
-        top = np.float32(fmt.tables[0].top)
+        top = np.float32(fmt.codebooks[0].top)
         stored = fmt.scale.to_code(np.where(largest == 0, np.float32(1), largest / top))
         out.scales[...] = stored.reshape(out.scales.shape)
         return
-    if divisor is not None:
-        if tensor_scale is not None:
-            raise FormatError("give the tensor scale or its reciprocal, divisor, not both")
-        out.divisor = _per_matrix(divisor, lead, "divisor").copy()
+    if global_scale_inv is not None:
+        if global_scale is not None:
+            raise FormatError("give the global scale or its reciprocal, divisor, not both")
+        out.global_scale_inv = _per_matrix(global_scale_inv, lead, "global_scale_inv").copy()
         with np.errstate(divide="ignore"):
-            scale = np.float32(1) / out.divisor
-    elif tensor_scale is not None:
-        scale = _per_matrix(tensor_scale, lead, "tensor_scale")
+            scale = np.float32(1) / out.global_scale_inv
+    elif global_scale is not None:
+        scale = _per_matrix(global_scale, lead, "global_scale")
     else:
-        scale = tensor_scale_of(largest, fmt, search, power_of_two)
+        scale = global_scale_of(largest, fmt, search, power_of_two)
     if not (np.isfinite(scale).all() and (scale >= SMALLEST).all()):
-        raise FormatError("a tensor scale must be finite and positive (2**-126 or larger)")
-    assert out.tensor_scale is not None
-    out.tensor_scale[...] = scale
+        raise FormatError("a global scale must be finite and positive (2**-126 or larger)")
+    assert out.global_scale is not None
+    out.global_scale[...] = scale
 
 
 def _amax(array: NDArray[Any]) -> Floats:

@@ -23,7 +23,7 @@ from halfbyte.kernels import ErrorStats
 from halfbyte.search.encode import as_weight, check_finite, empty, encode, set_scales
 from halfbyte.search.gptq_reference import Rounding, round_reference
 from halfbyte.search.hessian import Doubles, Factors, checked, diagonal_blocks, factor
-from halfbyte.search.rotation import in_rotated_space
+from halfbyte.search.rotated_space import in_rotated_space
 from halfbyte.search.searches import Search, get_search
 
 Mode = Literal["in_loop", "local_hessian", "compensated", "static"]
@@ -58,8 +58,8 @@ def gptq(
     order: Order = "none",
     damping: float = 0.01,
     given: QuantizedTensor | None = None,
-    tensor_scale: ArrayLike | None = None,
-    divisor: ArrayLike | None = None,
+    global_scale: ArrayLike | None = None,
+    global_scale_inv: ArrayLike | None = None,
     amax: ArrayLike | None = None,
     power_of_two: bool = False,
     stats: ErrorStats | None = None,
@@ -80,12 +80,12 @@ def gptq(
     blocks otherwise, since a block's scale is chosen once. ``damping``: see ``halfbyte.search.hessian.factor``. The
     other arguments are those of ``encode``. For formats in rotated space the Hessian, which must not be prepared, is
     rotated too, and DuQuant's rotation is found from it. Rows are independent, so slices of rows (with the ``amax`` or
-    ``tensor_scale`` of the whole) give the bytes of the whole. FormatError for what the format, the Hessian or the
+    ``global_scale`` of the whole) give the bytes of the whole. FormatError for what the format, the Hessian or the
     arguments do not allow.
     """
     fmt = get_format(format)
     how = get_search(search, fmt)
-    options: dict[str, Any] = {"tensor_scale": tensor_scale, "divisor": divisor, "amax": amax}
+    options: dict[str, Any] = {"global_scale": global_scale, "global_scale_inv": global_scale_inv, "amax": amax}
     if isinstance(fmt, BlockFormat) and fmt.rotation:
         turned, own, swaps = in_rotated_space(weight, fmt, hessian)
         options |= {"mode": mode, "order": order, "damping": damping, "power_of_two": power_of_two, "stats": stats}
@@ -106,7 +106,7 @@ def gptq(
         out = out or encode(array, fmt, search, power_of_two=power_of_two, **options)
     else:
         out = empty(fmt, array.shape)
-        set_scales(out, how, array, tensor_scale, divisor, amax, power_of_two)
+        set_scales(out, how, array, global_scale, global_scale_inv, amax, power_of_two)
     _round(array, out, how, prepared)
     if stats is not None:
         kernels.compare(out, array, stats)
@@ -214,7 +214,7 @@ def _one(x: NDArray[Any], out: QuantizedTensor, how: Search, prepared: Prepared)
     given = rounding.block_of is not None
     # scales of a permuted weight are in the order of its blocks; given ones are looked up by their own place
     target = out if columns is None or given else empty(fmt, x.shape)
-    target.tensor_scale = out.tensor_scale
+    target.global_scale = out.global_scale
     if columns is not None:
         x = np.ascontiguousarray(x[..., columns])
     if kernels.supports_gptq(fmt, how):
@@ -222,7 +222,7 @@ def _one(x: NDArray[Any], out: QuantizedTensor, how: Search, prepared: Prepared)
             name: getattr(rounding, name) for name in ("judge", "gain", "inner", "outer", "block_of")
         }
         arrays |= {"codes": codes, "scales": target.scales, "offsets": target.offsets}
-        arrays["tensor_scale"] = target.tensor_scale
+        arrays["global_scale"] = target.global_scale
         kernels.gptq_into(x, fmt, how, rounding.judge_feedback, arrays)
     else:
         with np.errstate(over="ignore", under="ignore"):
@@ -242,7 +242,7 @@ def _one(x: NDArray[Any], out: QuantizedTensor, how: Search, prepared: Prepared)
 def _part(out: QuantizedTensor, part: slice, shape: tuple[int, ...]) -> QuantizedTensor:
     """Views of some matrices of a tensor, as [L, N, K]."""
     lead, n, k = shape
-    scale = None if out.tensor_scale is None else out.tensor_scale.reshape(lead)[part]
+    scale = None if out.global_scale is None else out.global_scale.reshape(lead)[part]
     offsets = None if out.offsets is None else out.offsets.reshape(lead, n, -1)[part]
     codes, scales = out.codes.reshape(lead, n, -1)[part], out.scales.reshape(lead, n, -1)[part]
     return QuantizedTensor(out.format, (len(codes), n, k), codes, scales, scale, offsets)

@@ -1,6 +1,6 @@
 """The NumPy reference of rounding with error feedback: the definition that the compiled code equals bit for bit.
 
-Order of operations, all in FP32. y = x * (1 / tensor scale). Columns are rounded in the order of the arrays. Before a
+Order of operations, all in FP32. y = x * (1 / global scale). Columns are rounded in the order of the arrays. Before a
 block, each of its columns j becomes y_j - d_i * F_ij for all earlier columns i in turn; within the block likewise.
 A column's value is nearest(y * (1 / scale)) * scale, its error d = y - value. A candidate's loss is the sum of
 (u * u) * gain over the block, u = d * p, where p is the power of two above the first candidate's scale; without
@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import AffineFormat, BlockFormat, QuantizedTensor, Table
-from halfbyte.search.affine import numbers, solve_range, values
+from halfbyte.formats import AffineFormat, BlockFormat, Codebook, QuantizedTensor
+from halfbyte.search.affine_search import numbers, solve_range, values
 from halfbyte.search.reference import candidates, unit_of
 from halfbyte.search.rules import SMALLEST
 from halfbyte.search.searches import Search
@@ -52,7 +52,7 @@ class _Choice:
     stored: NDArray[Any]
     scale: Floats
     offset: Floats
-    table: NDArray[Any]
+    codebook: NDArray[Any]
 
 
 def round_reference(x: Floats, out: QuantizedTensor, search: Search, how: Rounding, codes: Codes) -> None:
@@ -60,8 +60,8 @@ def round_reference(x: Floats, out: QuantizedTensor, search: Search, how: Roundi
     fmt = out.format
     lead, n, k = x.shape
     y = x.reshape(-1, k).T.copy()  # [K, rows]
-    if out.tensor_scale is not None:
-        y *= np.repeat(np.float32(1) / out.tensor_scale.reshape(-1), n)[None]
+    if out.global_scale is not None:
+        y *= np.repeat(np.float32(1) / out.global_scale.reshape(-1), n)[None]
     scales = out.scales.reshape(lead * n, -1)
     offsets = None if out.offsets is None else out.offsets.reshape(lead * n, -1)
     found = codes.reshape(-1, k)
@@ -110,10 +110,10 @@ def _choose(y: Floats, fmt: Any, search: Search, how: Rounding, block: int) -> _
     assert best is not None
     if isinstance(fmt, BlockFormat):
         zero = ~np.any(y, axis=0)
-        if len(fmt.tables) > 1:
-            best.stored = best.stored | (best.table << np.uint8(fmt.scale.bits))
+        if len(fmt.codebooks) > 1:
+            best.stored = best.stored | (best.codebook << np.uint8(fmt.scale.bits))
         best.stored = np.where(zero, np.zeros_like(best.stored), best.stored)
-        best.table = np.where(zero, np.uint8(0), best.table)
+        best.codebook = np.where(zero, np.uint8(0), best.codebook)
         best.scale = np.where(zero, np.float32(0), best.scale)
     return best
 
@@ -136,20 +136,20 @@ def _candidates(y: Floats, fmt: Any, search: Search) -> Any:
         return
     assert isinstance(fmt, BlockFormat)
     amax = np.abs(y).max(axis=0)
-    single = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(fmt.tables) == 1
+    single = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(fmt.codebooks) == 1
     single = single and search.only != "four_over_six"
     for index in fmt.order:
-        base = fmt.tables[fmt.order[0]] if fmt.shared_base else fmt.tables[index]
+        base = fmt.codebooks[fmt.order[0]] if fmt.shared_base else fmt.codebooks[index]
         for stored, scale in _scales(amax, base, fmt, search):
             yield _Choice(stored, scale, none, np.full(len(amax), index, dtype=np.uint8)), not single
 
 
-def _scales(amax: Floats, table: Table, fmt: BlockFormat, search: Search) -> Any:
+def _scales(amax: Floats, codebook: Codebook, fmt: BlockFormat, search: Search) -> Any:
     if search.only != "four_over_six":
-        yield from candidates(amax, table, fmt, search)
+        yield from candidates(amax, codebook, fmt, search)
         return
-    base = np.where(amax == 0, np.float32(1), amax) / np.float32(table.top)
-    for factor in (1.0, 1.5) if table.kind == "e2m1" else (1.0,):
+    base = np.where(amax == 0, np.float32(1), amax) / np.float32(codebook.top)
+    for factor in (1.0, 1.5) if codebook.kind == "e2m1" else (1.0,):
         stored = fmt.scale.to_code(base * np.float32(factor))
         yield stored, fmt.scale.to_value(stored)
 
@@ -183,12 +183,12 @@ def _round(v: Floats, fmt: Any, choice: _Choice) -> tuple[Codes, Floats]:
     z = v * (np.float32(1) / np.where(zero, np.float32(1), choice.scale))
     codes = np.zeros(v.shape, dtype=np.uint8)
     found = np.zeros(v.shape, dtype=np.float32)
-    for index, table in enumerate(fmt.tables):
-        mine = choice.table == index
+    for index, codebook in enumerate(fmt.codebooks):
+        mine = choice.codebook == index
         if mine.any():
-            part = table.encode(z[mine])
-            codes[mine], found[mine] = part, table.array[part]
-    codes[zero] = fmt.tables[0].encode(np.zeros((1, 1), dtype=np.float32))[0, 0]
+            part = codebook.encode(z[mine])
+            codes[mine], found[mine] = part, codebook.array[part]
+    codes[zero] = fmt.codebooks[0].encode(np.zeros((1, 1), dtype=np.float32))[0, 0]
     return codes, np.where(zero, np.float32(0), found * choice.scale)
 
 
@@ -198,7 +198,7 @@ def _given(fmt: Any, stored: NDArray[Any], offset: NDArray[Any] | None) -> _Choi
     if isinstance(fmt, AffineFormat):
         assert offset is not None
         return _Choice(stored, stored.astype(np.float32), offset.astype(np.float32), none)
-    scale, table = fmt.split_scales(stored)
+    scale, codebook = fmt.split_scales(stored)
     zero = (stored & np.uint8((1 << fmt.scale.bits) - 1)) == 0 if stored.dtype == np.uint8 else scale == 0
-    chosen = np.zeros(len(stored), dtype=np.uint8) if table is None else table
+    chosen = np.zeros(len(stored), dtype=np.uint8) if codebook is None else codebook
     return _Choice(stored, np.where(zero, np.float32(0), scale), none, chosen)

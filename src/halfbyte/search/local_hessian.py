@@ -17,7 +17,7 @@ from halfbyte.kernels import ErrorStats
 from halfbyte.search.gptq import Prepared, check, gptq, local_factors, lower
 from halfbyte.search.gptq_reference import Rounding
 from halfbyte.search.hessian import checked
-from halfbyte.search.rotation import in_rotated_space
+from halfbyte.search.rotated_space import in_rotated_space
 
 Codes = Literal["nearest", "feedback"]
 
@@ -30,8 +30,8 @@ def encode_local(
     *,
     codes: Codes = "nearest",
     damping: float = 0.01,
-    tensor_scale: ArrayLike | None = None,
-    divisor: ArrayLike | None = None,
+    global_scale: ArrayLike | None = None,
+    global_scale_inv: ArrayLike | None = None,
     amax: ArrayLike | None = None,
     power_of_two: bool = False,
     stats: ErrorStats | None = None,
@@ -46,7 +46,7 @@ def encode_local(
     given = np.asarray(hessian)
     if given.ndim < 2 or given.shape[-2:] != (k, k):
         checked(given, k)
-    scales: dict[str, Any] = {"tensor_scale": tensor_scale, "divisor": divisor, "amax": amax}
+    scales: dict[str, Any] = {"global_scale": global_scale, "global_scale_inv": global_scale_inv, "amax": amax}
     if isinstance(fmt, BlockFormat) and fmt.rotation:
         turned, own, swaps = in_rotated_space(weight, fmt, given)
         scales |= {"codes": codes, "damping": damping, "power_of_two": power_of_two, "stats": stats}

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from halfbyte.formats import AffineFormat, BlockFormat, HiF4Format, QuantizedTensor
 from halfbyte.formats.packing import pack_codes
-from halfbyte.search.affine import encode_affine
+from halfbyte.search.affine_search import encode_affine
 from halfbyte.search.blocks import from_blocks, to_blocks
-from halfbyte.search.hif4 import encode_hif4
+from halfbyte.search.hif4_search import encode_hif4
 from halfbyte.search.reference import encode_blocks
 from halfbyte.search.searches import Search
 
@@ -27,7 +27,7 @@ def encode_reference(x: Floats, out: QuantizedTensor, search: Search, weights: F
     blocks = to_blocks(x, fmt.block)
     lead, per_matrix, size = blocks.shape
     blocks = blocks.reshape(-1, size)
-    scale = None if out.tensor_scale is None else np.repeat(out.tensor_scale.reshape(-1), per_matrix)
+    scale = None if out.global_scale is None else np.repeat(out.global_scale.reshape(-1), per_matrix)
     rows = _row_weights(weights, x.shape, fmt.block)
     codes = np.empty(blocks.shape, dtype=np.uint8)
     scales, offsets = out.scales.reshape(-1), None if out.offsets is None else out.offsets.reshape(-1)
@@ -51,7 +51,7 @@ def encode_reference(x: Floats, out: QuantizedTensor, search: Search, weights: F
 def _whole(x: Floats, fmt: BlockFormat, out: QuantizedTensor) -> None:
     """One scale for the whole matrix, which is in ``out`` already."""
     inverse = np.float32(1) / fmt.scale.to_value(out.scales)
-    out.codes[...] = fmt.tables[0].encode(x * inverse.reshape(-1, 1, 1)).reshape(out.codes.shape)
+    out.codes[...] = fmt.codebooks[0].encode(x * inverse.reshape(-1, 1, 1)).reshape(out.codes.shape)
 
 
 def _row_weights(

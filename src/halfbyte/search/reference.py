@@ -1,6 +1,6 @@
 """The NumPy reference encoder: the definition that every faster backend equals bit for bit.
 
-Order of operations, all in FP32: y = x * (1 / tensor scale); z = y * (1 / scale); e = z - nearest(z);
+Order of operations, all in FP32: y = x * (1 / global scale); z = y * (1 / scale); e = z - nearest(z);
 error = (sum of w * e * e, element after element) * (r * r) with r = scale / p, where p is the power of two above
 the first candidate's scale (exact; it keeps r * r in range for any weight); the first least error wins.
 A single candidate is not judged.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import BlockFormat, Table
+from halfbyte.formats import BlockFormat, Codebook
 from halfbyte.search.rules import base_codes
 from halfbyte.search.searches import Metric, Search
 
@@ -24,26 +24,28 @@ _LANES = 64
 
 
 def encode_blocks(
-    x: Floats, fmt: BlockFormat, search: Search, tensor_scale: Floats | None, weight: Floats | None
+    x: Floats, fmt: BlockFormat, search: Search, global_scale: Floats | None, weight: Floats | None
 ) -> tuple[Codes, NDArray[Any]]:
-    """Codes [n, B] (unpacked) and stored scales [n] of blocks x [n, B]; tensor_scale [n], weight [n, B]."""
-    y = x if tensor_scale is None else x * (np.float32(1) / tensor_scale)[:, None]
+    """Codes [n, B] (unpacked) and stored scales [n] of blocks x [n, B]; global_scale [n], weight [n, B]."""
+    y = x if global_scale is None else x * (np.float32(1) / global_scale)[:, None]
     if search.only == "four_over_six":
-        assert tensor_scale is not None
-        found = _four_over_six(x, fmt, search, tensor_scale, weight)
+        assert global_scale is not None
+        found = _four_over_six(x, fmt, search, global_scale, weight)
     else:
         found = _sweep(y, fmt, search, weight)
     codes, scales = found
     zero = ~np.any(x, axis=1)
-    codes[zero] = fmt.tables[0].encode(np.zeros((1, 1), dtype=np.float32))[0, 0]
+    codes[zero] = fmt.codebooks[0].encode(np.zeros((1, 1), dtype=np.float32))[0, 0]
     scales[zero] = 0
     return codes, scales
 
 
-def candidates(amax: Floats, table: Table, fmt: BlockFormat, search: Search) -> Iterator[tuple[NDArray[Any], Floats]]:
+def candidates(
+    amax: Floats, codebook: Codebook, fmt: BlockFormat, search: Search
+) -> Iterator[tuple[NDArray[Any], Floats]]:
     """Scale codes and values to try for blocks of this (normalised) amax, the absmax scale first."""
-    base = base_codes(np.where(amax == 0, np.float32(1), amax), table, fmt, search)
-    limit = largest_scale(table)
+    base = base_codes(np.where(amax == 0, np.float32(1), amax), codebook, fmt, search)
+    limit = largest_scale(codebook)
     if fmt.scale.ordered:
         high = min(fmt.scale.high, int(fmt.scale.to_code(np.array([limit]))[0]))
         offsets = search.power_offsets if fmt.scale.name == "e8m0" else search.offsets
@@ -51,15 +53,15 @@ def candidates(amax: Floats, table: Table, fmt: BlockFormat, search: Search) -> 
             codes = np.clip(base.astype(np.int32) + offset, fmt.scale.low, high).astype(np.uint8)
             yield codes, fmt.scale.to_value(codes)
         return
-    exact = np.where(amax == 0, np.float32(1), amax) / np.float32(table.top)
-    for ratio in search.int_ratios if table.bits == 4 else search.float_ratios:
+    exact = np.where(amax == 0, np.float32(1), amax) / np.float32(codebook.top)
+    for ratio in search.int_ratios if codebook.bits == 4 else search.float_ratios:
         codes = fmt.scale.to_code(np.minimum(exact * np.float32(ratio), limit))
         yield codes, fmt.scale.to_value(codes)
 
 
-def largest_scale(table: Table) -> np.float32:
+def largest_scale(codebook: Codebook) -> np.float32:
     """A bound for scales that keeps every value of the table finite in FP32, rounding to BF16 included."""
-    return np.float32(np.finfo(np.float32).max / np.nanmax(np.abs(table.array)) * (1 - 2.0**-8))
+    return np.float32(np.finfo(np.float32).max / np.nanmax(np.abs(codebook.array)) * (1 - 2.0**-8))
 
 
 def unit_of(scale: Floats) -> Floats:
@@ -70,44 +72,44 @@ def unit_of(scale: Floats) -> Floats:
 def _sweep(y: Floats, fmt: BlockFormat, search: Search, weight: Floats | None) -> tuple[Codes, NDArray[Any]]:
     best = _Best(y.shape, fmt)
     amax = np.abs(y).max(axis=1)
-    base_table = fmt.tables[fmt.order[0]]
+    base_codebook = fmt.codebooks[fmt.order[0]]
     unit: Floats | None = None
-    only = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(fmt.tables) == 1
+    only = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(fmt.codebooks) == 1
     for index in fmt.order:
-        table = fmt.tables[index]
-        for stored, scale in candidates(amax, base_table if fmt.shared_base else table, fmt, search):
+        codebook = fmt.codebooks[index]
+        for stored, scale in candidates(amax, base_codebook if fmt.shared_base else codebook, fmt, search):
             z = y * (np.float32(1) / scale)[:, None]
-            codes = table.encode(z)
+            codes = codebook.encode(z)
             if only:
                 return codes, stored
             unit = unit_of(scale) if unit is None else unit
             relative = scale * unit
-            loss = loss_of(z - table.array[codes], weight, search.metric)
+            loss = loss_of(z - codebook.array[codes], weight, search.metric)
             best.offer(loss * (relative * relative), codes, stored, index)
     return best.codes, best.scales
 
 
 def _four_over_six(
-    x: Floats, fmt: BlockFormat, search: Search, tensor_scale: Floats, weight: Floats | None
+    x: Floats, fmt: BlockFormat, search: Search, global_scale: Floats, weight: Floats | None
 ) -> tuple[Codes, NDArray[Any]]:
     """Four Over Six in the FP32 order of its reference implementation (arXiv 2512.02010, fouroversix)."""
     # a power of two changes no bit of the result; it keeps the squares of huge and tiny weights in range
-    unit = unit_of(tensor_scale)
-    x, tensor_scale = x * unit[:, None], tensor_scale * unit
+    unit = unit_of(global_scale)
+    x, global_scale = x * unit[:, None], global_scale * unit
     top = np.float32(1536)
-    amax = tensor_scale * top
+    amax = global_scale * top
     encode_scale = top / amax
     decode_scale = np.float32(1) / encode_scale
     best = _Best(x.shape, fmt)
     block_max = np.abs(x).max(axis=1)
     for index in fmt.order:
-        table = fmt.tables[index]
-        base = (block_max / np.float32(table.top)) * encode_scale
-        for factor in (np.float32(1), np.float32(1.5)) if table.kind == "e2m1" else (np.float32(1),):
+        codebook = fmt.codebooks[index]
+        base = (block_max / np.float32(codebook.top)) * encode_scale
+        for factor in (np.float32(1), np.float32(1.5)) if codebook.kind == "e2m1" else (np.float32(1),):
             stored = fmt.scale.to_code(base * factor)
             scale = fmt.scale.to_value(stored)
-            codes = table.encode(x * (np.float32(1) / (decode_scale * scale))[:, None])
-            value = table.array[codes] * scale[:, None] * amax[:, None] / top
+            codes = codebook.encode(x * (np.float32(1) / (decode_scale * scale))[:, None])
+            value = codebook.array[codes] * scale[:, None] * amax[:, None] / top
             best.offer(loss_of(value - x, weight, search.metric), codes, stored, index)
     return best.codes, best.scales
 
@@ -119,11 +121,11 @@ class _Best:
         self.loss: Floats | None = None
         self.codes = np.zeros(shape, dtype=np.uint8)
         self.scales = np.zeros(shape[0], dtype=fmt.scale.dtype)
-        self.selector_shift = fmt.scale.bits if len(fmt.tables) > 1 else 0
+        self.selector_shift = fmt.scale.bits if len(fmt.codebooks) > 1 else 0
 
-    def offer(self, loss: Floats, codes: Codes, stored: NDArray[Any], table: int) -> None:
+    def offer(self, loss: Floats, codes: Codes, stored: NDArray[Any], codebook: int) -> None:
         if self.selector_shift:
-            stored = stored | np.uint8(table << self.selector_shift)
+            stored = stored | np.uint8(codebook << self.selector_shift)
         if self.loss is None:
             # the first candidate stands even where its error overflows
             self.loss, self.codes[:], self.scales[:] = loss.copy(), codes, stored

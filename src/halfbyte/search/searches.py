@@ -44,10 +44,10 @@ class Search:
             return f"search {self.name!r} is a rule for power-of-two scales and does not apply to {fmt.name}"
         if self.only == "four_over_six" and not (
             isinstance(fmt, BlockFormat)
-            and (scale, fmt.has_tensor_scale) == ("e4m3", True)
-            and any(t.kind == "e2m1" for t in fmt.tables)
+            and (scale, fmt.has_global_scale) == ("e4m3", True)
+            and any(t.kind == "e2m1" for t in fmt.codebooks)
         ):
-            needs = "E2M1 elements, E4M3 scales and a tensor scale"
+            needs = "E2M1 elements, E4M3 scales and a global scale"
             return f"search {self.name!r} needs {needs}, which {fmt.name} does not have"
         return None
 
@@ -59,7 +59,7 @@ class Search:
             return len(self.offsets) > 1
         if fmt.block == (-1, -1):
             return False
-        if len(fmt.tables) > 1 or self.only == "four_over_six":
+        if len(fmt.codebooks) > 1 or self.only == "four_over_six":
             return True
         if fmt.scale.ordered:
             return len(self.power_offsets if fmt.scale.name == "e8m0" else self.offsets) > 1

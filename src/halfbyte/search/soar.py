@@ -1,6 +1,6 @@
-"""SOAR's alternation: block scales and tensor scale fitted in turn (arXiv 2605.12245).
+"""SOAR's alternation: block scales and global scale fitted in turn (arXiv 2605.12245).
 
-For given codes and block scales the best tensor scale has a closed form, a projection; for a given tensor scale the
+For given codes and block scales the best global scale has a closed form, a projection; for a given global scale the
 search finds codes and block scales. The paper's block step, least squares and rounding with a search scale apart
 from the stored one, is replaced by the search itself: for a stored scale nearest rounding is already the best, so
 a sweep over stored scales contains it.
@@ -24,7 +24,7 @@ from halfbyte.errors import FormatError
 from halfbyte.formats import BlockFormat, Format, get_format
 from halfbyte.search.encode import as_weight, encode, relative_importance
 from halfbyte.search.rules import SMALLEST
-from halfbyte.search.rules import tensor_scale as absmax_scale
+from halfbyte.search.rules import global_scale as absmax_scale
 from halfbyte.search.searches import get_search
 
 Doubles = NDArray[np.float64]
@@ -38,15 +38,15 @@ _CHUNK_BYTES = 64
 
 @dataclass(frozen=True)
 class Alternation:
-    """``tensor_scale`` FP32 [...] of least error, and the least (weighted) squared error until after each step, the
+    """``global_scale`` FP32 [...] of least error, and the least (weighted) squared error until after each step, the
     first by the amax rule. Experts that have settled wait for the others."""
 
-    tensor_scale: NDArray[np.float32]
+    global_scale: NDArray[np.float32]
     errors: list[float]
 
 
 class Fit:
-    """The alternation for one tensor scale: ``step`` wants the sums at ``scale``, until it is ``done``.
+    """The alternation for one global scale: ``step`` wants the sums at ``scale``, until it is ``done``.
 
     ``best`` is the scale of least error so far, ``errors`` holds the error of each step.
     """
@@ -74,22 +74,22 @@ class Fit:
         return len(self.errors) > 1 and abs(self.errors[-2] - self.errors[-1]) <= self._tolerance * self.errors[-2]
 
 
-def soar_tensor_scale(
+def soar_global_scale(
     weights: Sequence[ArrayLike],
     format: str | Format,
     search: str = "sweep",
     importance: ArrayLike | None = None,
     *,
-    divisor: bool = False,
+    global_scale_inv: bool = False,
     iterations: int = ITERATIONS,
     tolerance: float = TOLERANCE,
 ) -> Alternation:
-    """The tensor scale of weights [..., N, K] that share one, by at most ``iterations`` steps.
+    """The global scale of weights [..., N, K] that share one, by at most ``iterations`` steps.
 
     Leading indices (experts) have a scale each, fitted on its own. Stops where the scale or the error changes by
     less than ``tolerance`` relatively. ``importance`` as in ``encode``, the largest of each expert counting as 1.
-    ``divisor``: the reciprocals are what is stored, so errors are those that they lead to. ``encode`` with the
-    result gives the tensors. FormatError for formats without tensor scales.
+    ``global_scale_inv``: the reciprocals are what is stored, so errors are those that they lead to. ``encode`` with the
+    result gives the tensors. FormatError for formats without global scales.
     """
     fmt = get_format(format)
     problem = unfittable(fmt)
@@ -98,7 +98,7 @@ def soar_tensor_scale(
     assert isinstance(fmt, BlockFormat)
     arrays = [as_weight(w, fmt) for w in weights]
     if not arrays or any(a.shape[:-2] != arrays[0].shape[:-2] for a in arrays):
-        raise FormatError("weights that share a tensor scale must be given together, with the same leading shape")
+        raise FormatError("weights that share a global scale must be given together, with the same leading shape")
     relative_importance(importance, arrays[0].shape)  # refuses what does not fit
     lead, columns = arrays[0].shape[:-2], arrays[0].shape[-1]
     amax = np.max([kernels.amax(a)[0] for a in arrays], axis=0)
@@ -109,7 +109,7 @@ def soar_tensor_scale(
     for i, fit in enumerate(fits):
         weight = None if each is None else each[i]
         while not fit.done:
-            fit.step([row_sums(m[i], fmt, search, fit.scale, weight, divisor) for m in matrices])
+            fit.step([row_sums(m[i], fmt, search, fit.scale, weight, global_scale_inv) for m in matrices])
     steps = max((len(fit.errors) for fit in fits), default=0)
     errors = [math.fsum(min(fit.errors[: n + 1]) for fit in fits) for n in range(steps)]
     return Alternation(np.array([fit.best for fit in fits], dtype=np.float32).reshape(lead), errors)
@@ -121,16 +121,16 @@ def row_sums(
     search: str,
     scale: np.float32,
     importance: ArrayLike | None = None,
-    divisor: bool = False,
+    global_scale_inv: bool = False,
 ) -> Doubles:
-    """What ``Fit.step`` needs to know of rows [N, K] encoded with a tensor scale, [N, 3].
+    """What ``Fit.step`` needs to know of rows [N, K] encoded with a global scale, [N, 3].
 
     The columns are the squared error, the product with the decoded values, and the squares of these, each element
     times its ``importance`` [K]. Rows do not depend on each other.
     """
     weights = relative_importance(importance, rows.shape)
     columns = 1.0 if weights is None else weights.astype(np.float64)
-    given = {"divisor": np.float32(1) / scale} if divisor else {"tensor_scale": scale}
+    given = {"global_scale_inv": np.float32(1) / scale} if global_scale_inv else {"global_scale": scale}
     found = np.empty((len(rows), 3))
     step = max(1, _CHUNK // max(rows.shape[1], 1))
     for start in range(0, len(rows), step):
@@ -146,7 +146,7 @@ def row_sums(
 
 def unfittable(fmt: Format) -> str | None:
     """Why a format has nothing to fit, or None."""
-    return None if isinstance(fmt, BlockFormat) and fmt.has_tensor_scale else f"{fmt.name} has no tensor scale to fit"
+    return None if isinstance(fmt, BlockFormat) and fmt.has_global_scale else f"{fmt.name} has no global scale to fit"
 
 
 def working_bytes(columns: int) -> int:

@@ -1,0 +1,175 @@
+"""Statistics of activations on disk: one folder, one safetensors file per part of the model, additive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.calibration.importance import Importance
+from halfbyte.checkpoint import ShardWriter, TensorInfo, build_header, numpy_dtype, write_file_atomic
+from halfbyte.checkpoint.files import parse_object, reason
+from halfbyte.checkpoint.header import read_header
+from halfbyte.errors import CheckpointError, OutputError
+
+Array = NDArray[Any]
+ABOUT = "statistics.json"
+VERSION = 1
+_KIND = "halfbyte-statistics"
+_MAXIMA = ("amax", "keys", "values")
+_TYPES = {"count": "I64", "routed": "I64", "squares": "F64", "hessian": "F32", **dict.fromkeys(_MAXIMA, "F32")}
+_EXACT = ("source", "hessians", "all_experts", "caches", "parts")
+
+
+@dataclass
+class Part:
+    """What was collected for some weights: ``arrays`` by weight name, then by kind; ``same``: weight -> the one
+    whose inputs it shares.
+
+    Kinds: ``count`` int64 [] or [E], tokens seen; ``squares`` FP64 [K] or [E, K], sum of x²; ``amax`` FP32 [] or
+    [E], largest |x|; ``hessian`` FP32 [K, K] or [E, K, K], sum of xᵀx, or [K, K] over all experts of a stack
+    together; ``routed`` int64 [E], tokens that the router sent, where all experts were shown all tokens. By the name
+    of an attention module: ``keys`` and ``values`` FP32 [], the largest magnitudes that its KV cache would hold.
+    """
+
+    arrays: dict[str, dict[str, Array]] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
+
+
+def write_part(folder: Path, name: str, part: Part) -> None:
+    """Write ``name``.safetensors, atomically."""
+    arrays = {f"{weight}.{kind}": a for weight, kinds in part.arrays.items() for kind, a in kinds.items()}
+    order = sorted(arrays, key=lambda key: -arrays[key].dtype.itemsize)
+    entries = [(key, _TYPES[key.rpartition(".")[2]], arrays[key].shape) for key in order]
+    layout = build_header(entries, {"format": _KIND, "version": str(VERSION), "same": json.dumps(part.same)})
+    with ShardWriter(folder / f"{name}.safetensors", layout) as writer:
+        for key, offset in zip(order, layout.offsets, strict=True):
+            writer.write_at(offset, np.ascontiguousarray(arrays[key]))
+        writer.commit()
+
+
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write what the statistics are of; a folder with ``complete`` set holds all parts."""
+    write_file_atomic(folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What the statistics in a folder are of; CheckpointError if it holds none."""
+    try:
+        raw = (folder / ABOUT).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder} holds no statistics of activations ({reason(error)})") from error
+    about = parse_object(raw, str(folder / ABOUT))
+    if about.get("kind") != _KIND or about.get("version") != VERSION:
+        raise CheckpointError(f"{folder / ABOUT} is not of this halfbyte; collect the statistics again")
+    return about
+
+
+def new_about(**facts: Any) -> dict[str, Any]:
+    """The beginning of a statistics.json."""
+    return {"kind": _KIND, "version": VERSION, "complete": False, **facts}
+
+
+class Statistics:
+    """Statistics of a whole model; arrays are read when they are asked for."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.about = read_about(self.folder)
+        if not self.about.get("complete"):
+            raise CheckpointError(f"{folder} holds statistics that are not complete; run the calibration again")
+        self._entries: dict[str, TensorInfo] = {}
+        self.same: dict[str, str] = {}
+        for part in self.about["parts"]:
+            file = f"{part}.safetensors"
+            tensors, metadata, _ = read_header(self.folder / file, file)
+            if metadata.get("format") != _KIND:
+                raise CheckpointError(f"{self.folder / file} holds no statistics; collect them again")
+            self._entries.update({t.name: t for t in tensors})
+            self.same.update(json.loads(metadata.get("same", "{}")))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Weights whose inputs were seen, shared inputs included."""
+        own = [name.rpartition(".")[0] for name in self._entries if name.endswith(".count")]
+        return [*own, *self.same]
+
+    def array(self, weight: str, kind: str) -> Array | None:
+        """An array of a weight (see ``Part``), mapped from its file, or None where it was not collected."""
+        info = self._entries.get(f"{self.same.get(weight, weight)}.{kind}")
+        if info is None:
+            return None
+        return np.memmap(self.folder / info.file, numpy_dtype(info.dtype), "r", info.offset, info.shape)
+
+    def hessian(self, weight: str, expert: int | None = None) -> NDArray[np.float32] | None:
+        """Mean of xᵀx, FP32 [K, K], of one expert where a stack has one for each; None where there is no data."""
+        sums, count = self.array(weight, "hessian"), self.array(weight, "count")
+        if sums is None or count is None:
+            return None
+        own = expert is not None and sums.ndim == 3
+        tokens = int(count[expert]) if own else int(count.sum())
+        return np.asarray(sums[expert] if own else sums) / np.float32(tokens) if tokens else None
+
+    def importance(self) -> Importance:
+        """Mean squared activations, as an importance file holds them."""
+        found = Importance({}, {}, datasets=tuple(self.about.get("texts", ())))
+        for name in self.names:
+            count, squares = self.array(name, "count"), self.array(name, "squares")
+            assert count is not None and squares is not None
+            tokens = np.maximum(count, 1)[..., None]
+            found.values[name] = (squares / tokens).astype(np.float32)
+            found.counts[name] = np.array(count)
+        return found
+
+
+def merge(folders: Sequence[str | Path], out: str | Path) -> None:
+    """Add up statistics of one model over different texts; the result is as if they had been collected in one run.
+
+    CheckpointError where they are of different models or were collected in different ways.
+    """
+    every = [Statistics(folder) for folder in folders]
+    if len({s.folder.resolve() for s in every}) < max(2, len(every)):
+        raise CheckpointError("merging needs two or more different folders of statistics")
+    first, out = every[0], Path(out)
+    for other in every[1:]:
+        for key in _EXACT:
+            if other.about.get(key) != first.about.get(key):
+                raise CheckpointError(
+                    f"{other.folder} and {first.folder} differ in {key!r}; only statistics of one model, collected in "
+                    "the same way, can be added"
+                )
+    if out.exists() and any(out.iterdir()):
+        raise OutputError(f"{out} is not empty; choose another folder for the merged statistics")
+    out.mkdir(parents=True, exist_ok=True)
+    for part in first.about["parts"]:
+        write_part(out, part, _sum(part, every))
+    about = {**first.about, "texts": [t for s in every for t in s.about["texts"]]}
+    for key in ("samples", "tokens"):
+        about[key] = sum(s.about[key] for s in every)
+    write_about(out, about)
+
+
+def _sum(part: str, every: Sequence[Statistics]) -> Part:
+    total = Part()
+    for entry in (name for name, info in every[0]._entries.items() if info.file == f"{part}.safetensors"):
+        weight, _, kind = entry.rpartition(".")
+        arrays = list(_all(every, weight, kind))
+        # sums of one input can be filed under another of the weights that share it, but never go missing
+        merged = np.maximum.reduce(arrays) if kind in _MAXIMA else np.sum(arrays, axis=0, dtype=arrays[0].dtype)
+        total.arrays.setdefault(weight, {})[kind] = merged
+    total.same = {a: b for a, b in every[0].same.items() if b in total.arrays}
+    return total
+
+
+def _all(every: Sequence[Statistics], weight: str, kind: str) -> Iterator[Array]:
+    for statistics in every:
+        array = statistics.array(weight, kind)
+        if array is None:
+            raise CheckpointError(f"{statistics.folder} lacks {kind} of {weight}; collect the statistics again")
+        yield array

@@ -1,0 +1,136 @@
+"""``halfbyte allocate``: a recipe for a given size."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.cli import options
+from halfbyte.cli.human import exact, parse_size, positive
+from halfbyte.cli.logs import prepare_logs
+from halfbyte.cli.output import print_json, say, steps, table
+from halfbyte.errors import HalfbyteError
+
+if TYPE_CHECKING:
+    from halfbyte.source.checkpoint import Checkpoint
+
+SUMMARY = "choose a format for every weight, so that a size is met with the least loss; writes a recipe"
+EXAMPLES = """\
+  halfbyte allocate ./Qwen3.5-35B-A3B --budget 21GiB -o my-recipe.yaml
+  halfbyte allocate ./Qwen3.5-35B-A3B --budget 21GiB --text calibration.txt --dtype bfloat16 -o my-recipe.yaml
+  halfbyte allocate ./model --bits 4.6 --sensitivity sensitivity.jsonl --importance statistics -o my-recipe.yaml
+  halfbyte allocate ./model --budget 20GiB --formats nvfp4 fp8_channel keep --dialect compressed-tensors -o r.yaml
+
+How much a weight's error matters is measured on a text (--text; the whole model is in memory, and an interrupted
+run continues), read from a file (--sensitivity), or else estimated from the weight's place in the model.
+needs the solver HiGHS: pip install 'halfbyte[allocate]'; --text needs halfbyte[transformers] too
+"""
+SUFFIX = ".sensitivity.jsonl"
+TOKENS = 8192
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare options."""
+    options.add_source(parser)
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--budget", metavar="SIZE", type=parse_size, help="bytes of the whole output, such as 21GiB")
+    size.add_argument("--bits", metavar="B", type=float, help="bits per weight, over all weights of the output")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the recipe (.yaml) to write")
+    parser.add_argument("--formats", metavar="F", nargs="+", help="formats to choose from; `keep` leaves as it is")
+    parser.add_argument("--roles", metavar="R", nargs="+", default=["linear"], help="roles to decide (default linear)")
+    parser.add_argument("--importance", metavar="FILE", help="importance of columns: errors become those of outputs")
+    mattering = parser.add_mutually_exclusive_group()
+    mattering.add_argument("--sensitivity", metavar="FILE", help="what `halfbyte sensitivity` measured")
+    mattering.add_argument(
+        "--text", metavar="FILE", help="measure it, on this UTF-8 text, and keep it beside the recipe for other sizes"
+    )
+    parser.add_argument("--max-tokens", metavar="N", type=positive, help=f"of the text (default {TOKENS})")
+    parser.add_argument("--length", metavar="N", type=positive, help="tokens in a window (default 512)")
+    parser.add_argument("--device", metavar="D", help="where torch computes, such as cuda (default: cpu)")
+    parser.add_argument("--dtype", metavar="T", help="torch dtype to compute in (default float32)")
+    parser.add_argument("--dialect", metavar="D", default="halfbyte", help="what the recipe is for (default halfbyte)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Allocate, write the recipe and say what it comes to."""
+    from halfbyte.allocate import FORMATS, allocate_recipe
+    from halfbyte.calibration import calibration_of
+    from halfbyte.checkpoint import write_file_atomic
+    from halfbyte.dialects import get_dialect
+
+    out = Path(args.output)
+    if out.suffix not in (".yaml", ".yml"):
+        raise HalfbyteError(f"{out} should end in .yaml, as recipes do")
+    checkpoint = options.open_checkpoint(args)
+    dialect = get_dialect(args.dialect).for_model(checkpoint.inventory)
+    config = checkpoint.inventory.config
+    known = calibration_of(args.importance, checkpoint.weights, config) if args.importance else None
+    if args.text is None and any((args.max_tokens, args.length, args.device, args.dtype)):
+        raise HalfbyteError("--max-tokens, --length, --device and --dtype say how to measure; give a --text as well")
+    formats = args.formats or FORMATS
+    measured = args.sensitivity
+    if args.text is not None:
+        measured = partial(_measure, args, checkpoint, out.with_suffix(SUFFIX), formats)
+    with steps("errors", args.json) as report:
+        found = allocate_recipe(
+            checkpoint,
+            dialect,
+            out.stem,
+            budget=args.budget,
+            bits=args.bits,
+            formats=formats,
+            roles=args.roles,
+            calibration=known,
+            sensitivity=measured,
+            progress=report,
+        )
+    write_file_atomic(out, found.recipe.encode())
+    if args.json:
+        print_json({"file": str(out), **found.to_dict()})
+        return 0
+    rows = []
+    for fmt in dict.fromkeys(c.format for c in found.allocation.chosen):
+        own = [(u, c) for u, c in zip(found.units, found.allocation.chosen, strict=True) if c.format == fmt]
+        rows.append(
+            (fmt, str(len(own)), f"{sum(u.parameters for u, _ in own):,}", exact(sum(c.bytes for _, c in own)),
+             f"{sum(c.loss for _, c in own):.4g}")
+        )  # fmt: skip
+    table(("format", ">units", ">parameters", ">bytes", ">predicted loss"), rows)
+    plan = found.plan
+    say("", f"{out}: {exact(plan.repository_bytes)}, {plan.bits_per_weight:.3f} bits per weight")
+    if args.text is not None:
+        say(f"sensitivities: {out.with_suffix(SUFFIX)}, which another size uses again")
+    elif measured is None:
+        say(
+            "predicted from errors and each weight's place in the model, without running it; losses compare, and are "
+            "no divergences. Better: measure which weights matter (--text FILE)"
+        )
+    return 0
+
+
+def _measure(args: argparse.Namespace, checkpoint: Checkpoint, file: Path, formats: Sequence[str]) -> Path:
+    """Sensitivities of all weights that are to be decided, each in the smallest of the formats."""
+    prepare_logs()
+    from halfbyte.allocate import smallest_recipe
+    from halfbyte.evaluate import sensitivity
+    from halfbyte.evaluate.cache_folder import default_cache
+
+    # what a hub id named is on this machine by now, in the revision that was asked for
+    source = (checkpoint.inventory.root if args.revision else None) or args.source
+    with steps("sensitivities", args.json) as report:
+        sensitivity(
+            source,
+            smallest_recipe(checkpoint, formats, args.roles),
+            file,
+            args.text,
+            length=args.length,
+            max_tokens=args.max_tokens or TOKENS,
+            dtype=args.dtype or "float32",
+            device=args.device,
+            cache=default_cache(),
+            progress=report,
+        )
+    return file

@@ -1,0 +1,39 @@
+"""``halfbyte convert``: a quantized checkpoint in another dialect."""
+
+from __future__ import annotations
+
+import argparse
+
+from halfbyte.cli import options
+from halfbyte.cli import quantize_command as quantize
+from halfbyte.cli.human import parse_size
+
+SUMMARY = "write a quantized checkpoint for another engine, with the same codes and scales"
+EXAMPLES = """\
+  halfbyte convert ./nvfp4-compressed-tensors ./nvfp4-modelopt --dialect modelopt --verify
+  halfbyte convert openai/gpt-oss-20b ./gpt-oss-mlx --dialect mlx
+  halfbyte convert ./mixfp4 ./nvfp4 --dialect compressed-tensors --requantize nvfp4
+
+what the dialect cannot hold is an error that names it, unless --requantize gives it another format
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare options."""
+    parser.add_argument("source", metavar="SRC", help=options.SOURCE)
+    parser.add_argument("out", metavar="OUT", help="folder to write: new, empty, or holding this conversion's start")
+    parser.add_argument("--dialect", metavar="D", required=True, help="spelling of the output, see `halfbyte formats`")
+    parser.add_argument("--requantize", metavar="FORMAT", help="format for weights that the dialect cannot hold")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", type=parse_size, help="largest weight file (default: 5GB; GGUF: one file)"
+    )
+    options.add_revision(parser)
+    quantize.add_execution(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, write, report."""
+    from halfbyte.api import respelling
+
+    made = respelling(options.open_checkpoint(args), args.dialect, args.requantize, None, args.max_shard_size)
+    return quantize.carry_out(made, args, "converting")

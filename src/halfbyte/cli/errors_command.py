@@ -1,0 +1,80 @@
+"""``halfbyte errors``: how far each quantized tensor is from its source."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from halfbyte.cli.human import positive, size
+from halfbyte.cli.json_files import write_json
+from halfbyte.cli.output import print_json, progress, say, table
+
+SUMMARY = "measure the error of every quantized tensor against the source, without running the model"
+EXAMPLES = """\
+  halfbyte errors ./out --against ./Qwen3.5-35B-A3B
+  halfbyte errors ./out --against ./model --importance imatrix.gguf --weights
+  halfbyte errors ./out --against ./model --json > errors.json
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare options."""
+    parser.add_argument("out", metavar="OUT", help="a quantized checkpoint, in any dialect")
+    parser.add_argument("--against", metavar="SRC", required=True, help="what it was made from")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SRC, if that is a hub id")
+    parser.add_argument(
+        "--importance", metavar="FILE", help="importance file, also llama.cpp's: weights the error of each column"
+    )
+    parser.add_argument("--weights", action="store_true", help="a line per weight, the worst first, not per class")
+    parser.add_argument("--workers", metavar="N", type=positive, help="threads (default: one per core)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="also write the JSON document to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    from halfbyte.evaluate.errors_document import tensor_errors
+
+    with progress("comparing", _elements(args.out) if not args.json else 0, args.json) as report:
+        found = tensor_errors(args.out, args.against, args.importance, args.revision, args.workers, report)
+    if args.output:
+        write_json(args.output, found)
+    if args.json:
+        print_json(found)
+    else:
+        _show(found, args.weights)
+    return 0
+
+
+def _elements(out: str) -> int:
+    import math
+
+    from halfbyte.source.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(out)
+    return sum(math.prod(w.shape) for w in checkpoint.weights if w.name in checkpoint.formats)
+
+
+def _show(found: dict[str, Any], every: bool) -> None:
+    weighted = found["importance"] is not None
+    columns = ["weight" if every else "role", "format", ">parameters", ">size", ">relMSE", ">SQNR dB"]
+    columns += [">weighted relMSE"] if weighted else []
+    columns += [">largest error", ">saturated blocks", "blocks by table"]
+    entries = sorted(found["weights"], key=lambda w: -(w["relmse"] or 0)) if every else found["classes"]
+    lines = [[e["name" if every else "role"], e["format"], *_numbers(e, weighted)] for e in entries]
+    table(columns, lines, ["all", "", *_numbers(found["total"], weighted)])
+    kept = found["kept"]
+    say("", f"not quantized: {kept['weights']:,} weights, {kept['parameters']:,} parameters, {size(kept['bytes'])}")
+
+
+def _numbers(entry: dict[str, Any], weighted: bool) -> list[str]:
+    cells = [f"{entry['parameters']:,}", size(entry["bytes"]), _number(entry["relmse"], ".5f")]
+    cells.append(_number(entry["sqnr_db"], ".2f"))
+    if weighted:
+        cells.append(_number(entry["weighted_relmse"], ".5f"))
+    shares = [f"{share:.0%} {name}" for name, share in entry["tables"].items()]
+    cells += [f"{entry['max_error']:.4g}", f"{entry['saturated_blocks']:.2%}"]
+    return [*cells, ", ".join(shares[:1] if len(shares) == 2 else shares)]
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)

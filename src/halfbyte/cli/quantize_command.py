@@ -1,0 +1,129 @@
+"""``halfbyte quantize``: write a quantized checkpoint, or continue an interrupted one."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from halfbyte.cli import accuracy, options, plan_command
+from halfbyte.cli.human import exact
+from halfbyte.cli.output import print_json, progress, say
+
+if TYPE_CHECKING:
+    from halfbyte.convert.conversion import Conversion
+    from halfbyte.plan.conversion_plan import Plan
+
+SUMMARY = "quantize a checkpoint into a new folder; run it again to continue after an interruption"
+EXAMPLES = """\
+  halfbyte quantize ./Qwen3.5-35B-A3B ./out --recipe mixfp4
+  halfbyte quantize Qwen/Qwen3-8B ./out --recipe nvfp4 --dialect compressed-tensors --verify
+  halfbyte quantize ./model ./out --recipe ud-mxfp4 --importance imatrix.gguf
+  halfbyte quantize ./model ./out --recipe nvfp4-gptq --calibration text.txt --dialect compressed-tensors
+  halfbyte quantize ./model ./out --recipe nvfp4 --dry-run        (the same as plan)
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare options."""
+    parser.add_argument("source", metavar="SRC", help=options.SOURCE)
+    parser.add_argument("out", metavar="OUT", help="folder to write: new, empty, or holding this conversion's start")
+    options.add_recipe(parser)
+    options.add_revision(parser)
+    add_execution(parser)
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """How a plan is carried out: --threads, --memory, --dry-run, --verify."""
+    options.add_resources(parser)
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    parser.add_argument("--verify", action="store_true", help="compare the result with the source afterwards")
+    parser.set_defaults(
+        resume="; what is finished stays in {out}: run the same command again, and it continues from there"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, report, and verify if asked to."""
+    return carry_out(options.plan_of(args), args)
+
+
+def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") -> int:
+    """Do what a plan says, or only show it (``--dry-run``); for every command that writes a checkpoint."""
+    from halfbyte.convert.conversion import convert, source_bytes
+
+    if args.dry_run:
+        if args.json:
+            print_json({**plan_command.document(made, args), "dry_run": True})
+        else:
+            plan_command.show(made, args)
+        return 0
+    total = source_bytes(made)
+    with progress(verb, total, args.json) as report:
+        done = convert(made, args.out, args.threads, report, memory=args.memory)
+    report_json = {
+        **plan_command.document(made, args),
+        "out": str(done.out),
+        "seconds": done.seconds,
+        "resumed_shards": done.resumed_shards,
+        "relmse": done.relmse,
+        "folds": [asdict(fold) for fold in done.smoothings],
+        "carried": [
+            {
+                "name": error.name,
+                "source_format": error.source,
+                "format": error.format,
+                "lossless": error.lossless,
+                "requantized": error.requantized,
+                "max_relative_change": error.max_relative,
+            }
+            for error in done.errors
+            if error.source
+        ],
+        "accuracy": accuracy.by_role(done.errors),
+    }
+    if not args.json:
+        accuracy.show(done.errors, done.relmse)
+        _say_more(made, done)
+        resumed = f", {done.resumed_shards} weight file(s) taken over" if done.resumed_shards else ""
+        say(
+            "",
+            f"{done.out}: {exact(made.repository_bytes)}, {made.bits_per_weight:.3f} bits per weight",
+            f"{done.seconds:.1f} s, {total / 1e6 / max(done.seconds, 1e-9):,.0f} MB/s{resumed}",
+        )
+    code = 0
+    if args.verify:
+        from halfbyte.cli import verify_command
+
+        result = verify_command.compare(args.out, args.source, args.revision, args.json)
+        report_json["verification"] = verify_command.document(result)
+        code = 0 if result.ok else 1
+        if not args.json:
+            verify_command.verdict(result)
+    if args.json:
+        print_json(report_json)
+    return code
+
+
+def _say_more(made: Plan, done: Conversion) -> None:
+    """What the table does not show: weights that the recipe wants quantized and that are kept, and what was folded."""
+    kept = [entry for entry in made.summary()["kept"] if entry["declined"]]
+    lines = [
+        f"kept        {entry['tensors']} of {entry['role']}, not {entry['declined']}: {entry['reason']} "
+        f"({'such as ' if entry['tensors'] > 1 else ''}{entry['example']})"
+        for entry in kept
+    ]
+    if done.smoothings:
+        folded = [fold for fold in done.smoothings if fold.alpha]
+        gain = 1 - sum(f.loss for f in done.smoothings) / (sum(f.unfolded for f in done.smoothings) or 1)
+        lines.append(
+            f"AWQ         {len(folded)} of {len(done.smoothings)} groups folded; "
+            f"weighted error {100 * gain:.1f}% smaller"
+        )
+        rounding = max((error for fold in folded for error in fold.rounding.values()), default=0)
+        if rounding:
+            lines.append(
+                f"            unquantized weights in them are rounded again: relative error up to {rounding:.1g}"
+            )
+    if lines:
+        say("", *lines)

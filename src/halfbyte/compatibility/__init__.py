@@ -1,0 +1,1 @@
+"""What engines are known to lose, refuse or get wrong."""

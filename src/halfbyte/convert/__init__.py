@@ -1,0 +1,1 @@
+"""The conversion: plan to files, side by side, resumable."""

@@ -1,0 +1,228 @@
+"""The plan becomes files: shard by shard, in slices, resumable, with the error of every tensor measured."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from halfbyte.checkpoint import (
+    Journal,
+    Reader,
+    ShardWriter,
+    copy_file_atomic,
+    prepare_output,
+    write_file_atomic,
+)
+from halfbyte.convert.encode_slice import Context, Progress
+from halfbyte.convert.hessian_cache import Hessians
+from halfbyte.convert.pipeline import Pipeline, Stages
+from halfbyte.convert.smoothing_search import FOLD_BYTES, FoldReport, sample_bytes, settle_folds
+from halfbyte.convert.work_unit import WorkUnit
+from halfbyte.errors import OutputError, PlanError
+from halfbyte.kernels.tensor_error import TensorError
+from halfbyte.plan.conversion_plan import CONFIG, INDEX, PROVENANCE, Plan
+from halfbyte.plan.resources import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
+from halfbyte.plan.shards import Shard
+
+__all__ = ["Conversion", "Progress", "convert", "source_bytes"]
+
+# files that are being written or made durable at the same time
+OPEN_FILES = 3
+# units that one task takes at most, so that progress is seen
+SMALL_UNITS = 64
+# where units of less take as much time in Python as in the kernels
+TINY_BYTES = 1 << 17
+_TINY_LOCK = threading.Lock()
+
+
+@dataclass
+class Conversion:
+    """What a conversion did; ``smoothings``: what AWQ chose for every group that could be folded."""
+
+    out: Path
+    errors: list[TensorError]
+    seconds: float
+    resumed_shards: int
+    smoothings: list[FoldReport] = field(default_factory=list)
+
+    @property
+    def relmse(self) -> float:
+        """Squared error over sum of squares, all quantized weights together."""
+        squares = sum(e.squares for e in self.errors)
+        return sum(e.squared_error for e in self.errors) / squares if squares else 0.0
+
+
+def source_bytes(plan: Plan) -> int:
+    """Bytes of the source tensors that a conversion reads: the total for a progress bar."""
+    return sum(item_bytes(item) for shard in plan.shards for item in shard.items) + sample_bytes(plan)
+
+
+def convert(
+    plan: Plan,
+    out: str | Path,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    memory: int | None = None,
+) -> Conversion:
+    """Write the plan's output to the folder ``out``, or continue there after an interruption.
+
+    ``workers`` threads (default: one per core; fewer where ``memory``, by default 2 GiB, does not allow so many)
+    work on slices of weights side by side, while finished files are made durable in the background. The bytes
+    written depend on neither. Raises OutputError for an unusable folder or a full disk, CheckpointError for a
+    damaged source.
+    """
+    began = time.monotonic()
+    inventory = plan.checkpoint.inventory
+    if inventory.root is None:
+        raise PlanError(f"{inventory.source} is an inventory without weights; give the checkpoint itself")
+    out = Path(out)
+    journal = prepare_output(out, inventory.root, plan.fingerprint)
+    todo = [shard for shard in plan.shards if shard.name not in journal.done]
+    _check_disk(plan, out, todo)
+    report = progress or (lambda _: None)
+    for shard in plan.shards:
+        if shard.name in journal.done:
+            report(sum(map(item_bytes, shard.items)))
+    limits = Limits(workers or cores(), memory or MEMORY)
+    threads = plan.resources(limits).threads
+    with Reader(inventory) as reader:
+        with ThreadPoolExecutor(min(threads, max(1, limits.memory // FOLD_BYTES))) as pool:
+            smoothings, chosen = settle_folds(plan, out, journal, reader, pool, report)
+        known = plan.calibration_use.calibration if plan.calibration_use else None
+        hessians = Hessians(known, limits.memory // 8) if known and known.statistics else None
+        _write_shards(Context(plan, reader, smoothings, report, limits, hessians), threads, todo, out, journal)
+    _finish(plan, out, inventory.root)
+    errors: dict[str, TensorError] = {}
+    for shard in plan.shards:
+        for error in (TensorError(**e) for e in journal.done[shard.name]["errors"]):
+            if errors.setdefault(error.name, error) is not error:
+                errors[error.name].merge(error)
+    journal.finish()
+    return Conversion(out, list(errors.values()), time.monotonic() - began, len(plan.shards) - len(todo), chosen)
+
+
+class _OpenShard:
+    """A file that is being written: the errors of its jobs, in order, and how many of them are still to end."""
+
+    def __init__(self, shard: Shard, out: Path) -> None:
+        self.shard = shard
+        self.writer = ShardWriter(out / shard.name, shard.layout)
+        self.errors: list[list[TensorError]] = []
+        # one more until all of them are known
+        self.left = 1
+
+    def units(self, context: Context) -> Iterator[WorkUnit]:
+        """The units, each made when it is asked for."""
+        return (WorkUnit(context, items, self.writer) for items in self.shard.units)
+
+    def commit(self, journal: Journal) -> None:
+        """Make the file durable and note that it is finished."""
+        self.writer.commit()
+        errors = [vars(error) for job in self.errors for error in job]
+        journal.record(self.shard.name, self.shard.layout.total, {"errors": errors})
+
+
+def _write_shards(context: Context, threads: int, todo: Sequence[Shard], out: Path, journal: Journal) -> None:
+    """All files, one after the other: while one is made durable, the next one is written already."""
+    opened: list[_OpenShard] = []
+    resident: list[WorkUnit] = []
+    lock = threading.Lock()
+    try:
+        with Pipeline(threads) as pipeline:
+
+            def commit(file: _OpenShard) -> None:
+                file.commit(journal)
+                opened.remove(file)
+
+            def ended(file: _OpenShard, units: Sequence[WorkUnit], errors: list[TensorError]) -> None:
+                for unit in units:
+                    errors += unit.errors
+                    if unit.resident:
+                        resident.remove(unit)
+                with lock:
+                    file.left -= 1
+                    last = not file.left
+                if last:
+                    pipeline.later(partial(commit, file))
+
+            for shard in todo:
+                pipeline.wait(lambda: len(opened) < OPEN_FILES)
+                file = _OpenShard(shard, out)
+                opened.append(file)
+                for units in _jobs(file.units(context), context.limits.slice_bytes):
+                    if units[0].resident:
+                        pipeline.wait(lambda: len(resident) < RESIDENT_UNITS)
+                        resident.append(units[0])
+                    file.errors.append([])
+                    with lock:
+                        file.left += 1
+                    pipeline.add(_stages(units), partial(ended, file, units, file.errors[-1]))
+                ended(file, [], [])
+            pipeline.finish()
+    finally:
+        for file in opened:
+            file.writer.abort()
+
+
+def _jobs(units: Iterable[WorkUnit], limit: int) -> Iterator[list[WorkUnit]]:
+    """Units one by one, small ones together up to a slice's size."""
+    some: list[WorkUnit] = []
+    size = 0
+    for unit in units:
+        if some and (not unit.small or size + unit.bytes > limit or len(some) == SMALL_UNITS):
+            yield some
+            some, size = [], 0
+        if unit.small:
+            some.append(unit)
+            size += unit.bytes
+        else:
+            yield [unit]
+    if some:
+        yield some
+
+
+def _stages(units: Sequence[WorkUnit]) -> Stages:
+    if not units[0].small:
+        return units[0].stages()
+    # threads that only pass Python's lock to and fro are slower than one
+    alone = _TINY_LOCK if sum(unit.bytes for unit in units) < TINY_BYTES * len(units) else nullcontext()
+
+    def run() -> None:
+        with alone:
+            for unit in units:
+                unit.run()
+
+    return iter([[run]])
+
+
+def _check_disk(plan: Plan, out: Path, todo: Sequence[Shard]) -> None:
+    rest = plan.repository_bytes - plan.shard_bytes + sum(shard.layout.total for shard in todo)
+    free = shutil.disk_usage(out).free
+    if free < rest:
+        raise OutputError(
+            f"{out} needs {rest} more bytes, but the disk has {free} free; free some space or choose another disk"
+        )
+
+
+def _finish(plan: Plan, out: Path, root: Path) -> None:
+    """Side files, then index, then config.json: a folder with a config is complete."""
+    for name in plan.side_files:
+        copy_file_atomic(root / name, out / name)
+    for name, content in _written(plan):
+        write_file_atomic(out / name, content)
+
+
+def _written(plan: Plan) -> Iterator[tuple[str, bytes]]:
+    yield from plan.extra_files.items()
+    if plan.index is not None:
+        yield INDEX, plan.index
+    yield PROVENANCE, plan.provenance
+    if plan.config is not None:
+        yield CONFIG, plan.config

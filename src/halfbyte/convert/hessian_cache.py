@@ -1,0 +1,143 @@
+"""Hessians on their way to the encoder: which weights have one, and each factored once for all that read one input."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+
+from numpy.typing import ArrayLike
+
+from halfbyte.calibration import Calibration
+from halfbyte.calibration.importance import Floats
+from halfbyte.calibration.token_counts import enough
+from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.formats import BlockFormat
+from halfbyte.formats.rotation import Swaps, plain_swaps
+from halfbyte.plan.shards import Item
+from halfbyte.search.gptq import Prepared, prepare
+from halfbyte.search.local_hessian import prepare_local
+from halfbyte.search.rotated_space import duquant_swaps, rotated_hessian
+
+# what is kept of a factored Hessian, per column squared
+_KEPT_BYTES = 5
+
+
+class Hessians:
+    """Factored Hessians, computed when first asked for; the least recently used are forgotten beyond ``limit`` bytes.
+
+    Threads that ask for the same one wait for the first.
+    """
+
+    def __init__(self, calibration: Calibration, limit: int) -> None:
+        self.calibration = calibration
+        self.limit = limit
+        self._found: OrderedDict[tuple[object, ...], tuple[int, Future[Prepared]]] = OrderedDict()
+        self._rotations: dict[tuple[object, ...], Swaps] = {}
+        self._lock = threading.Lock()
+
+    def rotation(self, item: Item, first: int, stop: int, scale: Floats | None) -> Swaps | None:
+        """Steps of a rotation that is found from the inputs, for a matrix or experts first..stop of a stack.
+
+        None for the Hadamard matrix: where the format has no such steps, or too few tokens were seen.
+        """
+        fmt, weight = item.format, item.weight
+        assert isinstance(fmt, BlockFormat)
+        reached = enough(self.calibration, weight.name)
+        if fmt.rotation is None or not fmt.rotation.steps or reached is None:
+            return None
+        if len(weight.shape) < 3:
+            return self._swaps(item, None, scale) if reached[0] else None
+        found = plain_swaps(fmt.rotation.swaps_shape((stop - first,), weight.shape[-1], fmt.block[1]))
+        for expert in range(first, stop):
+            if reached[expert if len(reached) > 1 else 0]:
+                own = scale if scale is None or scale.ndim == 1 else scale[expert]
+                found[expert - first] = self._swaps(item, expert, own)
+        return found
+
+    def _swaps(self, item: Item, expert: int | None, scale: Floats | None) -> Swaps:
+        assert isinstance(item.format, BlockFormat) and item.format.rotation is not None
+        key = self._key(item, expert, scale)
+        # a few bytes, which every slice of a weight asks for; threads that find them twice find the same
+        if key not in self._rotations:
+            hessian = self.calibration.hessian(item.weight.name, expert, scale)
+            with _named(item, expert):
+                self._rotations[key] = duquant_swaps(hessian, item.format.block[1], item.format.rotation.steps)
+        return self._rotations[key]
+
+    def slice(self, item: Item, first: int, stop: int, scale: Floats | None) -> Sequence[Prepared | None]:
+        """For a matrix one, for experts first..stop of a stack one each; ``scale`` as in ``Calibration.slice``.
+
+        For a format in rotated space it is that of the rotated inputs, made ready for the format without the rotation.
+        """
+        reached = enough(self.calibration, item.weight.name)
+        assert reached is not None
+        if len(item.weight.shape) < 3:
+            return [self._one(item, None, scale) if reached[0] else None]
+        if len(reached) == 1:
+            reached = reached * item.weight.shape[0]
+        found: list[Prepared | None] = []
+        for expert in range(first, stop):
+            own = scale if scale is None or scale.ndim == 1 else scale[expert]
+            found.append(self._one(item, expert, own) if reached[expert] else None)
+        return found
+
+    def _key(self, item: Item, expert: int | None, scale: Floats | None) -> tuple[object, ...]:
+        """What a Hessian and what is made of it depend on."""
+        statistics, name = self.calibration.statistics, item.weight.name
+        assert statistics is not None and item.format is not None
+        own = statistics.array(name, "hessian")
+        pooled = own is not None and own.ndim == 2
+        return (
+            statistics.same.get(name, name),
+            None if pooled else expert,
+            item.format.name,
+            item.method,
+            None if scale is None else scale.tobytes(),
+        )
+
+    def _one(self, item: Item, expert: int | None, scale: Floats | None) -> Prepared:
+        key = self._key(item, expert, scale)
+        with self._lock:
+            known = self._found.get(key)
+            if known is not None:
+                self._found.move_to_end(key)
+                future = known[1]
+            else:
+                future = Future()
+                self._found[key] = _KEPT_BYTES * item.weight.shape[-1] ** 2, future
+                self._forget()
+        if known is None:
+            try:
+                future.set_result(self._prepare(item, expert, scale))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def _forget(self) -> None:
+        while len(self._found) > 1 and sum(size for size, _ in self._found.values()) > self.limit:
+            self._found.popitem(last=False)
+
+    def _prepare(self, item: Item, expert: int | None, scale: Floats | None) -> Prepared:
+        assert item.format is not None and item.method is not None
+        hessian: ArrayLike = self.calibration.hessian(item.weight.name, expert, scale)
+        method, fmt = item.method, item.format
+        with _named(item, expert):
+            if isinstance(fmt, BlockFormat) and fmt.rotation:
+                swaps = self._swaps(item, expert, scale) if fmt.rotation.steps else None
+                hessian, fmt = rotated_hessian(hessian, fmt, swaps), fmt.plain
+            if method.name == "local_hessian":
+                return prepare_local(hessian, fmt, damping=method.damping)
+            return prepare(hessian, fmt, mode=method.mode, order=method.order, damping=method.damping)
+
+
+@contextlib.contextmanager
+def _named(item: Item, expert: int | None) -> Iterator[None]:
+    """Errors say whose Hessian it was."""
+    try:
+        yield
+    except FormatError as error:
+        where = item.weight.name if expert is None else f"expert {expert} of {item.weight.name}"
+        raise CheckpointError(f"{where}: {error}") from error

@@ -1,0 +1,139 @@
+"""The plan: inventory x recipe x dialect, complete and exact before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from halfbyte.dialects import Dialect
+from halfbyte.models.smoothing_groups import SmoothingGroup
+from halfbyte.plan.calibration_use import CalibrationUse
+from halfbyte.plan.resources import Limits, Resources, find_resources
+from halfbyte.plan.shards import Item, Shard
+from halfbyte.plan.summary import summarize, to_dict
+from halfbyte.recipes import Recipe
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.smoothing import FOLDS, layout
+
+CONFIG, INDEX, PROVENANCE = "config.json", "model.safetensors.index.json", "halfbyte.json"
+# part of the fingerprint: raise it when the same plan would give other bytes
+PLAN_VERSION = 2
+
+
+@dataclass
+class Plan:
+    """Everything about the output that does not depend on the weights' values."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    dialect: Dialect
+    items: list[Item]
+    shards: list[Shard]
+    index: bytes | None
+    config: bytes | None
+    provenance: bytes
+    extra_files: dict[str, bytes]
+    notes: list[str]
+    calibration_use: CalibrationUse | None = None
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(item.nbytes for item in self.items)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(shard.layout.total for shard in self.shards)
+
+    @property
+    def repository_bytes(self) -> int:
+        """Bytes of the whole output folder: weight files, index, configuration, side files."""
+        written = [self.index or b"", self.config or b"", self.provenance, *self.extra_files.values()]
+        return self.shard_bytes + self.smoothing_bytes + sum(map(len, written)) + self.side_file_bytes
+
+    @property
+    def smoothings(self) -> list[SmoothingGroup]:
+        """Groups of weights whose scales for folding the conversion chooses."""
+        return self.calibration_use.smoothings if self.calibration_use else []
+
+    @property
+    def smoothing_bytes(self) -> int:
+        """Bytes of the file that holds these scales."""
+        return layout(self.smoothings).total if self.smoothings else 0
+
+    @property
+    def side_file_bytes(self) -> int:
+        """Bytes of the files that are copied unchanged."""
+        if self.dialect.standalone:
+            return 0
+        inventory = self.checkpoint.inventory
+        replaced = set(inventory.side_files) - set(self.side_files)
+        return inventory.side_file_bytes - sum(inventory.side_files[name] for name in replaced)
+
+    @property
+    def side_files(self) -> list[str]:
+        """Files that are copied unchanged."""
+        if self.dialect.standalone:
+            return []
+        source = self.checkpoint.dialect
+        replaced = {PROVENANCE, FOLDS, *self.extra_files, *(source.files if source else ())}
+        return [name for name in self.checkpoint.inventory.side_files if name not in replaced]
+
+    @property
+    def config_files(self) -> list[str]:
+        """Files of this plan's own beside the weights, without further ones of dialects."""
+        return [PROVENANCE] if self.config is None else [CONFIG, PROVENANCE]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all weights that the output holds."""
+        return sum(item.parameters for item in self.items if item.action not in ("drop", "calibrate"))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x data bytes / parameters, over everything that the output holds."""
+        return 8 * self.data_bytes / max(self.parameters, 1)
+
+    @property
+    def tensors(self) -> int:
+        """Number of output tensors."""
+        return sum(len(item.outputs) for item in self.items)
+
+    def resources(self, limits: Limits | None = None) -> Resources:
+        """Threads and memory of a conversion within these limits, the process with this plan included."""
+        units = (unit for shard in self.shards for unit in shard.units)
+        tensors = len(self.checkpoint.inventory.tensors) + self.tensors
+        folded = {w.name for g in self.smoothings for w in (*g.consumers, *(p.weight for p in g.producers))}
+        return find_resources(units, self.checkpoint.formats, tensors, limits or Limits(), folded)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of everything that decides the output's bytes."""
+        parts = (
+            PLAN_VERSION,
+            self.checkpoint.inventory.fingerprint,
+            self.recipe.model_dump(mode="json"),
+            self.dialect.name,
+        )
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+        for shard in self.shards:
+            digest.update(shard.name.encode() + shard.layout.header)
+        for name, content in sorted(self.extra_files.items()):
+            digest.update(name.encode() + content)
+        digest.update(self.config or b"")
+        if self.calibration_use:
+            names = [i.weight.name for i in self.items if i.weighted], [group.name for group in self.smoothings]
+            digest.update(json.dumps([self.calibration_use.calibration.digest, names]).encode())
+        return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """Sizes and classes of weights; see ``halfbyte.plan.summary.summarize``."""
+        return summarize(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary, every source tensor's fate and every output tensor's place."""
+        return to_dict(self)

@@ -1,0 +1,142 @@
+"""Weights that a source holds quantized already: which keep their codes, in which spelling, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from halfbyte.dialects import Dialect, OutputTensor
+from halfbyte.formats import BlockFormat, Format
+from halfbyte.formats.transcode import may_transcode
+from halfbyte.models import Weight
+from halfbyte.plan.shards import Item
+from halfbyte.source.checkpoint import Checkpoint
+
+LOSSLESS = "lossless: the same codes and scales"
+WHERE_SHARED = "lossless where projections that engines fuse share a scale, else requantized"
+WHERE_FITTING = "lossless where the exponents fit, else requantized"
+RECIPROCAL = "the same codes and block scales; the global scale becomes its reciprocal, rounded to FP32"
+REQUANTIZED = "requantized, since it shares a global scale with weights that are not quantized"
+RESPELLED_INPUT = "the calibrated scale of activations in another spelling"
+INPUT_SCALE = "a calibrated scale of activations, which this output does not quantize"
+
+# what holds every value of a type of scales, the type itself first
+_HOLDS = {"BF16": ("BF16", "F32"), "F16": ("F16", "F32"), "F32": ("F32",), "F8_E8M0": ("BF16", "F32")}
+
+
+def claim(weight: Weight, before: Format, after: Format, source: Dialect, target: Dialect) -> str | None:
+    """What a plan may promise about a quantized weight's values in another spelling; None: it is requantized.
+
+    ``LOSSLESS`` is said only where it holds whatever the codes and scales are.
+    """
+    if not may_transcode(before, after):
+        return None
+    if before != after:
+        return WHERE_FITTING
+    if not shares_scale(after):
+        return LOSSLESS
+    if isinstance(after, BlockFormat) and after.has_global_scale and target.power_of_two and source is not target:
+        return None
+    if isinstance(after, BlockFormat) and after.has_global_scale and source.global_scale_inv != target.global_scale_inv:
+        return RECIPROCAL
+    return WHERE_SHARED if weight.group or weight.row_parts else LOSSLESS
+
+
+def misfit(weight: Weight, fmt: Format, dialect: Dialect) -> str | None:
+    """Why a weight's shape does not fit a format as the dialect has it; a recipe may keep such a weight."""
+    if len(weight.shape) < 2:
+        return "it is a vector and no matrix"
+    return fmt.problem(weight.shape) or dialect.unfit(weight, fmt)
+
+
+def obstacle(weight: Weight, fmt: Format, target: Dialect) -> str | None:
+    """Why a quantized weight of another dialect cannot keep its codes and scales in ``target``, or None."""
+    problem = target.problem(weight, fmt)
+    if problem:
+        return problem
+    stands = target.format_for(weight, fmt)
+    if stands != fmt:
+        return f"its engines read {weight.name} in {stands.name} and not in {fmt.name}"
+    if isinstance(fmt, BlockFormat) and fmt.has_global_scale and target.power_of_two:
+        return "it stores global scales exactly only where they are powers of two, so that the codes must be made anew"
+    return misfit(weight, fmt, target)
+
+
+def shares_scale(fmt: Format | None) -> bool:
+    """Whether matrices that engines fuse must have one scale in this format."""
+    return isinstance(fmt, BlockFormat) and (fmt.has_global_scale or fmt.block == (-1, -1))
+
+
+def respelled(checkpoint: Checkpoint, weight: Weight, fmt: Format, dialect: Dialect) -> list[OutputTensor]:
+    """The tensors that hold a quantized weight in an output, with scales of a type that rounds none of them.
+
+    In the dialect of the source they are spelled as there, to the byte.
+    """
+    if checkpoint.dialect is dialect and checkpoint.formats[weight.name] == fmt and not weight.transposed:
+        return list(checkpoint.stored(weight))
+    outputs = dialect.outputs(weight, fmt)
+    if checkpoint.formats[weight.name] != fmt or np.dtype(fmt.parts((128, 256))["scales"][0]).itemsize == 1:
+        return outputs
+    found: dict[str, set[str]] = {}
+    for o in checkpoint.stored(weight):
+        found.setdefault(o.part, set()).add(o.dtype)
+    wide = [part for part, (kind, _) in fmt.parts((128, 256)).items() if np.dtype(kind).itemsize > 1]
+    return [o._replace(dtype=_holding(found[o.part], o.dtype)) if o.part in wide else o for o in outputs]
+
+
+def input_scales(
+    source: Checkpoint, target: Dialect, formats: Mapping[str, Format | None]
+) -> dict[str, OutputTensor | None]:
+    """What becomes of calibrated scales of activations, by name: another spelling, or None where they are left out.
+
+    They stay where their module keeps its format, and those that also keep their spelling are not named here.
+    ``formats``: the format that each weight (by name) has in the output.
+    """
+    dialect = source.dialect
+    if dialect is None or not dialect.input_scales:
+        return {}
+    scales = [w for w in source.weights if w.name.endswith(dialect.input_scales)]
+    same = {
+        piece.source: source.formats[weight.name]
+        for weight in (source.weights if scales else ())
+        if weight.name in source.formats and formats.get(weight.name) == source.formats[weight.name]
+        for piece in weight.pieces
+    }
+    found: dict[str, OutputTensor | None] = {}
+    for weight in scales:
+        module, _, ending = weight.name.rpartition(".")
+        fmt = same.get(f"{module}.weight")
+        if fmt is None or dialect is not target:
+            old, new = (d.input_scale(fmt) if fmt else None for d in (dialect, target))
+            if old is None or new is None or old.ending != f".{ending}":
+                found[weight.name] = None
+            else:
+                part = "reciprocal" if old.global_scale_inv != new.global_scale_inv else "same"
+                found[weight.name] = OutputTensor(module + new.ending, "F32", new.shape, part)
+    return found
+
+
+def settle_input_scales(checkpoint: Checkpoint, items: Iterable[Item], dialect: Dialect) -> list[str]:
+    """Respell or drop the calibrated scales of activations; the notes that say so."""
+    items = list(items)
+    weights_only = ("none", "dynamic")
+    formats = {
+        i.weight.name: i.format or checkpoint.formats.get(i.weight.name)
+        for i in items
+        if i.outputs and i.activations not in weights_only
+    }
+    found = input_scales(checkpoint, dialect, formats)
+    for item in items:
+        if item.weight.name in found:
+            output = found[item.weight.name]
+            item.outputs, item.nbytes = ([output], 4) if output else ([], 0)
+            item.action, item.reason = ("transcode", RESPELLED_INPUT) if output else ("drop", INPUT_SCALE)
+            item.weight = replace(item.weight, name=output.name) if output else item.weight
+    dropped = sum(output is None for output in found.values())
+    return [f"scales of activations are left out ({dropped}): this output quantizes weights only"] if dropped else []
+
+
+def _holding(found: Collection[str], ours: str) -> str:
+    return next((kind for kind in (ours, "BF16", "F16", "F32") if all(kind in _HOLDS.get(f, ()) for f in found)), ours)

@@ -1,0 +1,1 @@
+"""Source checkpoints: weights with roles and formats, read in slices; overview; smoothing."""

@@ -1,0 +1,1 @@
+"""Verification: an output against its plan and its source."""

@@ -1,0 +1,89 @@
+"""What lies in an output's folder beside its weights, compared with the source: files, configuration, index, recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.files import parse_object
+from halfbyte.dialects import unquantized_config
+from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
+from halfbyte.plan.conversion_plan import INDEX, PROVENANCE
+from halfbyte.recipes import Decision, parse_recipe, resolve
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.smoothing import FOLDS
+
+CARD_MARK = "<!-- written by halfbyte card -->"
+"""In model cards that take the place of the source's."""
+
+
+def unfinished(folder: Path) -> None:
+    """VerifyError for the folder of a conversion that has not come to its end."""
+    if folder.is_dir() and (folder / ".halfbyte").exists():
+        raise VerifyError(f"{folder} is an unfinished conversion; run the same quantize command again to complete it")
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """halfbyte.json, {} where there is none."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    try:
+        return parse_object(path.read_bytes(), PROVENANCE)
+    except CheckpointError as error:
+        raise VerifyError(f"{path} cannot be used ({error}); convert again") from error
+
+
+def decisions_of(folder: Path, told: dict[str, Any], source: Checkpoint) -> dict[str, Decision]:
+    """What the recipe in halfbyte.json wants of each weight; nothing where there is no such file."""
+    if not told:
+        return {}
+    try:
+        recipe = parse_recipe(json.dumps(told["recipe"]), "its recipe")
+        decisions = resolve(recipe, source.weights)
+    except (ValueError, KeyError, TypeError, HalfbyteError) as error:
+        where = folder / PROVENANCE
+        raise VerifyError(f"{where} cannot be used with this source ({error}); is it the right source?") from error
+    return {w.name: d for w, d in zip(source.weights, decisions, strict=True)}
+
+
+def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> list[str]:
+    """What is wrong with everything but the weights: side files, config.json, index."""
+    ours, source = output.inventory, checkpoint.inventory
+    if output.dialect and output.dialect.standalone:
+        return output.dialect.differences(source)
+    replaced = {PROVENANCE, FOLDS, *(checkpoint.dialect.files if checkpoint.dialect else ())}
+    problems = []
+    for name, size in source.side_files.items():
+        if name in replaced or source.root is None or ours.root is None:
+            continue
+        path = ours.root / name
+        if not path.is_file():
+            problems.append(f"the side file {name} of the source is missing")
+        elif name == "README.md" and CARD_MARK.encode() in path.read_bytes():
+            continue
+        elif path.stat().st_size != size or path.read_bytes() != (source.root / name).read_bytes():
+            problems.append(f"the side file {name} differs from the source")
+    stray = [name for name in ours.ignored_files if name.endswith(".safetensors")]
+    if stray:
+        problems.append(f"{stray[0]} is a weight file that the index does not name; an engine may load it instead")
+    if not ours.config:
+        problems.append("config.json is missing")
+    left, right = (_comparable(config, output, checkpoint) for config in (ours.config, source.config))
+    for key in sorted({*left, *right}):
+        if ours.config and left.get(key) != right.get(key):
+            problems.append(f"config.json differs from the source in {key}")
+    stated = ours.meta.get("total_size")
+    if (folder / INDEX).exists() and stated != ours.total_bytes:
+        problems.append(f"the index states {stated} bytes of tensors, but there are {ours.total_bytes}")
+    return problems
+
+
+def _comparable(config: dict[str, Any], *spelled: Checkpoint) -> dict[str, Any]:
+    """What a conversion leaves as it is: all but the quantization, a dialect's names and our own remote code."""
+    for checkpoint in spelled:
+        config = checkpoint.dialect.original_config(config) if checkpoint.dialect else config
+    code = config.get("auto_map") or {}
+    own = all(str(value).startswith("halfbyte_quantizer.") for value in code.values())
+    return {k: v for k, v in unquantized_config(config).items() if not (k == "auto_map" and own)}

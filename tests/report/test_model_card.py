@@ -1,0 +1,193 @@
+"""Model cards: what they say comes from the checkpoint, its results and the source's card, and from nowhere else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from tests.report import documents
+from tests.report.documents import NASTY, write
+
+import halfbyte
+from halfbyte.cli import main
+from halfbyte.evaluate.fingerprint import content_hash
+from halfbyte.evaluate.results import describe
+from halfbyte.report import serve
+from halfbyte.report.model_card import model_card
+from halfbyte.report.read import ReportError
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.overview import overview
+
+DEMO = Path(halfbyte.__file__).parent / "demo_model"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo model in NVFP4, by dialect."""
+    folder = tmp_path_factory.mktemp("card")
+    for dialect in ("halfbyte", "compressed-tensors", "mlx"):
+        halfbyte.quantize(halfbyte.plan(DEMO, "mxfp4", dialect=dialect), folder / dialect)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture
+def out(made: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(made["halfbyte"], tmp_path / "demo-mxfp4"))
+
+
+def results_of(folder: Path, path: Path, **more: Any) -> Path:
+    """A results file with a row of this checkpoint: its own contents, numbers that a test knows."""
+    checkpoint = Checkpoint.open(folder)
+    row = documents.row("it", 1, 0.0123) | describe(folder, checkpoint) | {"fingerprint": content_hash(checkpoint)}
+    return write(path, documents.results(documents.row("base", 16_000, None), row | more))
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    return ModelCard(text).data.to_dict()
+
+
+def test_numbers_are_those_of_the_results(out: Path, tmp_path: Path) -> None:
+    text = model_card(out, [results_of(out, tmp_path / "r.json")]).text
+    size = Checkpoint.open(out).inventory.total_bytes
+    for number in ("0.01230", "0.01107 – 0.01353", "95.00%", "1.01000", f"{size:,} bytes", "4,080 tokens"):
+        assert number in text, number
+
+
+def test_every_decimal_number_can_be_traced(out: Path, tmp_path: Path) -> None:
+    """Numbers with a point are in the results (rounded), in versions, or follow from the checkpoint's size."""
+    path = results_of(out, tmp_path / "r.json")
+    evaluation = model_card(out, [path]).text.split("## Evaluation")[1].split("## Use")[0]
+    known = {value for entry in _numbers(yaml.safe_load(path.read_text())) for value in _spellings(entry)}
+    shown = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", evaluation.replace("0.1.0", ""))
+    assert shown and not [number for number in shown if number not in known]
+
+
+def test_divergences_and_tasks_may_come_from_two_files(out: Path, tmp_path: Path) -> None:
+    first = results_of(out, tmp_path / "kl.json")
+    second = write(tmp_path / "tasks.json", documents.only_tasks(yaml.safe_load(first.read_text()), 0.4321))
+    text = model_card(out, [first, second]).text
+    assert "| MMLU-Pro, acc | 43.21% |" in text and "0.01230" in text
+
+
+def test_results_of_another_checkpoint_are_refused(out: Path, tmp_path: Path) -> None:
+    path = results_of(out, tmp_path / "r.json")
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(ReportError, match="has no row of"):
+        model_card(out, [path])
+
+
+def test_a_licence_is_never_invented(out: Path, tmp_path: Path) -> None:
+    card = model_card(out, [results_of(out, tmp_path / "r.json")])
+    assert "license" not in front_matter(card.text)
+    assert [line.split(":")[0] for line in card.missing] == ["base_model", "license"]
+
+
+def test_licence_and_language_are_those_of_the_sources_card(out: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    said = {"license": "other", "license_name": "own", "license_link": "LICENSE", "language": ["en", "de"]}
+    (source / "README.md").write_text(f"---\n{yaml.safe_dump(said)}private: x\n---\ntext")
+    path = results_of(out, tmp_path / "r.json")
+    data = front_matter(model_card(out, [path], source=str(source), base_model="owner/base").text)
+    assert said.items() <= data.items() and "private" not in data
+    assert (data["base_model"], data["base_model_relation"]) == ("owner/base", "quantized")
+
+
+def test_the_card_that_came_along_is_asked_too_and_writing_twice_changes_nothing(out: Path, tmp_path: Path) -> None:
+    (out / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe source's card.")
+    argv = ["card", str(out), "--results", str(results_of(out, tmp_path / "r.json"))]
+    assert main(argv) == 0
+    first = (out / "README.md").read_text()
+    assert main(argv) == 0
+    assert (out / "README.md").read_text() == first and front_matter(first)["license"] == "apache-2.0"
+
+
+def test_a_base_model_is_known_where_the_source_came_from_the_hub(out: Path, tmp_path: Path) -> None:
+    path = results_of(out, tmp_path / "r.json")
+    document = yaml.safe_load(path.read_text())
+    document["rows"][0] |= {"path": "owner/base", "revision": "0" * 40}
+    assert front_matter(model_card(out, [write(path, document)]).text)["base_model"] == "owner/base"
+
+
+def test_a_base_model_that_is_no_hub_id_is_refused(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="no hub id"):
+        model_card(out, [results_of(out, tmp_path / "r.json")], base_model="./folder")
+
+
+def test_damaged_front_matter_is_refused(out: Path, tmp_path: Path) -> None:
+    (out / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ReportError, match="front matter"):
+        model_card(out, [results_of(out, tmp_path / "r.json")])
+
+
+def test_verify_accepts_the_card_in_place_of_the_sources(out: Path, tmp_path: Path) -> None:
+    assert main(["card", str(out), "--results", str(results_of(out, tmp_path / "r.json"))]) == 0
+    assert halfbyte.verify(out, DEMO).ok
+    (out / "README.md").write_text("something else")
+    assert not halfbyte.verify(out, DEMO).ok
+
+
+def test_text_of_results_stays_text(out: Path, tmp_path: Path) -> None:
+    path = results_of(out, tmp_path / "r.json")
+    document = yaml.safe_load(path.read_text())
+    document["command"] = f"x` {NASTY}"
+    document["rows"][1]["protocol"]["note"] = document["rows"][1]["kl_protocol"]["note"] = NASTY
+    text = model_card(out, [write(path, document)]).text
+    outside = re.sub(r"`[^`\n]*`", "", text)
+    assert "<img" not in outside.replace("\\<img", "")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "snippet", "library"),
+    [
+        ("halfbyte", "import halfbyte.transformers", "halfbyte"),
+        ("compressed-tensors", "vllm serve", "transformers"),
+        ("mlx", "mlx_lm.server --model", "mlx"),
+    ],
+)
+def test_each_dialect_says_how_it_is_run(
+    made: dict[str, Path], tmp_path: Path, dialect: str, snippet: str, library: str
+) -> None:
+    text = model_card(made[dialect], [results_of(made[dialect], tmp_path / "r.json")], place="me/it").text
+    use = text.split("## Use")[1]
+    assert snippet in use and "me/it" in use
+    assert front_matter(text)["library_name"] == library
+
+
+def test_a_gguf_file_is_named_where_llama_cpp_runs_it(shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = shared / "data/models/qwen3-tiny-wiki"
+    halfbyte.quantize(halfbyte.plan(model, "mxfp4", dialect="gguf"), tmp_path / "out")
+    found = overview(Checkpoint.open(tmp_path / "out"))
+    (engine, _, command), *others = serve.usage(found, "me/it")
+    assert (engine, command) == ("llama.cpp", "llama-server -m me/it/qwen3-tiny-wiki-mxfp4.gguf") and not others
+    assert serve.library_of(found) == "gguf"
+
+
+def test_an_engine_that_computes_wrong_numbers_is_not_recommended(tmp_path: Path) -> None:
+    halfbyte.quantize(halfbyte.plan(DEMO, "nvfp4-fp8", dialect="compressed-tensors"), tmp_path / "out")
+    found = overview(Checkpoint.open(tmp_path / "out"))
+    assert not serve.runs(found, "transformers") and serve.library_of(found) == "vllm"
+    assert any("computes wrong numbers" in line for line in serve.cautions(found))
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in _numbers(item)]
+    if isinstance(value, list):
+        return [number for item in value for number in _numbers(item)]
+    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def _spellings(number: float) -> list[str]:
+    return [f"{scale * number:.{digits}f}" for scale in (1, 100) for digits in range(2, 8)]
