@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halfbyte.cli import human as units
+from halfbyte.cli import human
 from halfbyte.cli import output
 
 
@@ -87,13 +87,13 @@ def test_progress_is_silent_with_json_even_on_a_terminal(monkeypatch: pytest.Mon
     [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("4GiB", 4 << 30), ("1.5k", 1500), ("123", 123), ("2kib", 2048)],
 )
 def test_sizes_are_parsed(text: str, count: int) -> None:
-    assert units.parse_size(text) == count
+    assert human.parse_size(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 XB", "0", "1e9", "nan"])
 def test_other_words_are_no_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
-        units.parse_size(text)
+        human.parse_size(text)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +101,15 @@ def test_other_words_are_no_sizes(text: str) -> None:
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (999_999, "1 MB"), (21_900_000_000, "21.9 GB")],
 )
 def test_sizes_are_shown_with_three_digits(count: int, text: str) -> None:
-    assert units.size(count) == text
+    assert human.size(count) == text
 
 
 def test_exact_sizes_say_both() -> None:
-    assert units.exact(4_131_072) == "4,131,072 bytes (4.13 MB)"
-    assert units.exact(12) == "12 bytes"
+    assert human.exact(4_131_072) == "4,131,072 bytes (4.13 MB)"
+    assert human.exact(12) == "12 bytes"
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "bell\x07", "\u202e"])
 def test_control_characters_are_spelled_out(text: str) -> None:
-    assert units.clean(text).isprintable()
-    assert os.linesep not in units.clean(text)
+    assert human.clean(text).isprintable()
+    assert os.linesep not in human.clean(text)
