@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halfbyte.cli import human
-from halfbyte.cli import output
+from halfbyte.cli import human, output
 
 
 class Terminal(io.StringIO):
