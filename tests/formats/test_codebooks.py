@@ -60,7 +60,7 @@ def test_e4m3_saturates_at_448_and_never_writes_nan() -> None:
     assert codes(E4M3, 448.0, 464.0, 1e30, -1e30) == [0x7E, 0x7E, 0x7E, 0xFE]
 
 
-@pytest.mark.parametrize("table", [INT7_SIGN_MAGNITUDE, INT7_TWOS_COMPLEMENT], ids=lambda t: t.name)
+@pytest.mark.parametrize("codebook", [INT7_SIGN_MAGNITUDE, INT7_TWOS_COMPLEMENT], ids=lambda t: t.name)
 def test_int7_rounds_half_to_even_and_clips_at_seven(codebook: Codebook) -> None:
     found = codebook.array[codes(codebook, 0.5, 1.5, 2.5, -0.5, -1.5, 6.5, 7.5, 9.0, -9.0)]
     assert found.tolist() == [0, 2, 2, 0, -2, 6, 7, 7, -7]
@@ -99,7 +99,7 @@ def test_every_element_gets_a_nearest_value(name: str) -> None:
     assert (chosen <= least * (1 + 3e-6)).all()
 
 
-@pytest.mark.parametrize("table", [IQ4_NL_CODEBOOK, NF4_CODEBOOK], ids=lambda t: t.name)
+@pytest.mark.parametrize("codebook", [IQ4_NL_CODEBOOK, NF4_CODEBOOK], ids=lambda t: t.name)
 def test_ties_of_uneven_grids_go_to_the_smaller_magnitude(codebook: Codebook) -> None:
     v = codebook.array
     middle = ((v[1:].astype(np.float64) + v[:-1]) / 2).astype(np.float32)
@@ -108,7 +108,7 @@ def test_ties_of_uneven_grids_go_to_the_smaller_magnitude(codebook: Codebook) ->
     assert np.array_equal(found, np.minimum(np.abs(v[1:]), np.abs(v[:-1]))[exact])
 
 
-@pytest.mark.parametrize("table", [IQ4_NL_CODEBOOK, NF4_CODEBOOK], ids=lambda t: t.name)
+@pytest.mark.parametrize("codebook", [IQ4_NL_CODEBOOK, NF4_CODEBOOK], ids=lambda t: t.name)
 def test_a_mirrored_table_encodes_the_negated_elements_with_the_same_codes(codebook: Codebook) -> None:
     z = np.random.RandomState(0).uniform(-1, 1, 1000).astype(np.float32) * np.float32(codebook.top)
     assert np.array_equal(codebook.mirrored().array, -codebook.array)
