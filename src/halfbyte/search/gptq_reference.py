@@ -105,7 +105,7 @@ def _choose(y: Floats, fmt: Any, search: Search, how: Rounding, block: int) -> _
             continue
         better = new_loss < loss
         loss = np.where(better, new_loss, loss)
-        for name in ("stored", "scale", "offset", "table"):
+        for name in ("stored", "scale", "offset", "codebook"):
             setattr(best, name, np.where(better, getattr(choice, name), getattr(best, name)))
     assert best is not None
     if isinstance(fmt, BlockFormat):
