@@ -3,25 +3,39 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# CONSTRAINTS= installs the newest versions instead
+CONSTRAINTS ?= constraints.txt
+# processes of make test-fast
+JOBS ?= 2
+# of make test-engines, such as ENGINES="mlx llamacpp"; empty: all
+ENGINES ?=
 
 # what the installed package is made of: a change installs it again
 SOURCES := pyproject.toml constraints.txt README.md LICENSE $(wildcard CMakeLists.txt) \
            $(shell find src $(wildcard native) -type f -not -name '*.pyc')
-INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+INSTALL := $(VENV)/bin/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help demo test lint install clean
+.PHONY: help demo test test-fast test-engines lint install clean
 help:
-	@echo "make demo   quantize the bundled model with six recipes and compare them, offline (about 2 minutes)"
-	@echo "make test   ruff, mypy and all tests"
-	@echo "make lint   ruff and mypy only"
-	@echo "make clean  remove $(VENV) and what tools left behind"
+	@echo "make demo          quantize the bundled model with six recipes and compare them, offline (about 2 minutes)"
+	@echo "make test          ruff, mypy and all tests"
+	@echo "make test-fast     the tests without the slow ones, in two processes (about 2 minutes)"
+	@echo "make test-engines  each engine in an environment of its own, and the tests that need it"
+	@echo "make lint          ruff and mypy only"
+	@echo "make clean         remove $(VENV), the engines and what tools left behind"
 
 demo: $(VENV)/.demo
 	$(OFFLINE) $(VENV)/bin/halfbyte demo
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+test-fast: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m "not slow" -n $(JOBS)
+
+test-engines:
+	$(PYTHON) scripts/test_engines.py $(ENGINES)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -32,7 +46,7 @@ lint: $(VENV)/.test
 install: $(VENV)/.test
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .engines build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
