@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ml_dtypes
@@ -21,9 +21,9 @@ class AffineFormat(Format):
     Scales and biases are BF16 [..., N, K/group]; zero points are uint8 of that shape.
     """
 
-    bits: int
+    bits: int = field()
     group: int
-    offset: Literal["bias", "zero_point"]
+    offset: Literal["bias", "zero_point"] = field()
 
     @property
     def block(self) -> tuple[int, int]:
@@ -45,6 +45,21 @@ class AffineFormat(Format):
             "scales": (ml_dtypes.bfloat16, groups),
             "offsets": (offset_type, groups),
         }
+
+    def value_range(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Values of code 0 and of the largest code."""
+        assert tensor.offsets is not None
+        scales, offsets = tensor.scales.astype(np.float32), tensor.offsets.astype(np.float32)
+        levels = np.float32(self.levels)
+        if self.offset == "bias":
+            first, last = offsets, levels * scales + offsets
+        else:
+            first, last = (-offsets) * scales, (levels - offsets) * scales
+        return np.repeat(first, self.group, axis=-1), np.repeat(last, self.group, axis=-1)
+
+    def describe(self) -> dict[str, Any]:
+        """Block, bits, scale type and kind of offset."""
+        return {"block": list(self.block), "bits": self.bits, "scale": "bf16", "offset": self.offset}
 
     def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
         """FP32: the product is rounded, then the sum."""

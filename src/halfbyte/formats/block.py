@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from halfbyte.formats.tensor import QuantizedTensor
 
 def rotation_of(fmt: Format | None) -> Rotation | None:
     """The rotation of a format's weights, if they are rotated."""
-    return fmt.rotation if isinstance(fmt, BlockFormat) else None
+    return fmt.rotation if fmt else None
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class BlockFormat(Format):
     ``rotation``: codes and scales are those of the weight times a rotation of each block's columns.
     """
 
-    codebooks: tuple[Codebook, ...]
-    scale: ScaleType
+    codebooks: tuple[Codebook, ...] = field()
+    scale: ScaleType = field()
     block_shape: tuple[int, int]
     has_global_scale: bool = False
     order: tuple[int, ...] = (0,)
@@ -54,7 +55,7 @@ class BlockFormat(Format):
         """Rows and columns that share a scale."""
         return self.block_shape
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """Bits of a code."""
         return self.codebooks[0].bits
@@ -99,6 +100,46 @@ class BlockFormat(Format):
         chosen = self.split_scales(tensor.scales)[1]
         return super().codebooks_of(tensor) if chosen is None else chosen
 
+    def zero_scales(self, tensor: QuantizedTensor) -> NDArray[np.bool_]:
+        """Which stored scales are zero, whatever codebook their selector bits choose."""
+        return np.asarray(self.split_scales(tensor.scales)[0] == 0)
+
+    def scale_factors(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
+        """What each of the 256 scale bytes stands for, times the global scale: FP32 [..., 256]."""
+        if self.scale.dtype is not np.uint8:
+            return super().scale_factors(tensor)
+        scales, _ = self.split_scales(np.arange(256, dtype=np.uint8))
+        return self._times_global_scale(scales, tensor, (..., None))
+
+    def is_finite(self, tensor: QuantizedTensor) -> bool:
+        """Whether scales and codes are numbers, without decoding: no product of theirs leaves the range of FP32."""
+        arrays = [self.split_scales(tensor.scales)[0], tensor.global_scale, tensor.global_scale_inv]
+        # E4M3 has NaN, signed bytes have not
+        broken = bool(np.isnan(self.codebooks[0].array).any() and ((tensor.codes & 0x7F) == 0x7F).any())
+        broken |= tensor.global_scale_inv is not None and not tensor.global_scale_inv.all()
+        return not broken and all(np.isfinite(array).all() for array in arrays if array is not None)
+
+    def value_range(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Lowest and highest value of each element's codebook, times its scale."""
+        scales, chosen = self.decode_scales(tensor)
+        used = [np.delete(t.array, list(t.unused)) for t in self.codebooks]
+        ends = np.array([[u.min() for u in used], [u.max() for u in used]], dtype=np.float32)
+        first, last = (ends[:, 0].reshape(2, *(1,) * scales.ndim) if chosen is None else ends[:, chosen]) * scales
+        return self.spread(first, tensor.shape), self.spread(last, tensor.shape)
+
+    def describe(self) -> dict[str, Any]:
+        """Block, bits, scale type, global scale, codebooks and selector bits."""
+        facts: dict[str, Any] = {"block": list(self.block), "bits": self.bits, "scale": self.scale.name}
+        facts["tensor_scale"] = "multiplier" if self.has_global_scale else None
+        facts["tables"] = [t.name for t in self.codebooks]
+        if self.bits == 4:
+            facts["table_values"] = [list(t.values) for t in self.codebooks]
+        if self.rotation:
+            facts["rotation"] = {"name": self.rotation.name, "size": self.block[1], "steps": self.rotation.steps}
+        if len(self.codebooks) > 1:
+            facts["selector"] = f"scale byte >> {self.scale.bits}"
+        return facts
+
     def spread(self, per_block: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """Repeat one value per block (shape of the scales) over the block's elements."""
         rows, columns = self.block_shape
@@ -112,12 +153,16 @@ class BlockFormat(Format):
     def decode_scales(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
         """What each block's table values are multiplied by, and its table's index (None where there is one)."""
         scales, chosen = self.split_scales(tensor.scales)
-        lead = (..., *(None,) * min(2, scales.ndim))
+        return self._times_global_scale(scales, tensor, (..., *(None,) * min(2, scales.ndim))), chosen
+
+    @staticmethod
+    def _times_global_scale(
+        scales: NDArray[np.float32], tensor: QuantizedTensor, lead: tuple[Any, ...]
+    ) -> NDArray[np.float32]:
+        """Scales times the global scale, or over its reciprocal where that is the stored number."""
         if tensor.global_scale_inv is not None:
-            scales = scales / tensor.global_scale_inv[lead]
-        elif tensor.global_scale is not None:
-            scales = scales * tensor.global_scale[lead]
-        return scales, chosen
+            return np.asarray(scales / tensor.global_scale_inv[lead])
+        return scales if tensor.global_scale is None else np.asarray(scales * tensor.global_scale[lead])
 
     def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
         """FP32: table value times (scale times global scale), each product rounded once; then a rotation is undone."""

@@ -31,6 +31,16 @@ class HiF4Format(Format):
         """One row, 64 columns."""
         return (1, 64)
 
+    def value_range(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Minus and plus 1.75 times the scales of each element."""
+        step = scales.E6M2.to_value(tensor.scales & np.uint32(255))[..., None]
+        top = np.repeat(np.float32(1.75) * (step * micro_scales(tensor.scales)), 4, axis=-1).reshape(tensor.shape)
+        return -top, top
+
+    def describe(self) -> dict[str, Any]:
+        """Block, bits, name of the scale word and the elements by code."""
+        return {"block": [1, 64], "bits": 4, "scale": "hif4", "table_values": [MAGNITUDES.tolist()]}
+
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Nibbles [..., K/2] and scale words [..., K/64]."""
         return {
