@@ -195,7 +195,7 @@ def _held() -> dict[str, set[str]]:
         for name, s in shapes.items()
     ]
     return {
-        d.name: {f for f in list_formats() if any(d.problem(w, get_format(f)) is None for w in weights)}
+        d.name: {f for f in list_formats() if any(d.spelling.problem(w, get_format(f)) is None for w in weights)}
         for d in list_dialects()
     }
 

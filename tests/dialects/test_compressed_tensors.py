@@ -305,9 +305,9 @@ def with_config(folder: Path, **changes: Any) -> Path:
 
 
 def group(fmt: str, targets: list[str]) -> dict[str, Any]:
-    from halfbyte.dialects.compressed_tensors_config import SPELLINGS
+    from halfbyte.dialects.compressed_tensors_config import SCHEMES
 
-    spelled, weights, _ = SPELLINGS[fmt]
+    spelled, weights, _ = SCHEMES[fmt]
     return {"targets": targets, "weights": weights, "format": spelled}
 
 

@@ -13,8 +13,8 @@ import pytest
 from dialects.gguf_models import CONFIGS, EXPERTS, HEAD, HEADS, INTER, KEYS, checkpoint, tensors
 from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.convert.conversion import convert, source_bytes
-from halfbyte.dialects.gguf import GgufModel
 from halfbyte.dialects.gguf_blocks import BLOCKS, pack_blocks, unpack_blocks
+from halfbyte.dialects.gguf_rows import RowOrder
 from halfbyte.errors import CheckpointError, HalfbyteError, PlanError
 from halfbyte.formats import QuantizedTensor, get_format
 from halfbyte.plan.build import make_plan
@@ -152,13 +152,13 @@ def test_kept_weights_keep_every_value(tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_how_a_weight_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint(tmp_path / "m", "llama")
     run(source, tmp_path / "whole", linear("nvfp4"), "gguf")
-    placed = GgufModel._placed
+    place = RowOrder.place
     # rows that are no whole heads: 8 at a time
     monkeypatch.setattr(
-        GgufModel,
-        "_placed",
+        RowOrder,
+        "place",
         lambda self, output, part, first: (
-            written for i in range(0, len(part), 8) for written in placed(self, output, part[i : i + 8], first + i)
+            written for i in range(0, len(part), 8) for written in place(self, output, part[i : i + 8], first + i)
         ),
     )
     run(source, tmp_path / "cut", linear("nvfp4"), "gguf", workers=2)

@@ -111,8 +111,8 @@ def test_every_stored_global_scale_is_written_again(tmp_path: Path) -> None:
     dialect, fmt = get_dialect("mlx"), get_format("nvfp4")
     output = _stack_output(tmp_path)
     stored = np.random.RandomState(0).uniform(1e-3, 1e3, 4096).astype(np.float32)
-    read = dialect.unpack(output, stored, fmt, stored.shape)
-    again = dialect.unpack(output, dialect.pack(output, read, fmt), fmt, stored.shape)
+    read = dialect.spelling.unpack(output, stored, fmt, stored.shape)
+    again = dialect.spelling.unpack(output, dialect.spelling.pack(output, read, fmt), fmt, stored.shape)
     assert np.array_equal(read, again)
 
 

@@ -32,7 +32,7 @@ from small_models import read_file, recipe, run, write_checkpoint
 
 MLX = get_dialect("mlx")
 STACK = Weight("m.mlp.experts.down_proj", "experts.down", 0, (3, 8, 256), "BF16", (Piece("m.mlp.experts.down_proj"),))
-FORMATS = [name for name in list_formats() if MLX.problem(STACK, get_format(name)) is None]
+FORMATS = [name for name in list_formats() if MLX.spelling.problem(STACK, get_format(name)) is None]
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 50_000.0}
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -150,8 +150,8 @@ def test_random_words_decode_as_in_mlx(name: str) -> None:
         tensor.offsets = (random_bytes(parts["scales"][1], 3) / np.float32(77) - np.float32(1.5)).astype(kind)
     if "global_scale" in parts:
         tensor.global_scale = np.exp2(np.arange(-4, -1)).astype(np.float32)
-    outputs = MLX.outputs(STACK, fmt)
-    arrays = {w.output.name.rpartition(".")[2]: w.array for w in MLX.write(outputs, fmt, tensor, 0, 0)}
+    outputs = MLX.spelling.outputs(STACK, fmt)
+    arrays = {w.output.name.rpartition(".")[2]: w.array for w in MLX.spelling.write(outputs, fmt, tensor, 0, 0)}
     assert np.array_equal(dequantize(arrays, fmt), tensor.decode())
 
 

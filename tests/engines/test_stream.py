@@ -10,7 +10,7 @@ import pytest
 import halfbyte
 from collected import with_caches
 from halfbyte.checkpoint import Inventory, Reader
-from halfbyte.dialects.compressed_tensors_config import SPELLINGS
+from halfbyte.dialects.compressed_tensors_config import SCHEMES
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import list_formats
 from halfbyte.source.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ torch = pytest.importorskip("torch")
 from halfbyte.engines import stream  # noqa: E402
 
 SPELLED = [("halfbyte", name) for name in list_formats()]
-SPELLED += [("compressed-tensors", name) for name in SPELLINGS]
+SPELLED += [("compressed-tensors", name) for name in SCHEMES]
 SPELLED += [("modelopt", name) for name in ("nvfp4", "fp8_channel")]
 
 

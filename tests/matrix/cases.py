@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 
 def _holds(fmt: Format, *dialects: Dialect) -> bool:
     """Whether there is a weight that all of these dialects can hold."""
-    return any(all(dialect.problem(weight, fmt) is None for dialect in dialects) for weight in _PROBES)
+    return any(all(dialect.spelling.problem(weight, fmt) is None for dialect in dialects) for weight in _PROBES)
 
 
 HELD = [(d, f) for d in list_dialects() for f in map(get_format, list_formats()) if _holds(f, d)]
@@ -71,13 +71,13 @@ def _pairs() -> list[Pair]:
             one is two
             or fmt is not same
             or not _holds(fmt, one, two)
-            or one.standalone
-            or (two.power_of_two and has_global_scale(fmt))
+            or one.package.standalone
+            or (two.spelling.power_of_two and has_global_scale(fmt))
         ):
             continue
         models = [m for m in MODELS if all(m in _MODELS.get(d.name, MODELS) for d in (one, two))]
         kinds = ("dense", "per expert", "fused") if "gpt-oss" not in (one.name, two.name) else ("gpt-oss",)
-        if one.format_for(_PROBES[0], fmt) is not fmt:
+        if one.spelling.format_for(_PROBES[0], fmt) is not fmt:
             # in experts only
             kinds = kinds[1:]
         found += [Pair(one.name, two.name, fmt.name, model) for model in models if model in kinds]
@@ -114,11 +114,11 @@ def make(root: Path, dialect: str, fmt: Format, model: str, other: str | None = 
 
 
 def _fits(weight: Weight, fmt: Format, dialects: list[Dialect]) -> bool:
-    stands = dialects[0].format_for(weight, fmt)
+    stands = dialects[0].spelling.format_for(weight, fmt)
     return all(
-        d.problem(weight, stands) is None
+        d.spelling.problem(weight, stands) is None
         and misfit(weight, stands, d) is None
-        and d.format_for(weight, stands) is stands
+        and d.spelling.format_for(weight, stands) is stands
         for d in dialects
     )
 

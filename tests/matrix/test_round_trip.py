@@ -83,9 +83,9 @@ def test_what_is_read_is_written_again_to_the_same_bytes(
     with Reader(checkpoint.inventory) as reader:
         for weight in (w for w in checkpoint.weights if w.name in checkpoint.formats):
             fmt, tensor = checkpoint.formats[weight.name], checkpoint.read_quantized(reader, weight)
-            outputs = checkpoint.dialect.outputs(weight, fmt)
+            outputs = checkpoint.dialect.spelling.outputs(weight, fmt)
             again = {output.name: bytearray(reader.read(output.name).nbytes) for output in outputs}
-            for written in checkpoint.dialect.write(outputs, fmt, tensor, 0, 0):
+            for written in checkpoint.dialect.spelling.write(outputs, fmt, tensor, 0, 0):
                 start = written.start * written.array.itemsize
                 again[written.output.name][start : start + written.array.nbytes] = written.array.tobytes()
             for name, content in again.items():
@@ -99,10 +99,13 @@ def test_another_dialect_gets_the_same_codes_and_gives_them_back(pair: Pair, tmp
     there = tmp_path / "there"
     halfbyte.convert(first, there, pair.other)
     rounded = (
-        has_global_scale(fmt) and get_dialect(pair.dialect).global_scale_inv != get_dialect(pair.other).global_scale_inv
+        has_global_scale(fmt)
+        and get_dialect(pair.dialect).spelling.global_scale_inv != get_dialect(pair.other).spelling.global_scale_inv
     )
     _same_codes(first, there, rounded)
-    if get_dialect(pair.other).standalone or (get_dialect(pair.dialect).power_of_two and has_global_scale(fmt)):
+    if get_dialect(pair.other).package.standalone or (
+        get_dialect(pair.dialect).spelling.power_of_two and has_global_scale(fmt)
+    ):
         # no way back: GGUF is no source, and MLX takes no global scales that it did not choose
         with pytest.raises(PlanError):
             halfbyte.convert(there, tmp_path / "back", pair.dialect)

@@ -99,7 +99,7 @@ def test_what_engines_have_no_kernel_for_is_refused(dense: Path, fmt: str, kind:
 
 
 def test_a_dialect_without_quantized_activations_refuses_them_and_takes_none(dense: Path) -> None:
-    with pytest.raises(PlanError, match="the dialect halfbyte has no word for dynamic activations beside mxfp4"):
+    with pytest.raises(PlanError, match="engines of this dialect take no dynamic activations beside mxfp4"):
         make_plan(Checkpoint.open(dense), linear("mxfp4", activations="dynamic"), "halfbyte")
     assert make_plan(Checkpoint.open(dense), linear("mxfp4", activations="none"), "halfbyte").items
 
@@ -167,9 +167,9 @@ def test_a_rule_says_a_known_kind_beside_a_format(rule: str) -> None:
 
 
 def test_every_format_of_compressed_tensors_has_a_usual_kind() -> None:
-    from halfbyte.dialects.compressed_tensors_config import SPELLINGS, activation_arguments
+    from halfbyte.dialects.compressed_tensors_config import SCHEMES, activation_arguments
 
-    for name, (_, _, kinds) in SPELLINGS.items():
+    for name, (_, _, kinds) in SCHEMES.items():
         assert "none" in kinds, name
         assert activation_arguments(name, None, False) == next(iter(kinds.values()))
     assert get_dialect(CT).name == CT

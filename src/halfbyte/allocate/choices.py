@@ -80,8 +80,8 @@ def make_units(
     for unit in grouped.values():
         unit.choices = [Choice(KEEP, sum(nbytes(w.dtype, w.shape) for w in unit.weights), 0.0)]
         for name, fmt in known.items():
-            if not any(fmt.problem(w.shape) or dialect.problem(w, fmt) for w in unit.weights):
-                outputs = (o for w in unit.weights for o in dialect.outputs(w, fmt))
+            if not any(fmt.problem(w.shape) or dialect.spelling.problem(w, fmt) for w in unit.weights):
+                outputs = (o for w in unit.weights for o in dialect.spelling.outputs(w, fmt))
                 unit.choices.append(Choice(name, sum(nbytes(o.dtype, o.shape) for o in outputs), 0.0))
     units = [unit for unit in grouped.values() if len(unit.choices) > 1]
     if not units:

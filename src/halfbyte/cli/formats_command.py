@@ -78,5 +78,7 @@ def _about(fmt: Format) -> dict[str, Any]:
         "tables": [t.name for t in fmt.codebooks] if isinstance(fmt, BlockFormat) else [],
         "scale": fmt.scale.name if isinstance(fmt, BlockFormat) else "",
         "global_scale": isinstance(fmt, BlockFormat) and fmt.has_global_scale,
-        "dialects": [d.name for d in list_dialects() if any(d.problem(weight, fmt) is None for weight in samples)],
+        "dialects": [
+            d.name for d in list_dialects() if any(d.spelling.problem(weight, fmt) is None for weight in samples)
+        ],
     }

@@ -82,7 +82,7 @@ def show(made: Plan, args: argparse.Namespace) -> None:
         *([f"index       {exact(parts['index'])}"] if parts["index"] else []),
         f"config      {exact(written)} in {', '.join([*made.config_files, *made.extra_files])}",
         *([f"scales      {exact(parts['fold'])} of AWQ folding, for verify"] if parts["fold"] else []),
-        *([] if made.dialect.standalone else [f"side files  {exact(parts['side_file'])}, copied unchanged"]),
+        *([] if made.dialect.package.standalone else [f"side files  {exact(parts['side_file'])}, copied unchanged"]),
         f"repository  {exact(summary['repository_bytes'])} in all",
         f"memory      {exact(resources.memory)} at most while quantizing, with {resources.threads} thread(s)",
     )

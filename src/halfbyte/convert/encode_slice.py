@@ -108,9 +108,9 @@ def encode_slice(
         scale = global_scale(amax, fmt, get_search(item.search), item.power_of_two) if fitted is None else fitted
         if item.fitted and len(array.shape) > 2:
             scale = soar_global_scale(
-                [array], fmt, item.search, weights, global_scale_inv=plan.dialect.global_scale_inv
+                [array], fmt, item.search, weights, global_scale_inv=plan.dialect.spelling.global_scale_inv
             ).global_scale
-        inverse = plan.dialect.global_scale_inv
+        inverse = plan.dialect.spelling.global_scale_inv
         scales = {"global_scale_inv": np.float32(1) / scale} if inverse else {"global_scale": scale}
     prepared = known.prepared if known else None
     try:

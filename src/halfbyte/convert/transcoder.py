@@ -38,7 +38,7 @@ class Transcoder:
 
     def __init__(self, plan: Plan, unit: Sequence[Item], cuts: Sequence[Cuts], reader: Reader) -> None:
         self.checkpoint: Checkpoint = plan.checkpoint
-        self.global_scale_inv = plan.dialect.global_scale_inv
+        self.global_scale_inv = plan.dialect.spelling.global_scale_inv
         self.reader = reader
         self._top: NDArray[np.int32] | None = None
         chosen = [(item, some) for item, some in zip(unit, cuts, strict=True) if item.action == "transcode"]

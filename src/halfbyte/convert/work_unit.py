@@ -88,7 +88,7 @@ class WorkUnit:
             self._shared = np.max(list(self._amax.values()))
             if self._chosen[0].fitted:
                 self._fitted = yield from shared_scale(
-                    self._chosen, pieces, self._shared, self.plan.dialect.global_scale_inv, self._values
+                    self._chosen, pieces, self._shared, self.plan.dialect.spelling.global_scale_inv, self._values
                 )
         places = [dict(zip([o.name for o in i.outputs], i.offsets, strict=True)) for i in self._chosen]
         yield [*others, *(partial(self._convert, *piece, places[piece[0]]) for piece in pieces)]
@@ -130,7 +130,7 @@ class WorkUnit:
             chunk = self.reader.chunk(output.name, start, count)
             if output.dtype in FLOATS and not largest(np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))[1]:
                 raise not_finite(item.weight.name)
-            if output.name.endswith(self.plan.dialect.input_scales):
+            if output.name.endswith(self.plan.dialect.activations.endings):
                 _reciprocal(output.name, np.frombuffer(chunk, dtype=numpy_dtype(output.dtype)))
             self.writer.write_at(offset, chunk)
         self.report(item_bytes(item) if last else 0)
@@ -164,7 +164,7 @@ class WorkUnit:
         values = read_values(self.plan, self.reader, item, first, stop)[0]
         if item.weight.name in self.smoothings:
             values = self.smoothings[item.weight.name].kept(values, first)
-        self._write(self.plan.dialect.spell(item.outputs, values, first), places)
+        self._write(self.plan.dialect.unquantized.write(item.outputs, values, first), places)
         self._report(item, first, stop)
 
     def _prepare(self, pieces: Sequence[tuple[int, int, int]]) -> None:
@@ -199,7 +199,7 @@ class WorkUnit:
                 if not carried.exact:
                     error.carry(carried.before, tensor)
             where = (a, 0) if stacked else (0, a)
-            self._write(self.plan.dialect.write(_outputs(item, a, b), fmt, tensor, *where), places)
+            self._write(self.plan.dialect.spelling.write(_outputs(item, a, b), fmt, tensor, *where), places)
             self._report(item, a, b)
 
     def _encoded(self, k: int, first: int, stop: int, error: TensorError) -> QuantizedTensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from halfbyte.dialects.module_patterns import compact
 from halfbyte.errors import CheckpointError
@@ -51,23 +51,31 @@ _MXFP8 = _float8("group", group_size=32, scale_dtype="torch.uint8")
 CACHE = _TENSOR
 """The scheme of an FP8 KV cache."""
 
-SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any] | None]]] = {
+
+class Scheme(NamedTuple):
+    """A format's compressor, the arguments of its weights, and those of activations by kind, the usual kind first."""
+
+    compressor: str
+    weights: dict[str, Any]
+    activations: dict[str, dict[str, Any] | None]
+
+
+_FP8_INPUTS = {"dynamic": _TOKEN, "static": _TENSOR, "none": None}
+SCHEMES = {
     # block scales of activations are found at run time, under a calibrated global scale
-    "nvfp4": ("nvfp4-pack-quantized", _NVFP4, {"none": None, "static": {**_NVFP4, "dynamic": "local"}}),
-    "mixfp4": ("mixfp4-pack-quantized", _NVFP4, {"none": None}),
-    "mxfp4": ("mxfp4-pack-quantized", _MXFP4, {"none": None, "dynamic": {**_MXFP4, "dynamic": True}}),
-    **{f"int4_g{g}": ("pack-quantized", _int4(g, True), {"none": None}) for g in (16, 32, 64, 128)},
-    **{f"int4_asym_g{g}": ("pack-quantized", _int4(g, False), {"none": None}) for g in (16, 32, 64, 128)},
-    "fp8_channel": ("float-quantized", _float8("channel"), {"dynamic": _TOKEN, "static": _TENSOR, "none": None}),
-    "fp8_tensor": ("float-quantized", _float8("tensor"), {"dynamic": _TOKEN, "static": _TENSOR, "none": None}),
-    "fp8_block128": (
-        "float-quantized",
-        _float8("block", block_structure=[128, 128]),
-        {"dynamic": _BLOCK, "none": None},
+    "nvfp4": Scheme("nvfp4-pack-quantized", _NVFP4, {"none": None, "static": {**_NVFP4, "dynamic": "local"}}),
+    "mixfp4": Scheme("mixfp4-pack-quantized", _NVFP4, {"none": None}),
+    "mxfp4": Scheme("mxfp4-pack-quantized", _MXFP4, {"none": None, "dynamic": {**_MXFP4, "dynamic": True}}),
+    **{f"int4_g{g}": Scheme("pack-quantized", _int4(g, True), {"none": None}) for g in (16, 32, 64, 128)},
+    **{f"int4_asym_g{g}": Scheme("pack-quantized", _int4(g, False), {"none": None}) for g in (16, 32, 64, 128)},
+    "fp8_channel": Scheme("float-quantized", _float8("channel"), _FP8_INPUTS),
+    "fp8_tensor": Scheme("float-quantized", _float8("tensor"), _FP8_INPUTS),
+    "fp8_block128": Scheme(
+        "float-quantized", _float8("block", block_structure=[128, 128]), {"dynamic": _BLOCK, "none": None}
     ),
-    "mxfp8": ("mxfp8-quantized", _MXFP8, {"none": None, "dynamic": {**_MXFP8, "dynamic": True}}),
+    "mxfp8": Scheme("mxfp8-quantized", _MXFP8, {"none": None, "dynamic": {**_MXFP8, "dynamic": True}}),
 }
-"""Format name -> compressor, weight arguments, and activation arguments by kind, the usual kind first."""
+"""The scheme of each format, without its rotation."""
 
 
 def plain_name(fmt: Format) -> str:
@@ -109,8 +117,8 @@ def activation_arguments(name: str, kind: Any, calibrated: bool) -> dict[str, An
     """
     if isinstance(kind, dict):
         return kind or None
-    known = SPELLINGS[plain_name(get_format(name))][2]
-    return known[kind or ("static" if calibrated and "static" in known else next(iter(known)))]
+    kinds = SCHEMES[plain_name(get_format(name))].activations
+    return kinds[kind or ("static" if calibrated and "static" in kinds else next(iter(kinds)))]
 
 
 def quantization_config(
@@ -126,28 +134,28 @@ def quantization_config(
     that hold quantized modules.
     """
     everything = {name for _, _, members in groups for name in members} | set(ignored)
-    told: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, dict[str, Any]] = {}
     rotated: dict[int, list[str]] = {}
     for i, (name, inputs, members) in enumerate(groups):
         fmt = get_format(name)
-        compressor, weights, _ = SPELLINGS[plain_name(fmt)]
-        told[f"group_{i}"] = {
+        scheme = SCHEMES[plain_name(fmt)]
+        by_name[f"group_{i}"] = {
             "targets": compact(members, everything - set(members), mixed),
-            "weights": weights,
+            "weights": scheme.weights,
             "input_activations": inputs,
             "output_activations": None,
-            "format": compressor,
+            "format": scheme.compressor,
         }
         if rotation_of(fmt):
-            rotated.setdefault(fmt.block[1], []).extend(told[f"group_{i}"]["targets"])
-    compressors = {group["format"] for group in told.values()}
+            rotated.setdefault(fmt.block[1], []).extend(by_name[f"group_{i}"]["targets"])
+    compressors = {group["format"] for group in by_name.values()}
     # engines ignore before they look for a target, so the targets of the main model may match these too
     apart = [r"re:^(model\.)?mtp.*" if space == "mtp" else f"re:.*{re.escape(space)}.*" for space in whole]
     return {
         "quant_method": "compressed-tensors",
         "format": compressors.pop() if len(compressors) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": told,
+        "config_groups": by_name,
         "ignore": apart + compact(ignored, everything - set(ignored), mixed),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
@@ -233,9 +241,9 @@ def _format_name(weights: Mapping[str, Any], compressor: str) -> str | None:
     """The format whose arguments agree with these, or None."""
     keys = ("num_bits", "type", "strategy", "group_size", "symmetric")
     stated = {"symmetric": True, **{k: v for k, v in weights.items() if k in keys and v is not None}}
-    for name, (spelled, arguments, _) in SPELLINGS.items():
-        wanted = {k: v for k, v in arguments.items() if k in keys}
+    for name, scheme in SCHEMES.items():
+        wanted = {k: v for k, v in scheme.weights.items() if k in keys}
         # NVFP4 and MixFP4 have the same arguments: only the compressor tells them apart
-        if stated == wanted and ("mixfp4" in compressor) == ("mixfp4" in spelled):
+        if stated == wanted and ("mixfp4" in compressor) == ("mixfp4" in scheme.compressor):
             return name
     return None

@@ -35,7 +35,7 @@ class Place(NamedTuple):
 class Model:
     """An architecture: its name in GGUF, in config.json, and the tensors of a layer.
 
-    ``rotated``: q and k rows lie in llama.cpp's order, in which the two halves of a head alternate.
+    ``permuted``: q and k rows lie in llama.cpp's order, in which the two halves of a head alternate.
     ``interleaved``: gate and up rows alternate in the source's stacks of experts. ``unscaled``: tensors
     whose global scale llama.cpp's graph does not apply.
     """
@@ -43,7 +43,7 @@ class Model:
     name: str
     architectures: tuple[str, ...]
     layer: tuple[str, ...]
-    rotated: bool = False
+    permuted: bool = False
     interleaved: bool = False
     unscaled: tuple[str, ...] = ("token_embd",)
 
@@ -111,7 +111,7 @@ MODELS = (
             *_ATTENTION_BIASES,
             *(name.replace(".weight", ".bias") for name in _MLP),
         ),
-        rotated=True,
+        permuted=True,
     ),
     Model("qwen3", ("Qwen3ForCausalLM",), (*_ATTENTION, *_QK_NORMS, *_MLP)),
     Model("qwen3moe", ("Qwen3MoeForCausalLM",), (*_ATTENTION, *_QK_NORMS, "mlp.gate.weight", *_EXPERTS)),

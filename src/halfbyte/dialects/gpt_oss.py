@@ -6,14 +6,15 @@ unquantized gpt-oss experts lie as [E, K, N].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory, TensorInfo
 from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.modules import is_linear
-from halfbyte.dialects.outputs import Array, OutputTensor
+from halfbyte.dialects.outputs import OutputTensor
 from halfbyte.dialects.quantization_config import quantization_config_of
+from halfbyte.dialects.spelling import Spelling
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Weight
@@ -22,14 +23,11 @@ from halfbyte.models.name_templates import normalise
 _BLOCK = 32
 
 
-class GptOssDialect(Dialect):
+class GptOssSpelling(Spelling):
     """MXFP4 experts of gpt-oss."""
 
-    name = "gpt-oss"
-    about = "gpt-oss in transformers, vLLM, SGLang"
-
     def problem(self, weight: Weight, fmt: Format) -> str | None:
-        """Only stacked experts of gpt-oss, only MXFP4."""
+        """Refuse all but stacked experts of gpt-oss in MXFP4."""
         if fmt.name != "mxfp4" or len(weight.shape) != 3:
             return "the dialect gpt-oss holds stacked experts in mxfp4 and nothing else; use another dialect"
         if weight.pieces[0].expert is not None or (weight.row_parts and not weight.interleaved):
@@ -37,32 +35,12 @@ class GptOssDialect(Dialect):
         return None
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
-        """Blocks and scales."""
+        """List blocks and scales."""
         experts, n, k = weight.shape
         return [
             OutputTensor(f"{weight.name}_blocks", "U8", (experts, n, k // _BLOCK, _BLOCK // 2), "codes"),
             OutputTensor(f"{weight.name}_scales", "U8", (experts, n, k // _BLOCK), "scales"),
         ]
-
-    def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
-        """The same bytes."""
-        return part
-
-    def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
-        """The same bytes, in rows."""
-        return stored.reshape(shape)
-
-    def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
-        """As the published checkpoints state it."""
-        names = {w.name.removesuffix(".weight") for w in kept if is_linear(w) or w.role in ("embedding", "lm_head")}
-        return {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": sorted({normalise(name).replace("#", "*") for name in names}),
-        }
-
-    def claims(self, inventory: Inventory) -> bool:
-        """By ``quant_method``."""
-        return quantization_config_of(inventory).get("quant_method") == "mxfp4"
 
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Replace blocks and scales by the stack that they hold."""
@@ -82,6 +60,28 @@ class GptOssDialect(Dialect):
             elif not (name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in inventory.tensors):
                 tensors[name] = info
         return tensors, formats
+
+
+class GptOssDialect(Dialect):
+    """gpt-oss as OpenAI publishes it."""
+
+    name = "gpt-oss"
+    about = "gpt-oss in transformers, vLLM, SGLang"
+    spelling = GptOssSpelling()
+
+    def claims(self, inventory: Inventory) -> bool:
+        """Recognise a checkpoint by its ``quant_method``."""
+        return quantization_config_of(inventory).get("quant_method") == "mxfp4"
+
+    def config(
+        self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight], activations: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return what the published checkpoints state."""
+        names = {w.name.removesuffix(".weight") for w in kept if is_linear(w) or w.role in ("embedding", "lm_head")}
+        return {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": sorted({normalise(name).replace("#", "*") for name in names}),
+        }
 
 
 GPT_OSS = register_dialect(GptOssDialect())

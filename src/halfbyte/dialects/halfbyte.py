@@ -8,7 +8,7 @@ convention.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.module_patterns import compact, spaces
 from halfbyte.dialects.outputs import Array, OutputTensor
 from halfbyte.dialects.quantization_config import quantization_config_of
+from halfbyte.dialects.spelling import Spelling
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats import AffineFormat, BlockFormat, Format, HiF4Format, QuantizedTensor, get_format
 from halfbyte.formats.hif4 import MAGNITUDES
@@ -28,18 +29,15 @@ VERSION = 1
 _SUFFIXES = {"global_scale": "tensor_scale"}
 
 
-class HalfbyteDialect(Dialect):
-    """All formats; loaded by ``halfbyte.load`` and, after ``import halfbyte.transformers``, by transformers."""
-
-    name = "halfbyte"
-    about = "every format; for halfbyte.load and transformers"
+class HalfbyteSpelling(Spelling):
+    """Every format, one tensor per array."""
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
-        """Every format can be spelled."""
+        """Refuse nothing: every format can be spelled."""
         return None
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
-        """One tensor per array of the format."""
+        """List one tensor per array of the format."""
         rows = fmt.block[0]
         return [
             OutputTensor(
@@ -52,32 +50,6 @@ class HalfbyteDialect(Dialect):
             for part, (kind, shape) in fmt.parts(weight.shape).items()
         ]
 
-    def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
-        """As in memory."""
-        return part
-
-    def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
-        """As in memory."""
-        return stored.reshape(shape)
-
-    def config(self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight]) -> dict[str, Any]:
-        """Formats in full, and which weights (patterns over their names) have which."""
-        names: dict[str, list[str]] = {}
-        for weight, fmt in quantized:
-            names.setdefault(fmt.name, []).append(weight.name)
-        everything = {n for found in names.values() for n in found} | {w.name for w in kept}
-        apart = sorted(spaces([*kept, *(weight for weight, _ in quantized)]))
-        return {
-            "quant_method": self.name,
-            "version": VERSION,
-            "formats": {name: describe(get_format(name)) for name in names},
-            "weights": {name: compact(found, everything - set(found), apart) for name, found in names.items()},
-        }
-
-    def claims(self, inventory: Inventory) -> bool:
-        """By ``quant_method``."""
-        return bool(quantization_config_of(inventory).get("quant_method") == self.name)
-
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Replace each group of ``T_*`` tensors by T."""
         settings = quantization_config_of(inventory)
@@ -89,8 +61,8 @@ class HalfbyteDialect(Dialect):
         for name, stated in settings.get("formats", {}).items():
             check_description(name, stated)
         patterns = [
-            (get_format(name), [re.compile(p.removeprefix("re:")) for p in found])
-            for name, found in settings.get("weights", {}).items()
+            (get_format(name), [re.compile(p.removeprefix("re:")) for p in expressions])
+            for name, expressions in settings.get("weights", {}).items()
         ]
         tensors: dict[str, TensorInfo] = {}
         formats: dict[str, Format] = {}
@@ -110,6 +82,34 @@ class HalfbyteDialect(Dialect):
         return tensors, formats
 
 
+class HalfbyteDialect(Dialect):
+    """All formats; loaded by ``halfbyte.load`` and, after ``import halfbyte.transformers``, by transformers."""
+
+    name = "halfbyte"
+    about = "every format; for halfbyte.load and transformers"
+    spelling = HalfbyteSpelling()
+
+    def claims(self, inventory: Inventory) -> bool:
+        """Recognise a checkpoint by its ``quant_method``."""
+        return bool(quantization_config_of(inventory).get("quant_method") == self.name)
+
+    def config(
+        self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight], activations: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return formats in full, and which weights (patterns over their names) have which."""
+        names: dict[str, list[str]] = {}
+        for weight, fmt in quantized:
+            names.setdefault(fmt.name, []).append(weight.name)
+        everything = {name for members in names.values() for name in members} | {w.name for w in kept}
+        apart = sorted(spaces([*kept, *(weight for weight, _ in quantized)]))
+        return {
+            "quant_method": self.name,
+            "version": VERSION,
+            "formats": {name: describe(get_format(name)) for name in names},
+            "weights": {name: compact(members, everything - set(members), apart) for name, members in names.items()},
+        }
+
+
 def suffix(part: str) -> str:
     """What follows a weight's name in the name of the tensor that holds an array of it."""
     return _SUFFIXES.get(part, part)
@@ -122,23 +122,23 @@ def stored_arrays(tensor: QuantizedTensor) -> dict[str, Array]:
 
 def describe(fmt: Format) -> dict[str, Any]:
     """A format in words that no reader has to guess: block, scale, selector and the tables themselves."""
-    about: dict[str, Any] = {"block": list(fmt.block)}
+    description: dict[str, Any] = {"block": list(fmt.block)}
     if isinstance(fmt, AffineFormat):
-        about |= {"bits": fmt.bits, "scale": "bf16", "offset": fmt.offset}
+        description |= {"bits": fmt.bits, "scale": "bf16", "offset": fmt.offset}
     if isinstance(fmt, HiF4Format):
-        about |= {"bits": 4, "scale": "hif4", "table_values": [MAGNITUDES.tolist()]}
+        description |= {"bits": 4, "scale": "hif4", "table_values": [MAGNITUDES.tolist()]}
     if isinstance(fmt, BlockFormat):
-        about["bits"] = fmt.bits
-        about["scale"] = fmt.scale.name
-        about["tensor_scale"] = "multiplier" if fmt.has_global_scale else None
-        about["tables"] = [t.name for t in fmt.codebooks]
+        description["bits"] = fmt.bits
+        description["scale"] = fmt.scale.name
+        description["tensor_scale"] = "multiplier" if fmt.has_global_scale else None
+        description["tables"] = [t.name for t in fmt.codebooks]
         if fmt.bits == 4:
-            about["table_values"] = [list(t.values) for t in fmt.codebooks]
+            description["table_values"] = [list(t.values) for t in fmt.codebooks]
         if fmt.rotation:
-            about["rotation"] = {"name": fmt.rotation.name, "size": fmt.block[1], "steps": fmt.rotation.steps}
+            description["rotation"] = {"name": fmt.rotation.name, "size": fmt.block[1], "steps": fmt.rotation.steps}
         if len(fmt.codebooks) > 1:
-            about["selector"] = f"scale byte >> {fmt.scale.bits}"
-    return about
+            description["selector"] = f"scale byte >> {fmt.scale.bits}"
+    return description
 
 
 def check_description(name: str, stated: dict[str, Any]) -> None:
@@ -156,8 +156,8 @@ def check_description(name: str, stated: dict[str, Any]) -> None:
 
 
 def _format_of(weight: str, patterns: list[tuple[Format, list[re.Pattern[str]]]]) -> Format:
-    for fmt, found in patterns:
-        if any(p.match(weight) for p in found):
+    for fmt, expressions in patterns:
+        if any(p.match(weight) for p in expressions):
             return fmt
     raise CheckpointError(f"quantization_config does not say which format {weight} has; the checkpoint is damaged")
 

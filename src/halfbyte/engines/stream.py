@@ -58,7 +58,7 @@ def decoded(
 
 def is_input_scale(checkpoint: Checkpoint, weight: Weight) -> bool:
     """Whether a weight is a calibrated scale of activations."""
-    return checkpoint.dialect is not None and weight.name.endswith(checkpoint.dialect.input_scales or ())
+    return checkpoint.dialect is not None and weight.name.endswith(checkpoint.dialect.activations.endings)
 
 
 def experts_of(family: Family, weight: Weight) -> tuple[Piece, ...]:

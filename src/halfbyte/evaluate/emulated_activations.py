@@ -199,10 +199,10 @@ class _Rounding(TorchFunctionMode):
 def _input_scales(checkpoint: Checkpoint) -> dict[str, float]:
     """Calibrated global scales of NVFP4 activations by module, as multipliers."""
     dialect, nvfp4 = checkpoint.dialect, get_format("nvfp4")
-    about = dialect.input_scale(nvfp4) if dialect is not None and hasattr(dialect, "input_scale") else None
-    if about is None or checkpoint.inventory.root is None:
+    scale = dialect.activations.scale(nvfp4) if dialect is not None else None
+    if scale is None or checkpoint.inventory.root is None:
         return {}
-    names = [name for name in checkpoint.inventory.tensors if name.endswith(about.ending)]
+    names = [name for name in checkpoint.inventory.tensors if name.endswith(scale.ending)]
     with Reader(checkpoint.inventory) as reader:
-        values = {n.removesuffix(about.ending): float(reader.read(n).reshape(-1)[0]) for n in names}
-    return {module: 1 / value if about.global_scale_inv else value for module, value in values.items() if value}
+        values = {n.removesuffix(scale.ending): float(reader.read(n).reshape(-1)[0]) for n in names}
+    return {module: 1 / value if scale.global_scale_inv else value for module, value in values.items() if value}

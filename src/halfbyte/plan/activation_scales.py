@@ -27,7 +27,7 @@ def choose(items: Iterable[Item], decisions: Iterable[Decision], dialect: Dialec
     for item, decision in zip(items, decisions, strict=True):
         if item.format is None or decision.activations is None:
             continue
-        problem = dialect.activations_problem(item.format, decision.activations)
+        problem = dialect.activations.problem(item.format, decision.activations)
         if problem:
             raise PlanError(f"{item.weight.name}: {problem}")
         if decision.activations == "static" and decision.transform:
@@ -58,7 +58,7 @@ def calibrated(items: Sequence[Item], dialect: Dialect, calibration: Calibration
     found = []
     for item in wanted:
         assert item.format is not None
-        scale, largest = dialect.input_scale(item.format), shared.get(_shared_by(item.weight))
+        scale, largest = dialect.activations.scale(item.format), shared.get(_shared_by(item.weight))
         if scale is None or largest is None:
             continue
         if not 0 < largest < np.inf:
@@ -101,7 +101,7 @@ def settled(checkpoint: Checkpoint, items: Sequence[Item], dialect: Dialect) -> 
                 )
             found[item.weight.name] = item.activations
         elif checkpoint.dialect is dialect and checkpoint.formats.get(item.weight.name) == fmt:
-            stated = dialect.activations_of(checkpoint.inventory, item.weight)
+            stated = dialect.activations.stated(checkpoint.inventory, item.weight)
             if stated is None:
                 continue
             scales = _scales(item.weight, fmt, dialect) if stated and stated.get("dynamic") is not True else []
@@ -111,5 +111,5 @@ def settled(checkpoint: Checkpoint, items: Sequence[Item], dialect: Dialect) -> 
 
 
 def _scales(weight: Weight, fmt: Format, dialect: Dialect) -> list[str]:
-    scale = dialect.input_scale(fmt)
+    scale = dialect.activations.scale(fmt)
     return [module.name + scale.ending for module in modules(weight)] if scale else []

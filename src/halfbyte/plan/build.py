@@ -55,7 +55,7 @@ def make_plan(
         raise PlanError(
             f"{inventory.source} is quantized by {method!r}, which cannot be read; start from another source"
         )
-    if checkpoint.dialect and checkpoint.dialect.standalone:
+    if checkpoint.dialect and checkpoint.dialect.package.standalone:
         raise PlanError(
             f"{inventory.source} is in the dialect {checkpoint.dialect.name}, which inspect and verify read, but its "
             "configuration and tokenizer cannot be written in another form; start from the original checkpoint"
@@ -63,7 +63,7 @@ def make_plan(
     source = checkpoint.dialect
     dialect = source if source and source.name == dialect.name else dialect.for_model(inventory)
     if max_shard_bytes is None:
-        max_shard_bytes = sys.maxsize if dialect.standalone else MAX_SHARD_BYTES
+        max_shard_bytes = sys.maxsize if dialect.package.standalone else MAX_SHARD_BYTES
     weights = [w.upright() for w in checkpoint.weights]
     decisions = resolve(recipe, weights)
     items = [_item(checkpoint, w, d, dialect) for w, d in zip(weights, decisions, strict=True)]
@@ -84,14 +84,14 @@ def make_plan(
     notes += fitted_note(items)
     items += more
     spelled = [(i.weight, i.format, i.outputs) for i in items if i.outputs]
-    shards = make_shards(items, max_shard_bytes, dialect.container(inventory, recipe.name, spelled))
+    shards = make_shards(items, max_shard_bytes, dialect.package.container(inventory, recipe.name, spelled))
     # what is kept may be quantized already, and the configuration has to say so
     formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.action != "drop"}
     quantized = [(i.weight, fmt) for i in items if (fmt := formats.get(i.weight.name))]
     kept = [i.weight for i in items if i.action != "drop" and not formats[i.weight.name]]
-    config = unquantized_config(source.original_config(inventory.config) if source else inventory.config)
+    config = unquantized_config(source.package.original_config(inventory.config) if source else inventory.config)
     config |= dict(extra_config or {})
-    config["quantization_config"] = settings = dialect.with_activations(activations).config(quantized, kept)
+    config["quantization_config"] = settings = dialect.config(quantized, kept, activations)
     settings |= caches.settings
     provenance = {
         "halfbyte": PLAN_VERSION,
@@ -120,11 +120,11 @@ def make_plan(
         dialect,
         items,
         shards,
-        None if dialect.standalone else make_index(shards),
-        None if dialect.standalone else _json(dialect.complete(config)),
+        None if dialect.package.standalone else make_index(shards),
+        None if dialect.package.standalone else _json(dialect.package.config_json(config)),
         _json(provenance),
-        dialect.extra_files(settings) | (extra_files or {}),
-        notes + dialect.notes(quantized) + dialect.notes_on_kept(kept),
+        dialect.package.extra_files(settings) | (extra_files or {}),
+        notes + dialect.notes(quantized, kept),
         calibration_use,
     )
 
@@ -145,7 +145,7 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
     if decision.action == "keep":
         return _kept(checkpoint, weight, decision.reason, dialect)
     assert decision.format is not None and decision.search is not None
-    fmt = dialect.format_for(weight, get_format(decision.format))
+    fmt = dialect.spelling.format_for(weight, get_format(decision.format))
     get_search(decision.search, fmt)
     check_fitted(weight, decision, dialect)
     problem = misfit(weight, fmt, dialect)
@@ -161,15 +161,15 @@ def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: D
         return kept
     if problem:
         raise FormatError(f"{weight.name}: {problem}; say `indivisible: keep` in the rule or choose another format")
-    problem = dialect.problem(weight, fmt)
+    problem = dialect.spelling.problem(weight, fmt)
     if problem:
         raise PlanError(f"{weight.name}: {problem}")
-    power = decision.global_scale == "power_of_two" or dialect.power_of_two
+    power = decision.global_scale == "power_of_two" or dialect.spelling.power_of_two
     before = checkpoint.formats.get(weight.name)
     if before:
         checkpoint.stored(weight)  # a missing part is found now and not in the middle of the conversion
     said = claim(weight, before, fmt, checkpoint.dialect, dialect) if before and checkpoint.dialect else None
-    outputs = respelled(checkpoint, weight, fmt, dialect) if said else dialect.outputs(weight, fmt)
+    outputs = respelled(checkpoint, weight, fmt, dialect) if said else dialect.spelling.outputs(weight, fmt)
     action, reason = ("transcode", said) if said else ("quantize", decision.reason)
     fitted = decision.global_scale == "soar"
     return Item(weight, action, reason, fmt, decision.search, power, outputs, fitted=fitted)
@@ -180,7 +180,7 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
     tensors = checkpoint.inventory.tensors
     before, source = checkpoint.formats.get(weight.name), checkpoint.dialect
     if before is None or source is None:
-        left_out = dialect.left_out(weight)
+        left_out = dialect.unquantized.omitted(weight)
         if left_out:
             return Item(weight, "drop", left_out)
         if source is dialect:
@@ -188,7 +188,7 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
             outputs = [OutputTensor(t.name, t.dtype, t.shape, "copy") for t in found]
             return Item(weight, "keep", reason, outputs=outputs)
         if checkpoint.tensors_of(weight) != list(weight.sources):
-            return Item(weight, "keep", reason, outputs=dialect.kept(weight, [_original(weight)]))
+            return Item(weight, "keep", reason, outputs=dialect.unquantized.outputs(weight, [_original(weight)]))
         copied = [(tensors[piece.source], piece.expert) for piece in weight.pieces]
     elif source is dialect:
         copied = [(tensors[o.name], o.expert) for o in checkpoint.stored(weight)]
@@ -203,14 +203,14 @@ def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect)
         return Item(weight, "transcode", said, before, "absmax", False, respelled(checkpoint, weight, before, dialect))
     outputs = [OutputTensor(t.name, t.dtype, t.shape, "copy", expert) for t, expert in copied]
     if before is None:
-        outputs = dialect.kept(weight, outputs)
+        outputs = dialect.unquantized.outputs(weight, outputs)
     return Item(weight, "keep", reason, outputs=outputs)
 
 
 def _original(weight: Weight) -> OutputTensor:
     """A weight that the source spells in its own way, as a plain checkpoint has it."""
     lying = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2]) if weight.transposed else weight.shape
-    return OutputTensor(weight.sources[0], weight.dtype, lying, "turned" if weight.transposed else "values")
+    return OutputTensor(weight.sources[0], weight.dtype, lying, "transposed" if weight.transposed else "values")
 
 
 def _json(content: Any) -> bytes:

@@ -68,7 +68,7 @@ class Plan:
     @property
     def side_file_bytes(self) -> int:
         """Bytes of the files that are copied unchanged."""
-        if self.dialect.standalone:
+        if self.dialect.package.standalone:
             return 0
         inventory = self.checkpoint.inventory
         replaced = set(inventory.side_files) - set(self.side_files)
@@ -77,10 +77,10 @@ class Plan:
     @property
     def side_files(self) -> list[str]:
         """Files that are copied unchanged."""
-        if self.dialect.standalone:
+        if self.dialect.package.standalone:
             return []
         source = self.checkpoint.dialect
-        replaced = {PROVENANCE, FOLDS, *self.extra_files, *(source.files if source else ())}
+        replaced = {PROVENANCE, FOLDS, *self.extra_files, *(source.package.files if source else ())}
         return [name for name in self.checkpoint.inventory.side_files if name not in replaced]
 
     @property

@@ -22,7 +22,7 @@ def check_fitted(weight: Weight, decision: Decision, dialect: Dialect) -> None:
     problem = unfittable(get_format(decision.format))
     if problem:
         raise RecipeError(f"{wish}, but {problem}; leave it out or choose a format such as nvfp4")
-    if dialect.power_of_two:
+    if dialect.spelling.power_of_two:
         raise PlanError(
             f"{wish}, but {dialect.name} stores only powers of two as global scales; leave it out or choose another "
             "dialect"

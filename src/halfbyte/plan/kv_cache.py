@@ -93,7 +93,7 @@ def respelled_caches(source: Checkpoint, target: Dialect) -> dict[str, OutputTen
     dialect = source.dialect
     if dialect is None or dialect is target or not (dialect.cache_scales and target.cache_scales):
         return {}
-    if not is_fp8_cache(dialect.inherited(source.inventory).get("kv_cache_scheme")):
+    if not is_fp8_cache(dialect.package.inherited(source.inventory).get("kv_cache_scheme")):
         return {}
     new = target.cache_scales
     modules = {module for weight in source.weights if (module := attention_of(weight))}
@@ -134,14 +134,14 @@ def check_caches(
     if missing and (mine or recipe.get("calibration") != "optional"):
         problems.append(f"{missing[0]} is missing, which the recipe wants (`kv_cache`)")
     assert ours.dialect is not None
-    if mine and not is_fp8_cache(ours.dialect.inherited(ours.inventory).get("kv_cache_scheme")):
+    if mine and not is_fp8_cache(ours.dialect.package.inherited(ours.inventory).get("kv_cache_scheme")):
         problems.append("config.json does not say that the KV cache is FP8, so engines ignore its scales")
     return problems
 
 
 def _inherited(checkpoint: Checkpoint, items: Iterable[Item], dialect: Dialect) -> Caches:
     """What a source says already; its scales are respelled where the dialect is another."""
-    stated = checkpoint.dialect.inherited(checkpoint.inventory) if checkpoint.dialect else {}
+    stated = checkpoint.dialect.package.inherited(checkpoint.inventory) if checkpoint.dialect else {}
     if checkpoint.dialect is dialect or not stated:
         return Caches(settings=stated)
     found = respelled_caches(checkpoint, dialect)

@@ -37,9 +37,18 @@ def claim(weight: Weight, before: Format, after: Format, source: Dialect, target
         return WHERE_FITTING
     if not shares_scale(after):
         return LOSSLESS
-    if isinstance(after, BlockFormat) and after.has_global_scale and target.power_of_two and source is not target:
+    if (
+        isinstance(after, BlockFormat)
+        and after.has_global_scale
+        and target.spelling.power_of_two
+        and source is not target
+    ):
         return None
-    if isinstance(after, BlockFormat) and after.has_global_scale and source.global_scale_inv != target.global_scale_inv:
+    if (
+        isinstance(after, BlockFormat)
+        and after.has_global_scale
+        and source.spelling.global_scale_inv != target.spelling.global_scale_inv
+    ):
         return RECIPROCAL
     return WHERE_SHARED if weight.group or weight.row_parts else LOSSLESS
 
@@ -48,18 +57,18 @@ def misfit(weight: Weight, fmt: Format, dialect: Dialect) -> str | None:
     """Why a weight's shape does not fit a format as the dialect has it; a recipe may keep such a weight."""
     if len(weight.shape) < 2:
         return "it is a vector and no matrix"
-    return fmt.problem(weight.shape) or dialect.unfit(weight, fmt)
+    return fmt.problem(weight.shape) or dialect.spelling.shape_problem(weight, fmt)
 
 
 def obstacle(weight: Weight, fmt: Format, target: Dialect) -> str | None:
     """Why a quantized weight of another dialect cannot keep its codes and scales in ``target``, or None."""
-    problem = target.problem(weight, fmt)
+    problem = target.spelling.problem(weight, fmt)
     if problem:
         return problem
-    stands = target.format_for(weight, fmt)
+    stands = target.spelling.format_for(weight, fmt)
     if stands != fmt:
         return f"its engines read {weight.name} in {stands.name} and not in {fmt.name}"
-    if isinstance(fmt, BlockFormat) and fmt.has_global_scale and target.power_of_two:
+    if isinstance(fmt, BlockFormat) and fmt.has_global_scale and target.spelling.power_of_two:
         return "it stores global scales exactly only where they are powers of two, so that the codes must be made anew"
     return misfit(weight, fmt, target)
 
@@ -76,7 +85,7 @@ def respelled(checkpoint: Checkpoint, weight: Weight, fmt: Format, dialect: Dial
     """
     if checkpoint.dialect is dialect and checkpoint.formats[weight.name] == fmt and not weight.transposed:
         return list(checkpoint.stored(weight))
-    outputs = dialect.outputs(weight, fmt)
+    outputs = dialect.spelling.outputs(weight, fmt)
     if checkpoint.formats[weight.name] != fmt or np.dtype(fmt.parts((128, 256))["scales"][0]).itemsize == 1:
         return outputs
     found: dict[str, set[str]] = {}
@@ -95,9 +104,9 @@ def input_scales(
     ``formats``: the format that each weight (by name) has in the output.
     """
     dialect = source.dialect
-    if dialect is None or not dialect.input_scales:
+    if dialect is None or not dialect.activations.endings:
         return {}
-    scales = [w for w in source.weights if w.name.endswith(dialect.input_scales)]
+    scales = [w for w in source.weights if w.name.endswith(dialect.activations.endings)]
     same = {
         piece.source: source.formats[weight.name]
         for weight in (source.weights if scales else ())
@@ -109,7 +118,7 @@ def input_scales(
         module, _, ending = weight.name.rpartition(".")
         fmt = same.get(f"{module}.weight")
         if fmt is None or dialect is not target:
-            old, new = (d.input_scale(fmt) if fmt else None for d in (dialect, target))
+            old, new = (d.activations.scale(fmt) if fmt else None for d in (dialect, target))
             if old is None or new is None or old.ending != f".{ending}":
                 found[weight.name] = None
             else:

@@ -44,7 +44,7 @@ class Checkpoint:
         tensors: Mapping[str, TensorInfo] = inventory.tensors
         by_tensor: dict[str, Format] = {}
         if self.dialect is not None:
-            tensors, by_tensor = self.dialect.dense(inventory)
+            tensors, by_tensor = self.dialect.spelling.dense(inventory)
         self.family: Family = family_for(inventory.config, list(tensors))
         self.weights: list[Weight] = self.family.weights(_Dense(tensors, inventory.config))
         self.formats: dict[str, Format] = {}
@@ -61,7 +61,7 @@ class Checkpoint:
                 self.formats[weight.name] = fmt
         turned = [w for w in self.weights if w.transposed and w.name in self.formats]
         # as they lie in the file
-        self._turned = {w.name: w for w in turned if self.dialect and not self.dialect.upright}
+        self._turned = {w.name: w for w in turned if self.dialect and self.dialect.spelling.transposed_stacks}
         if len(self._turned) < len(turned):
             self.weights = [replace(w, transposed=False) if w.name in self.formats else w for w in self.weights]
 
@@ -80,7 +80,7 @@ class Checkpoint:
         assert self.dialect is not None
         tensors = self.inventory.tensors
         weight = self._turned.get(weight.name, weight)
-        outputs = self.dialect.stored(weight, self.formats[weight.name], tensors)
+        outputs = self.dialect.spelling.stored(weight, self.formats[weight.name], tensors)
         for i, output in enumerate(outputs):
             info = tensors.get(output.name)
             if info is None:
@@ -102,7 +102,7 @@ class Checkpoint:
         """Names of the files' tensors that hold a weight, those of its scales included."""
         if weight.name in self.formats:
             return [output.name for output in self.stored(weight)]
-        return self.dialect.kept_names(weight) if self.dialect else list(weight.sources)
+        return self.dialect.unquantized.names(weight) if self.dialect else list(weight.sources)
 
     def read(self, reader: Reader, weight: Weight, first: int = 0, stop: int | None = None) -> Array:
         """Leading indices first..stop of a weight, dense: stored dtype, or FP32 where it is quantized.
@@ -111,7 +111,7 @@ class Checkpoint:
         """
         if weight.name not in self.formats:
             end = (weight.shape[0] if weight.shape else 0) if stop is None else stop
-            own = self.dialect.read_kept(reader, weight, first, end) if self.dialect else None
+            own = self.dialect.unquantized.read(reader, weight, first, end) if self.dialect else None
             return read_dense(reader, weight, first, stop) if own is None else own
         try:
             return self.read_quantized(reader, weight, first, stop).decode()
@@ -145,7 +145,7 @@ class Checkpoint:
         if stacked and stored[0].expert is not None:
             each = len(stored) // weight.shape[0]
             stored = stored[first * each : end * each]
-        return self.dialect.assemble(weight, self.formats[weight.name], stored, fetch, first, end)
+        return self.dialect.spelling.assemble(weight, self.formats[weight.name], stored, fetch, first, end)
 
     def _read_projections(self, reader: Reader, weight: Weight, first: int, stop: int) -> Array:
         """Experts first..stop in FP32, each of their projections decoded by itself."""

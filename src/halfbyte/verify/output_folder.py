@@ -51,9 +51,9 @@ def decisions_of(folder: Path, told: dict[str, Any], source: Checkpoint) -> dict
 def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> list[str]:
     """What is wrong with everything but the weights: side files, config.json, index."""
     ours, source = output.inventory, checkpoint.inventory
-    if output.dialect and output.dialect.standalone:
-        return output.dialect.differences(source)
-    replaced = {PROVENANCE, FOLDS, *(checkpoint.dialect.files if checkpoint.dialect else ())}
+    if output.dialect and output.dialect.package.standalone:
+        return output.dialect.package.differences(source)
+    replaced = {PROVENANCE, FOLDS, *(checkpoint.dialect.package.files if checkpoint.dialect else ())}
     problems = []
     for name, size in source.side_files.items():
         if name in replaced or source.root is None or ours.root is None:
@@ -83,7 +83,7 @@ def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> li
 def _comparable(config: dict[str, Any], *spelled: Checkpoint) -> dict[str, Any]:
     """What a conversion leaves as it is: all but the quantization, a dialect's names and our own remote code."""
     for checkpoint in spelled:
-        config = checkpoint.dialect.original_config(config) if checkpoint.dialect else config
+        config = checkpoint.dialect.package.original_config(config) if checkpoint.dialect else config
     code = config.get("auto_map") or {}
     own = all(str(value).startswith("halfbyte_quantizer.") for value in code.values())
     return {k: v for k, v in unquantized_config(config).items() if not (k == "auto_map" and own)}

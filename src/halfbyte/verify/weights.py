@@ -108,7 +108,7 @@ def verify(
                 result.dropped[weight.name] = INPUT_SCALE
             elif twin is not None and respelled:
                 pair.respelled(weight, respelled)
-            elif twin is None and (reason := ours.dialect.left_out(weight)):
+            elif twin is None and (reason := ours.dialect.unquantized.omitted(weight)):
                 result.dropped[weight.name] = reason
             elif twin is None:
                 result.problems.append(f"{weight.name} of the source is missing, and no rule of the recipe drops it")
@@ -119,7 +119,7 @@ def verify(
                     result.problems.append(str(error))
             report(sum(source.inventory.tensors[n].nbytes for n in weight.sources if n in source.inventory.tensors))
         if any(decision.activations == "static" for decision in decisions.values()):
-            for name in [n for n in found if n.endswith(ours.dialect.input_scales)]:
+            for name in [n for n in found if n.endswith(ours.dialect.activations.endings)]:
                 value = left.read(found.pop(name).name)
                 if value.size != 1 or not (np.isfinite(value) & (value > 0)).all():
                     result.problems.append(f"{name}, a scale of activations, is not one positive number")
@@ -149,7 +149,7 @@ class _Pair:
         else:
             assert self.ours.dialect is not None
             stated = get_format(decision.format) if decision.format else None
-            wanted = self.ours.dialect.format_for(weight, stated) if stated else before
+            wanted = self.ours.dialect.spelling.format_for(weight, stated) if stated else before
             keep = decision.action == "keep"
             if wanted and misfit(twin, wanted, self.ours.dialect) and decision.indivisible == "keep":
                 wanted, keep = before, True
@@ -297,7 +297,7 @@ def _shared_scales(ours: Checkpoint, reader: Reader) -> list[str]:
         if weight.group is None or not isinstance(fmt, BlockFormat):
             continue
         part = "global_scale" if fmt.has_global_scale else "scales" if fmt.block == (-1, -1) else None
-        names = [o.name for o in ours.dialect.outputs(weight, fmt) if o.part == part] if ours.dialect else []
+        names = [o.name for o in ours.dialect.spelling.outputs(weight, fmt) if o.part == part] if ours.dialect else []
         if not names or names[0] not in ours.inventory.tensors:
             continue
         value = float(reader.read(names[0]).reshape(-1)[0])
