@@ -81,7 +81,7 @@ def halfbyte(stored: Stored) -> dict[str, Array]:
             continue
         (fmt,) = [f for f, patterns in settings["weights"].items() if any(re.match(p[3:], weight) for p in patterns)]
         told = settings["formats"][fmt]
-        parts = {p: stored.tensors.get(f"{weight}_{p}") for p in ("scales", "global_scale", "offsets")}
+        parts = {p: stored.tensors.get(f"{weight}_{p}") for p in ("scales", "tensor_scale", "offsets")}
         found[weight] = _stated(told, codes, **parts)
         if "rotation" in told:
             size, swaps = told["rotation"]["size"], stored.tensors.get(f"{weight}_rotation")
@@ -117,7 +117,7 @@ def hadamard(blocks: Array) -> Array:
     return blocks * F32(1 / np.sqrt(size))
 
 
-def _stated(told: Mapping[str, Any], codes: Array, scales: Array, global_scale: Any, offsets: Any) -> Array:
+def _stated(told: Mapping[str, Any], codes: Array, scales: Array, tensor_scale: Any, offsets: Any) -> Array:
     rows, _ = told["block"]
     if told["scale"] == "hif4":
         # bits 8 to 15: exponents of eights, 16 to 31 of fours; bits 0 to 7: 2 ** (e - 48) * (1 + m / 4)
@@ -138,8 +138,8 @@ def _stated(told: Mapping[str, Any], codes: Array, scales: Array, global_scale: 
         "e8m0": e8m0,
     }
     wide = kinds.get(told["scale"], lambda s: s.astype(F32))(scales)
-    if told["global_scale"]:
-        wide = wide * global_scale[..., None, None]
+    if told["tensor_scale"]:
+        wide = wide * tensor_scale[..., None, None]
     if told["bits"] == 8:
         values = e4m3(codes) if tables == ["e4m3"] else codes.view(np.int8).astype(F32)
         spread = over_squares(wide, values.shape) if rows > 1 else over_columns(wide, values.shape[-1])
