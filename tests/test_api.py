@@ -35,7 +35,8 @@ def test_words_are_functions_whatever_was_imported_before(word: str) -> None:
 
 
 def test_modules_with_the_name_of_a_word_can_still_be_imported() -> None:
-    code = "import halfbyte; halfbyte.plan; from halfbyte.plan import Plan; from halfbyte.verify import Verification; "
+    code = "import halfbyte; halfbyte.plan; from halfbyte.plan.conversion_plan import Plan; "
+    code += "from halfbyte.verify.weights import Verification; "
     assert python(code + "print(Plan.__name__, Verification.__name__)") == "Plan Verification"
 
 

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("highspy")
 
 ALLOCATE = """\
-from halfbyte.allocate.choices import Choice, Unit
+from halfbyte.allocate.choices import AllocationUnit, Choice
 from halfbyte.allocate.solve import allocate
 
-units = [Unit(str(i), [], [Choice("a", 4, 0, 1.0), Choice("b", 8, 0, i / 9)]) for i in range(9)]
+units = [AllocationUnit(str(i), [], [Choice("a", 4, 0, 1.0), Choice("b", 8, 0, i / 9)]) for i in range(9)]
 assert allocate(units, 50).bytes <= 50
 """
 

@@ -18,11 +18,11 @@ from small_models import linear
 
 PROGRAM = """
 import json, pathlib, re, resource, sys
-from halfbyte.convert import convert
-from halfbyte.plan import make_plan
+from halfbyte.convert.conversion import convert
+from halfbyte.plan.build import make_plan
+from halfbyte.plan.resources import Limits
 from halfbyte.recipes import Recipe
-from halfbyte.slices import Limits
-from halfbyte.view import Checkpoint
+from halfbyte.source.checkpoint import Checkpoint
 
 source, out, recipe, threads, memory = sys.argv[1:]
 plan = make_plan(Checkpoint.open(source), Recipe.model_validate_json(recipe))

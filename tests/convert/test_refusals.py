@@ -238,8 +238,8 @@ def test_a_disk_that_fills_up_on_the_way(source: Path, small_disk: Path) -> None
 def test_a_limit_on_file_sizes_is_an_error_too(source: Path, tmp_path: Path) -> None:
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "from halfbyte.convert import convert\nfrom halfbyte.errors import OutputError\n"
-        "from halfbyte.plan import make_plan\nfrom halfbyte.source.checkpoint import Checkpoint\n"
+        "from halfbyte.convert.conversion import convert\nfrom halfbyte.errors import OutputError\n"
+        "from halfbyte.plan.build import make_plan\nfrom halfbyte.source.checkpoint import Checkpoint\n"
         "try: convert(make_plan(Checkpoint.open(sys.argv[1]), 'nvfp4-absmax'), sys.argv[2], workers=1)\n"
         "except OutputError as error: print(error)\n"
     )

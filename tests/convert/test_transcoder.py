@@ -193,7 +193,7 @@ def test_a_group_that_is_quantized_only_in_part_is_requantized_together(dense: P
     run(dense, tmp_path / "a", recipe({"match": "attention", "format": "nvfp4"}), "halfbyte")
     stored, plain = read_file(tmp_path / "a"), read_file(dense)
     k = "model.layers.0.self_attn.k_proj.weight"
-    for part in ("codes", "scales", "global_scale"):
+    for part in ("codes", "scales", "tensor_scale"):
         del stored[f"{k}_{part}"]
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     other = write_checkpoint(tmp_path / "b", {**stored, k: plain[k]}, config)

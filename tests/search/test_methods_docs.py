@@ -19,9 +19,9 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
 
 
-def _is_recorded(name: str, codebook: str) -> bool:
+def _is_recorded(name: str, table: str) -> bool:
     inside = TEXT.split(f"<!-- begin: {name} -->")[1].split(f"<!-- end: {name} -->")[0]
-    return inside.strip() == codebook.strip()
+    return inside.strip() == table.strip()
 
 
 def _documents(name: str) -> list[dict[str, Any]]:
@@ -32,21 +32,21 @@ def _documents(name: str) -> list[dict[str, Any]]:
 def test_the_table_is_the_recorded_one(name: str) -> None:
     pytest.importorskip("transformers")
     results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    assert _is_recorded(name, import_module(name).codebook(results))
+    assert _is_recorded(name, import_module(name).table(results))
 
 
 def test_the_tables_of_calibration_methods_are_the_recorded_ones() -> None:
     pytest.importorskip("transformers")
-    bench, codebooks = import_module("calibration"), import_module("calibration_tables")
-    found = codebooks.codebooks(
+    bench, tables = import_module("calibration"), import_module("calibration_tables")
+    found = tables.tables(
         _documents("calibration"), bench.FORMATS, bench.METHODS, bench.STUDY, bench.TOKENS, tuple(bench.W4A4)
     )
-    assert [name for name, codebook in found.items() if not _is_recorded(name, codebook)] == []
+    assert [name for name, table in found.items() if not _is_recorded(name, table)] == []
 
 
 def test_the_tables_of_allocation_are_the_recorded_ones() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("highspy")
-    bench, codebooks = import_module("allocation"), import_module("allocation_tables")
-    found = codebooks.codebooks(_documents("allocation"), list(bench.HAND))
-    assert [name for name, codebook in found.items() if not _is_recorded(name, codebook)] == []
+    bench, tables = import_module("allocation"), import_module("allocation_tables")
+    found = tables.tables(_documents("allocation"), list(bench.HAND))
+    assert [name for name, table in found.items() if not _is_recorded(name, table)] == []
