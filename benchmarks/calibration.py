@@ -202,7 +202,7 @@ class Bench:
                     values *= fold.rows[..., None]
                 if fold and fold.columns is not None:
                     values /= fold.columns[..., None, :]
-                dense = source.read(right, twins[weight.name].upright()).astype(np.float64)
+                dense = source.read(right, twins[weight.name].untransposed()).astype(np.float64)
                 error = values - dense
                 lost, energy = (float(np.sum((a @ hessian) * a)) for a in (error, dense))
                 found.append(lost / energy)

@@ -19,7 +19,7 @@ def _inputs(rng: np.random.Generator, tokens: int, columns: int) -> np.ndarray:
 
 
 def part_of(weight: Weight, rng: np.random.Generator, starved: bool) -> dict[str, np.ndarray]:
-    shape = weight.upright().shape
+    shape = weight.untransposed().shape
     each = [_inputs(rng, 3 * shape[-1], shape[-1]) for _ in range(shape[0] if len(shape) > 2 else 1)]
     if len(shape) > 2 and starved:
         each[1] = each[1][: MIN_TOKENS - 1]

@@ -104,7 +104,8 @@ def make(root: Path, dialect: str, fmt: Format, model: str, other: str | None = 
             write(source, model, k)
         checkpoint = Checkpoint.open(source)
         bound = [get_dialect(name).for_model(checkpoint.inventory) for name in (dialect, other) if name]
-        names = [w.name for w in checkpoint.weights if _QUANTIZED.search(w.name) and _fits(w.upright(), fmt, bound)]
+        matrices = [w for w in checkpoint.weights if _QUANTIZED.search(w.name)]
+        names = [w.name for w in matrices if _fits(w.untransposed(), fmt, bound)]
         if names:
             out = root / "out"
             rule = {"match": [f"re:^{re.escape(name)}$" for name in names], "format": fmt.name, "search": "absmax"}

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from halfbyte import encode, get_format, list_formats
-from halfbyte.dialects.halfbyte import describe
 from halfbyte.formats import BlockFormat, QuantizedTensor, scales
 from halfbyte.runtime.decode import decode, to_torch
 from halfbyte.runtime.remote import halfbyte_modules
@@ -75,7 +74,7 @@ def test_a_matrix_decoded_in_chunks_equals_one_decoded_at_once(name: str, monkey
     if tensor.offsets is not None:
         parts["offsets"] = to_torch(tensor.offsets)
     monkeypatch.setattr(halfbyte_modules, "CHUNK", 128)
-    found = halfbyte_modules._in_chunks(Decoder(describe(get_format(name))), parts, torch.float32)
+    found = halfbyte_modules._in_chunks(Decoder(get_format(name).describe()), parts, torch.float32)
     np.testing.assert_array_equal(found.numpy(), tensor.decode())
 
 

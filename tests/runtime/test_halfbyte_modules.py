@@ -11,7 +11,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from halfbyte import encode, get_format
-from halfbyte.dialects.halfbyte import describe, stored_arrays
+from halfbyte.dialects.halfbyte import stored_arrays
 from halfbyte.formats import QuantizedTensor
 from halfbyte.runtime.decode import to_torch
 from halfbyte.runtime.remote import halfbyte_modules
@@ -25,7 +25,7 @@ def parts_of(tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
 def quantize(module: nn.Module, name: str, fmt: str) -> torch.Tensor:
     """Replace a parameter; returns the values that it now has."""
     tensor = encode(module.get_parameter(name).detach().float().numpy(), fmt, search="absmax")
-    quantize_module(module, name, describe(get_format(fmt)), parts_of(tensor))
+    quantize_module(module, name, get_format(fmt).describe(), parts_of(tensor))
     return torch.from_numpy(tensor.decode())
 
 
@@ -154,4 +154,4 @@ def test_a_copy_of_a_quantized_module_is_independent() -> None:
 def test_codes_of_another_shape_are_refused() -> None:
     wrong = encode(np.ones((32, 128), np.float32), "nvfp4", search="absmax")
     with pytest.raises(ValueError, match=r"weight of Linear has shape \[32, 64\], the checkpoint \[32, 128\]"):
-        quantize_module(linear(), "weight", describe(get_format("nvfp4")), parts_of(wrong))
+        quantize_module(linear(), "weight", get_format("nvfp4").describe(), parts_of(wrong))

@@ -68,7 +68,7 @@ def make_units(
     grouped: dict[str, AllocationUnit] = {}
     ends = [w.name for w in checkpoint.weights if w.role in (STREAM, HEAD)]
     tied = is_tied(checkpoint.inventory.config)
-    for weight in (w.upright() for w in checkpoint.weights):
+    for weight in (w.untransposed() for w in checkpoint.weights):
         if not _is_chosen(weight, roles) or weight.dtype not in FLOATS:
             continue
         key = weight.group or weight.name

@@ -128,17 +128,17 @@ def compatibility_notes(
     ``dialect``: None where nothing is quantized.
     """
     spelling = dialect or PLAIN
-    found: dict[str, list[CompatibilityNote]] = {}
+    notes_of: dict[str, list[CompatibilityNote]] = {}
     for engine in engines():
-        mine = [f for fact in engine.facts if (f := _apply(engine, fact, family, spelling, holdings))]
-        if spelling not in engine.reads and not any(f.effect == "refuses" and not f.hardware for f in mine):
+        notes = [f for fact in engine.facts if (f := _apply(engine, fact, family, spelling, holdings))]
+        if spelling not in engine.reads and not any(f.effect == "refuses" and not f.hardware for f in notes):
             what = f"not tried with the dialect {spelling}"
-            mine = [CompatibilityNote(engine.name, engine.version, "unknown", what)]
-        if everywhere := [f for f in mine if f.effect == "refuses" and not f.hardware]:
+            notes = [CompatibilityNote(engine.name, engine.version, "unknown", what)]
+        if everywhere := [f for f in notes if f.effect == "refuses" and not f.hardware]:
             # what does not load loses nothing
-            mine = everywhere
-        found[engine.name] = mine
-    return found
+            notes = everywhere
+        notes_of[engine.name] = notes
+    return notes_of
 
 
 def _apply(
@@ -146,12 +146,12 @@ def _apply(
 ) -> CompatibilityNote | None:
     if (fact.dialects and dialect not in fact.dialects) or (fact.families and family not in fact.families):
         return None
-    about = [h for h in holdings if not fact.roles or any(is_under(h.role, role) for role in fact.roles)]
+    matching = [h for h in holdings if not fact.roles or any(is_under(h.role, role) for role in fact.roles)]
     if fact.formats:
-        about = [h for h in about if any(fnmatchcase(name, p) for name in h.formats for p in fact.formats)]
+        matching = [h for h in matching if any(fnmatchcase(name, p) for name in h.formats for p in fact.formats)]
     if fact.per_expert is not None:
-        about = [h for h in about if h.per_expert == fact.per_expert]
-    if not about or (fact.mixed and len(frozenset().union(*(h.formats for h in holdings)) - {""}) < 2):
+        matching = [h for h in matching if h.per_expert == fact.per_expert]
+    if not matching or (fact.mixed and len(frozenset().union(*(h.formats for h in holdings)) - {""}) < 2):
         return None
     narrow = bool(fact.roles or fact.formats)
     return CompatibilityNote(
@@ -162,6 +162,6 @@ def _apply(
         fact.hardware,
         fact.known,
         fact.link,
-        sum(h.tensors for h in about) if narrow else 0,
-        sum(h.nbytes for h in about) if narrow else 0,
+        sum(h.tensors for h in matching) if narrow else 0,
+        sum(h.nbytes for h in matching) if narrow else 0,
     )

@@ -163,7 +163,7 @@ class WorkUnit:
         """Part of a kept weight that the dialect stores in another type, order or tensor."""
         values = read_values(self.plan, self.reader, item, first, stop)[0]
         if item.weight.name in self.smoothings:
-            values = self.smoothings[item.weight.name].kept(values, first)
+            values = self.smoothings[item.weight.name].apply_rounded(values, first)
         self._write(self.plan.dialect.unquantized.write(item.outputs, values, first), places)
         self._report(item, first, stop)
 

@@ -12,7 +12,6 @@ from halfbyte.dialects.compressed_tensors_config import (
     CACHE,
     SCHEMES,
     activation_arguments,
-    plain_name,
     quantization_config,
 )
 from halfbyte.dialects.compressed_tensors_spelling import CompressedTensorsSpelling, schemes
@@ -21,7 +20,7 @@ from halfbyte.dialects.module_patterns import spaces
 from halfbyte.dialects.modules import is_linear, modules, scaled_modules
 from halfbyte.dialects.outputs import CacheScales, InputScale
 from halfbyte.dialects.quantization_config import quantization_config_of
-from halfbyte.formats import BlockFormat, Format, rotation_of
+from halfbyte.formats import Format
 from halfbyte.models import Weight
 
 
@@ -32,7 +31,7 @@ class CompressedTensorsActivations(ActivationScales):
 
     def scale(self, fmt: Format) -> InputScale | None:
         """Store a divisor beside NVFP4, a multiplier beside FP8."""
-        if rotation_of(fmt):
+        if fmt.rotation:
             return None
         if fmt.name == "nvfp4":
             return InputScale(".input_global_scale", True, (1,))
@@ -40,8 +39,8 @@ class CompressedTensorsActivations(ActivationScales):
 
     def problem(self, fmt: Format, kind: str) -> str | None:
         """Refuse pairs that engines have no kernels for."""
-        kinds = SCHEMES[plain_name(fmt)].activations
-        if kind == "static" and rotation_of(fmt):
+        kinds = SCHEMES[fmt.plain.name].activations
+        if kind == "static" and fmt.rotation:
             return f"scales of rotated activations ({fmt.name}) are not calibrated; use dynamic ones or none"
         if kind in kinds:
             return None
@@ -93,16 +92,15 @@ class CompressedTensorsDialect(Dialect):
         notes = []
         if any(len(formats) < 2 or len(set(formats)) > 1 for formats in stacks.values()):
             notes.append("vLLM wants all projections of a layer's experts in one format; here some differ or are kept")
-        scaled = (fmt for formats in stacks.values() for fmt in formats if isinstance(fmt, BlockFormat))
-        if any(fmt.has_global_scale for fmt in scaled):
+        if any(fmt.has_global_scale for formats in stacks.values() for fmt in formats):
             notes.append(
                 "transformers (to 5.23) ignores the global scales of experts in compressed-tensors; vLLM does not"
             )
-        if any(rotation_of(fmt) for _, fmt in quantized):
+        if any(fmt.rotation for _, fmt in quantized):
             notes.append(
                 "transformers (to 5.23) ignores transform_config and computes nonsense; vLLM has kernels for it on GPUs"
             )
-        if any(plain_name(fmt) == "mixfp4" for _, fmt in quantized):
+        if any(fmt.plain.name == "mixfp4" for _, fmt in quantized):
             notes.append(
                 "compressed-tensors (to 0.20) does not know mixfp4-pack-quantized; engines need MixFP4 support"
             )

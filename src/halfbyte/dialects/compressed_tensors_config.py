@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from halfbyte.dialects.module_patterns import compact
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import BlockFormat, Format, get_format, rotation_of
+from halfbyte.formats import Format, get_format
 from halfbyte.formats.rotation import rotated
 
 # the library version whose configuration this is; its loaders read the field but do not compare it
@@ -78,11 +78,6 @@ SCHEMES = {
 """The scheme of each format, without its rotation."""
 
 
-def plain_name(fmt: Format) -> str:
-    """The name of a format without its rotation."""
-    return fmt.plain.name if isinstance(fmt, BlockFormat) else fmt.name
-
-
 def transform_name(size: int) -> str:
     """What the Hadamard matrix of a size is called in ``transform_config``."""
     return f"hadamard{size}"
@@ -117,7 +112,7 @@ def activation_arguments(name: str, kind: Any, calibrated: bool) -> dict[str, An
     """
     if isinstance(kind, dict):
         return kind or None
-    kinds = SCHEMES[plain_name(get_format(name))].activations
+    kinds = SCHEMES[get_format(name).plain.name].activations
     return kinds[kind or ("static" if calibrated and "static" in kinds else next(iter(kinds)))]
 
 
@@ -138,7 +133,7 @@ def quantization_config(
     rotated: dict[int, list[str]] = {}
     for i, (name, inputs, members) in enumerate(groups):
         fmt = get_format(name)
-        scheme = SCHEMES[plain_name(fmt)]
+        scheme = SCHEMES[fmt.plain.name]
         by_name[f"group_{i}"] = {
             "targets": compact(members, everything - set(members), mixed),
             "weights": scheme.weights,
@@ -146,7 +141,7 @@ def quantization_config(
             "output_activations": None,
             "format": scheme.compressor,
         }
-        if rotation_of(fmt):
+        if fmt.rotation:
             rotated.setdefault(fmt.block[1], []).extend(by_name[f"group_{i}"]["targets"])
     compressors = {group["format"] for group in by_name.values()}
     # engines ignore before they look for a target, so the targets of the main model may match these too
@@ -211,7 +206,7 @@ class Schemes:
 
 def _rotated_inputs(config: Mapping[str, Any], source: str) -> list[tuple[list[str], int]]:
     """Targets and block sizes of the Hadamard rotations of inputs; CheckpointError for all other transforms."""
-    found = []
+    rotations = []
     for scheme in (config.get("config_groups") or {}).values():
         places = {place.get("location"): place for place in scheme.get("apply") or ()}
         targets = [place.get("targets") for place in places.values()]
@@ -227,8 +222,8 @@ def _rotated_inputs(config: Mapping[str, Any], source: str) -> list[tuple[list[s
                 f"the weights of {source} are rotated (transform_config) otherwise than by Hadamard matrices of their "
                 "inputs' blocks, which cannot be read"
             )
-        found.append((list(targets[0] or ()), scheme["head_dim"]))
-    return found
+        rotations.append((list(targets[0] or ()), scheme["head_dim"]))
+    return rotations
 
 
 def _matches(target: str, module: str) -> bool:

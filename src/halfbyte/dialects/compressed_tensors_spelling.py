@@ -14,12 +14,12 @@ from functools import cache, lru_cache
 import numpy as np
 
 from halfbyte.checkpoint import Inventory
-from halfbyte.dialects.compressed_tensors_config import Schemes, plain_name, transform_name
+from halfbyte.dialects.compressed_tensors_config import Schemes, transform_name
 from halfbyte.dialects.module_spelling import ModulePart, ModuleSpelling, Table
 from halfbyte.dialects.outputs import Array, OutputTensor
 from halfbyte.dialects.quantization_config import quantization_config_of
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import Format, rotation_of
+from halfbyte.formats import Format
 from halfbyte.formats.rotation import hadamard_matrix
 from halfbyte.models import Weight
 
@@ -64,15 +64,16 @@ class CompressedTensorsSpelling(ModuleSpelling):
 
     def parts(self, fmt: Format) -> dict[str, ModulePart]:
         """Return the parts of the format without its rotation, after the matrix of the rotation."""
-        rotation = rotation_of(fmt)
-        parts = self.tables.get(plain_name(fmt), {})
-        if rotation is None or rotation.steps:
-            return {} if rotation else parts
+        parts = self.tables.get(fmt.plain.name, {})
+        if fmt.rotation is None:
+            return parts
+        if not parts or fmt.rotation.steps:
+            return {}
         return {"hadamard": _hadamard_part(fmt.block[1]), **parts}
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
         """Refuse formats that the library has no compressor for, rotated experts, and weights that are no modules."""
-        if self.parts(fmt) and rotation_of(fmt) and len(weight.shape) > 2:
+        if self.parts(fmt) and fmt.rotation and len(weight.shape) > 2:
             return "engines rotate no inputs of experts; use the dialect halfbyte, or leave experts as they are"
         return super().problem(weight, fmt)
 
@@ -81,7 +82,7 @@ class CompressedTensorsSpelling(ModuleSpelling):
         return _pack_rows(part) if output.part == "offsets" else super().pack(output, part, fmt)
 
     def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
-        """Invert ``pack``."""
+        """Unpack zero points and words: the inverse of ``pack``."""
         if output.part == "offsets":
             return _unpack_rows(stored, shape[-2]).reshape(shape)
         return super().unpack(output, stored, fmt, shape)

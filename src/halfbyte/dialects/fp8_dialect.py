@@ -71,7 +71,7 @@ class Fp8Activations(ActivationScales):
 
 
 class Fp8Dialect(Dialect):
-    """128x128 block FP8."""
+    """The published checkpoints with FP8 blocks of 128x128."""
 
     name = "fp8"
     about = "DeepSeek and Qwen block FP8 in vLLM, SGLang, transformers"

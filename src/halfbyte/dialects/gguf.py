@@ -81,7 +81,7 @@ class GgufDialect(Dialect):
 
 
 class GgufModelDialect(GgufDialect):
-    """GGUF for one model."""
+    """GGUF with the names, types and metadata of one model."""
 
     def __init__(self, inventory: Inventory, model: Model) -> None:
         self.inventory = inventory

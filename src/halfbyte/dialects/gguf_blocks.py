@@ -70,14 +70,14 @@ def unpack_blocks(stored: Bytes, fmt: Format, shape: tuple[int, ...]) -> tuple[B
     """Codes and scales of rows of blocks, shaped as in a QuantizedTensor of ``shape`` [..., N, K]."""
     block = BLOCKS[fmt.name]
     rows = (*shape[:-1], shape[-1] // block.weights)
-    found = stored.reshape(*rows, block.nbytes)
+    blocks = stored.reshape(*rows, block.nbytes)
     head = block.scales * block.scale_bytes
     codes_shape, (kind, scales_shape) = fmt.parts(shape)["codes"][1], fmt.parts(shape)["scales"]
     little = np.dtype(kind).newbyteorder("<")
-    scales = np.ascontiguousarray(found[..., :head]).view(little).astype(kind, copy=False).reshape(scales_shape)
+    scales = np.ascontiguousarray(blocks[..., :head]).view(little).astype(kind, copy=False).reshape(scales_shape)
     if codes_shape[-1] == shape[-1]:
-        return np.ascontiguousarray(found[..., head:]).reshape(codes_shape), scales
+        return np.ascontiguousarray(blocks[..., head:]).reshape(codes_shape), scales
     each = block.weights // block.scales
-    halves = found[..., head:].reshape(*rows, block.scales, each // 2)
+    halves = blocks[..., head:].reshape(*rows, block.scales, each // 2)
     codes = np.stack([halves & 15, halves >> 4], axis=-2).reshape(*shape)
     return pack_nibbles(codes), scales

@@ -48,7 +48,7 @@ class GgufContainer(Container):
         self.overhead = len(self._header(self.writer, []))
 
     def name(self, number: int, count: int) -> str:
-        """As llama.cpp names splits."""
+        """Name files as llama.cpp names its splits."""
         if count == 1:
             return f"{self._stem}.gguf"
         return str(self._gguf.gguf_writer.SHARD_NAME_FORMAT.format(self._stem, number + 1, count))
@@ -120,15 +120,15 @@ def metadata(
 
 def metadata_differences(output: Inventory, source: Inventory, model: Model) -> list[str]:
     """Keys of an output that are not what the source gives; names, descriptions and splits do not matter."""
-    found = output.meta["gguf"]
+    stated = output.meta["gguf"]
     wanted = metadata(source, model, "F32", []).kv_data[0]
     problems = []
     for key, value in wanted.items():
         if key.startswith("general.") and key != "general.architecture":
             continue
-        if key not in found:
+        if key not in stated:
             problems.append(f"the metadata lacks {key}")
-        elif not _alike(found[key], value.value):
+        elif not _alike(stated[key], value.value):
             problems.append(f"{key} of the metadata is not what the source gives")
     rope = rope_factors(source.config, model)
     info = output.tensors.get(_ROPE)
@@ -141,10 +141,10 @@ def metadata_differences(output: Inventory, source: Inventory, model: Model) -> 
     return problems
 
 
-def _alike(found: Any, wanted: Any) -> bool:
+def _alike(stated: Any, wanted: Any) -> bool:
     if isinstance(wanted, float) or (isinstance(wanted, list) and wanted and isinstance(wanted[0], float)):
-        return np.array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
-    return bool(found == wanted)
+        return np.array_equal(np.asarray(stated, np.float32), np.asarray(wanted, np.float32))
+    return bool(stated == wanted)
 
 
 def main_type(types: dict[str, str], outputs: Sequence[OutputTensor]) -> str:

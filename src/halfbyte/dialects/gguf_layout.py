@@ -30,7 +30,7 @@ class GgufLayout(UnquantizedLayout):
         self.order = order
 
     def omitted(self, weight: Weight) -> str | None:
-        """Leave out buffers."""
+        """Leave out buffers, which llama.cpp computes."""
         return "a buffer that llama.cpp computes itself" if weight.role == "buffer" else None
 
     def outputs(self, weight: Weight, outputs: list[OutputTensor]) -> list[OutputTensor]:

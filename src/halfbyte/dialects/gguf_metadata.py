@@ -43,11 +43,11 @@ def general(writer: Any, root: Path, name: str, parameters: tuple[int, int, int,
     """Name, size and what the model card says: the library's own reading of it."""
     gguf = library()
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    found = gguf.Metadata.load(None, root, name, parameters[0])
-    if found.size_label is None and parameters[0] > 0:
-        found.size_label = gguf.size_label(*parameters)
+    card = gguf.Metadata.load(None, root, name, parameters[0])
+    if card.size_label is None and parameters[0] > 0:
+        card.size_label = gguf.size_label(*parameters)
     writer.add_type(gguf.GGUFType.MODEL)
-    found.set_gguf_meta_model(writer)
+    card.set_gguf_meta_model(writer)
 
 
 def describe(writer: Any, inventory: Inventory, model: Model) -> None:
@@ -81,10 +81,10 @@ def describe(writer: Any, inventory: Inventory, model: Model) -> None:
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Type, base and scaling of the rotary embedding, in the spelling of new and of old configurations."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    found.setdefault("rope_type", found.get("type", "default"))
-    return found
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    return rope
 
 
 def rope_factors(config: Mapping[str, Any], model: Model) -> NDArray[np.float32] | None:
@@ -116,26 +116,26 @@ def head_size(inventory: Inventory) -> int:
 
 def remarks(inventory: Inventory) -> list[str]:
     """Where llama.cpp computes a little otherwise than config.json asks for."""
-    found = []
+    notes = []
     window = inventory.config.get("sliding_window")
     if model_of(inventory.config).name == "llama" and window:
-        found.append(f"llama.cpp attends to the whole context, not to sliding_window = {window}")
+        notes.append(f"llama.cpp attends to the whole context, not to sliding_window = {window}")
     if rope_parameters(inventory.config).get("truncate") is False:
-        found.append(
+        notes.append(
             "llama.cpp rounds the boundaries of YaRN to whole dimensions (rope_parameters.truncate is false here), "
             "so its log-probs differ slightly"
         )
-    return found
+    return notes
 
 
 def rows_of(inventory: Inventory, name: str) -> int:
     """Rows of a matrix, in whatever dialect the source spells it."""
     # codes have as many rows as the weight
     spelled = (name, f"{name}_packed", f"{name}_codes")
-    found = next((t for n in spelled if (t := inventory.tensors.get(n))), None)
-    if found is None or len(found.shape) != 2:
+    tensor = next((t for n in spelled if (t := inventory.tensors.get(n))), None)
+    if tensor is None or len(tensor.shape) != 2:
         raise PlanError(f"{inventory.source} has no matrix {name}, so its sizes are not known")
-    return found.shape[0]
+    return tensor.shape[0]
 
 
 def _rope(writer: Any, config: Mapping[str, Any]) -> None:
@@ -163,10 +163,10 @@ def _rope(writer: Any, config: Mapping[str, Any]) -> None:
 def _check(config: Mapping[str, Any], model: Model, source: str) -> None:
     given = {"partial_rotary_factor": rope_parameters(config).get("partial_rotary_factor", 1.0), **config}
     for key, wanted in _FIXED[model.name].items():
-        found = given.get(key, _MISSING.get(key, wanted))
-        if found != wanted and not (wanted == [] and not found):
+        stated = given.get(key, _MISSING.get(key, wanted))
+        if stated != wanted and not (wanted == [] and not stated):
             raise PlanError(
-                f"config.json of {source} says {key} = {found!r}, but llama.cpp's {model.name} computes with "
+                f"config.json of {source} says {key} = {stated!r}, but llama.cpp's {model.name} computes with "
                 f"{wanted!r}; choose another dialect"
             )
     kind = rope_parameters(config)["rope_type"]

@@ -70,9 +70,9 @@ class Model:
         return [Place(self._spell(f"{name}.weight" if name.endswith(".sinks") else name))]
 
     def _spell(self, name: str) -> str:
-        found = self._map.get_name(name, (".weight", ".bias"))
-        assert found is not None, name
-        return str(found)
+        name_there = self._map.get_name(name, (".weight", ".bias"))
+        assert name_there is not None, name
+        return str(name_there)
 
     def places(self, name: str) -> tuple[Place, ...]:
         """Where a weight lies; PlanError if there is no place for it."""
@@ -80,15 +80,15 @@ class Model:
         layer = words[2] if name.startswith("model.layers.") and len(words) > 3 and words[2].isdecimal() else None
         if layer is not None:
             words[2] = "0"
-        found = self._known.get(".".join(words))
-        if found is None:
+        places = self._known.get(".".join(words))
+        if places is None:
             raise PlanError(
                 f"llama.cpp's {self.name} models have no tensor for {name}; drop it by a rule of the recipe, "
                 "or choose another dialect"
             )
         if layer is None:
-            return found
-        return tuple(place._replace(name=place.name.replace("blk.0.", f"blk.{layer}.")) for place in found)
+            return places
+        return tuple(place._replace(name=place.name.replace("blk.0.", f"blk.{layer}.")) for place in places)
 
     def rows(self, place: Place, n: int) -> tuple[int, int, int] | None:
         """The rows (first, stop, step) of a weight with ``n`` rows that lie there, None for all."""
@@ -135,12 +135,12 @@ MODELS = (
 
 def model_of(config: Mapping[str, Any]) -> Model:
     """The model of a config.json; PlanError names those that there are."""
-    found = config.get("architectures") or ["no architecture"]
+    architectures = config.get("architectures") or ["no architecture"]
     for model in MODELS:
-        if any(name in model.architectures for name in found):
+        if any(name in model.architectures for name in architectures):
             return model
     known = ", ".join(name for model in MODELS for name in model.architectures)
-    raise PlanError(f"the dialect gguf is written for {known}, and this checkpoint is {found[0]}")
+    raise PlanError(f"the dialect gguf is written for {known}, and this checkpoint is {architectures[0]}")
 
 
 def model_named(name: str) -> Model | None:

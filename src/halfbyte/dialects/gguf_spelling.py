@@ -15,7 +15,7 @@ from halfbyte.dialects.gguf_rows import RowOrder
 from halfbyte.dialects.outputs import Array, OutputChunk, OutputTensor
 from halfbyte.dialects.spelling import Spelling
 from halfbyte.errors import CheckpointError, PlanError
-from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
+from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.models import Weight
 
 _UNBOUND = "the dialect gguf names tensors by the model's architecture; bind it with for_model"
@@ -61,7 +61,7 @@ class GgufModelSpelling(GgufSpelling):
         names = [place.name for place in self.model.places(weight.name)]
         if len(weight.shape) < 2 or names[0].endswith(FP32):
             return f"llama.cpp reads {names[0]} in FP32; keep it"
-        if scaled(fmt) and names[0].split(".")[-2] in self.model.unscaled:
+        if fmt.has_global_scale and names[0].split(".")[-2] in self.model.unscaled:
             return (
                 f"llama.cpp's {self.model.name} applies no global scale to {names[0]}; choose a format without one, "
                 "such as mxfp4, q8_0 or nvfp4_unscaled"
@@ -76,7 +76,7 @@ class GgufModelSpelling(GgufSpelling):
             rows = self.model.rows(place, n)
             shape = (*lead, len(range(*rows)) if rows else n, row_bytes(fmt, k))
             outputs.append(OutputTensor(place.name, "U8", shape, "blocks", rows=rows))
-            if scaled(fmt):
+            if fmt.has_global_scale:
                 shape = tuple(lead) or (1,)
                 outputs.append(OutputTensor(scale_name(place.name), "F32", shape, "global_scale", rows_per_row=0))
         return outputs
@@ -124,26 +124,26 @@ class GgufModelSpelling(GgufSpelling):
                 blocks[...] = self.order.take(output.name, output.shape[0], partial(read, output), first, stop)
             else:
                 blocks[..., slice(*output.rows), :] = read(output, first, stop)
-        if scale is None and scaled(fmt):
+        if scale is None and fmt.has_global_scale:
             scale = np.ones(lead, dtype=np.float32)
         codes, scales = unpack_blocks(blocks, fmt, shape)
         return QuantizedTensor(fmt, shape, codes, scales, scale)
 
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Return the weights under the names of their source."""
-        found = inventory.tensors
+        stored = inventory.tensors
         tensors: dict[str, TensorInfo] = {}
         formats: dict[str, Format] = {}
         # made by the writer from the configuration, not a weight
         seen = {"rope_freqs.weight"}
         for name in self.model.weights(int(inventory.config["num_hidden_layers"])):
             places = [place.name for place in self.model.places(name)]
-            if not any(place in found for place in places):
+            if not any(place in stored for place in places):
                 continue
-            missing = next((place for place in places if place not in found), None)
+            missing = next((place for place in places if place not in stored), None)
             if missing:
                 raise CheckpointError(f"{inventory.source} lacks the tensor {missing}")
-            parts = [found[place] for place in places]
+            parts = [stored[place] for place in places]
             shape = list(parts[0].shape)
             if len(parts) > 1:
                 axis = -1 if name.endswith("_bias") else -2
@@ -159,7 +159,7 @@ class GgufModelSpelling(GgufSpelling):
             seen.update(places)
             size = sum(part.nbytes for part in parts)
             tensors[name] = TensorInfo(name, dtype, tuple(shape), parts[0].file, parts[0].offset, size)
-        strange = next((name for name in found if name not in seen), None)
+        strange = next((name for name in stored if name not in seen), None)
         if strange:
             raise CheckpointError(f"{strange} in {inventory.source} belongs to no weight of a {self.model.name} model")
         return tensors, formats
@@ -185,8 +185,3 @@ class GgufModelSpelling(GgufSpelling):
 def scale_name(name: str) -> str:
     """Return the name of the tensor with the global scale of a weight."""
     return f"{name.removesuffix('weight')}scale"
-
-
-def scaled(fmt: Format) -> bool:
-    """Return whether a format has a global scale."""
-    return isinstance(fmt, BlockFormat) and fmt.has_global_scale

@@ -24,7 +24,7 @@ _BLOCK = 32
 
 
 class GptOssSpelling(Spelling):
-    """MXFP4 experts of gpt-oss."""
+    """Stacked experts in MXFP4, as gpt-oss has them."""
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
         """Refuse all but stacked experts of gpt-oss in MXFP4."""
@@ -35,7 +35,7 @@ class GptOssSpelling(Spelling):
         return None
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
-        """List blocks and scales."""
+        """List the tensors of blocks and of scales."""
         experts, n, k = weight.shape
         return [
             OutputTensor(f"{weight.name}_blocks", "U8", (experts, n, k // _BLOCK, _BLOCK // 2), "codes"),

@@ -20,8 +20,7 @@ from halfbyte.dialects.outputs import Array, OutputTensor
 from halfbyte.dialects.quantization_config import quantization_config_of
 from halfbyte.dialects.spelling import Spelling
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.formats import AffineFormat, BlockFormat, Format, HiF4Format, QuantizedTensor, get_format
-from halfbyte.formats.hif4 import MAGNITUDES
+from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.models import Weight
 
 VERSION = 1
@@ -105,7 +104,7 @@ class HalfbyteDialect(Dialect):
         return {
             "quant_method": self.name,
             "version": VERSION,
-            "formats": {name: describe(get_format(name)) for name in names},
+            "formats": {name: get_format(name).describe() for name in names},
             "weights": {name: compact(members, everything - set(members), apart) for name, members in names.items()},
         }
 
@@ -120,34 +119,13 @@ def stored_arrays(tensor: QuantizedTensor) -> dict[str, Array]:
     return {suffix(part): np.asarray(getattr(tensor, part)) for part in tensor.format.parts(tensor.shape)}
 
 
-def describe(fmt: Format) -> dict[str, Any]:
-    """A format in words that no reader has to guess: block, scale, selector and the tables themselves."""
-    description: dict[str, Any] = {"block": list(fmt.block)}
-    if isinstance(fmt, AffineFormat):
-        description |= {"bits": fmt.bits, "scale": "bf16", "offset": fmt.offset}
-    if isinstance(fmt, HiF4Format):
-        description |= {"bits": 4, "scale": "hif4", "table_values": [MAGNITUDES.tolist()]}
-    if isinstance(fmt, BlockFormat):
-        description["bits"] = fmt.bits
-        description["scale"] = fmt.scale.name
-        description["tensor_scale"] = "multiplier" if fmt.has_global_scale else None
-        description["tables"] = [t.name for t in fmt.codebooks]
-        if fmt.bits == 4:
-            description["table_values"] = [list(t.values) for t in fmt.codebooks]
-        if fmt.rotation:
-            description["rotation"] = {"name": fmt.rotation.name, "size": fmt.block[1], "steps": fmt.rotation.steps}
-        if len(fmt.codebooks) > 1:
-            description["selector"] = f"scale byte >> {fmt.scale.bits}"
-    return description
-
-
 def check_description(name: str, stated: dict[str, Any]) -> None:
     """Refuse a checkpoint whose format is not what this release means by the name."""
     try:
-        ours = describe(get_format(name))
+        description = get_format(name).describe()
     except FormatError as error:
         raise CheckpointError(f"the checkpoint uses a format that this release does not know: {error}") from error
-    for key, value in ours.items():
+    for key, value in description.items():
         if key in stated and stated[key] != value:
             raise CheckpointError(
                 f"the checkpoint's format {name} says {key} = {stated[key]}, but this release means {value}; "

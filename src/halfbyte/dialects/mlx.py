@@ -82,7 +82,7 @@ class MlxLayout(UnquantizedLayout):
 
 
 class MlxPackage(Package):
-    """config.json in mlx-lm's words."""
+    """A config.json that mlx-lm understands, beside the usual files."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -94,7 +94,7 @@ class MlxPackage(Package):
         return {**config_for_mlx(config), "quantization": settings, "quantization_config": settings}
 
     def original_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the source's config.json."""
+        """Return the source's config.json from mlx-lm's words."""
         return original_config(config)
 
 

@@ -42,7 +42,7 @@ class Model:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Model:
-        """From config.json."""
+        """Read what names depend on from config.json."""
         text = config.get("text_config")
         tied = any(isinstance(part, Mapping) and part.get("tie_word_embeddings") for part in (config, text))
         return cls(str(config.get("model_type", "")).removesuffix(_TEXT), isinstance(text, Mapping), tied)
@@ -83,21 +83,21 @@ class Model:
 
 def config_for_mlx(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with the model type and the settings that mlx-lm looks for."""
-    found = dict(config)
-    kind = str(found.get("model_type", "")).removesuffix(_TEXT)
+    renamed = dict(config)
+    kind = str(renamed.get("model_type", "")).removesuffix(_TEXT)
     if kind in _WRAPPED:
-        found["model_type"] = kind
-    for part in _parts(found):
+        renamed["model_type"] = kind
+    for part in _parts(renamed):
         part |= {key: value for key, value in _older(part).items() if part.get(key) is None}
-    return found
+    return renamed
 
 
 def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of ``config_for_mlx``."""
-    found = dict(config)
-    if found.get("model_type") in _WRAPPED and not isinstance(found.get("text_config"), dict):
-        found["model_type"] += _TEXT
-    for part in _parts(found):
+    """Return the source's config.json: the inverse of ``config_for_mlx``."""
+    original = dict(config)
+    if original.get("model_type") in _WRAPPED and not isinstance(original.get("text_config"), dict):
+        original["model_type"] += _TEXT
+    for part in _parts(original):
         for key, value in _older(part).items():
             if part.get(key) == value:
                 del part[key]
@@ -105,7 +105,7 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(rope, dict) and "type" in rope and "rope_type" not in rope:
             # mlx_lm.convert renames it
             part["rope_parameters"] = {"rope_type" if key == "type" else key: value for key, value in rope.items()}
-    return found
+    return original
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -119,15 +119,15 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _older(config: Mapping[str, Any]) -> dict[str, Any]:
     """What newer configurations say in other words than mlx-lm reads."""
-    found = {}
+    older = {}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
+        older["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
-            found["rope_scaling"] = rope
+            older["rope_scaling"] = rope
     if "num_local_experts" in config and str(config.get("model_type")).startswith("qwen"):
-        found["num_experts"] = config["num_local_experts"]
-    return found
+        older["num_experts"] = config["num_local_experts"]
+    return older
 
 
 def is_stack(weight: Weight) -> bool:

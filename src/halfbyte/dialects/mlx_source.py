@@ -13,7 +13,7 @@ from halfbyte.dialects.mlx_names import Model, stack_of
 from halfbyte.dialects.outputs import Array
 from halfbyte.dialects.quantization_config import quantization_config_of
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.formats import AffineFormat, Format, get_format
+from halfbyte.formats import Format, get_format
 from halfbyte.models import Weight
 
 _NORMS = (
@@ -29,27 +29,27 @@ _ORDER = ("gate", "up", "down")
 _MODES = {2: ("nvfp4", 16, 4), 4: ("mxfp4", 32, 4), 8: ("mxfp8", 32, 8)}
 
 
-class Respelled(NamedTuple):
-    """The tensors that hold an unquantized weight, and how their slices become its values, upright."""
+class StoredWeight(NamedTuple):
+    """The tensors that hold an unquantized weight, and how their slices become its values, [..., N, K]."""
 
     names: tuple[str, ...]
-    back: Callable[[list[Array]], Array]
+    restore: Callable[[list[Array]], Array]
 
 
 def settings_of(inventory: Inventory) -> dict[str, Any]:
     """MLX's settings of a checkpoint, {} where there are none."""
-    for found in (inventory.config.get("quantization"), quantization_config_of(inventory)):
-        if isinstance(found, dict) and {"bits", "group_size"} <= set(found) and "quant_method" not in found:
-            return found
+    for settings in (inventory.config.get("quantization"), quantization_config_of(inventory)):
+        if isinstance(settings, dict) and {"bits", "group_size"} <= set(settings) and "quant_method" not in settings:
+            return settings
     return {}
 
 
 def parameters(fmt: Format) -> dict[str, Any]:
     """Group size, bits and mode of a format, in MLX's words."""
-    if isinstance(fmt, AffineFormat):
-        return {"group_size": fmt.group, "bits": fmt.bits, "mode": "affine"}
-    found = {"group_size": fmt.block[1], "bits": 8 if fmt.name == "mxfp8" else 4, "mode": fmt.name.split("_")[0]}
-    return found | ({"global_scale": True} if fmt.name == "nvfp4" else {})
+    if fmt.offset is not None:
+        return {"group_size": fmt.block[1], "bits": fmt.bits, "mode": "affine"}
+    values = {"group_size": fmt.block[1], "bits": fmt.bits, "mode": fmt.name.split("_")[0]}
+    return values | ({"global_scale": True} if fmt.name == "nvfp4" else {})
 
 
 class Source:
@@ -61,7 +61,7 @@ class Source:
         self.settings = settings_of(inventory)
         self.tensors: dict[str, TensorInfo] = {}
         self.formats: dict[str, Format] = {}
-        self._respelled: dict[str, Respelled] = {}
+        self._unquantized: dict[str, StoredWeight] = {}
         every = inventory.tensors
         # Qwen3.5 as converted by MLX: transposed convolutions come with norms that have 1 added
         self._converted = model.kind in ("qwen3_5", "qwen3_5_moe") and not any(
@@ -87,17 +87,17 @@ class Source:
             self._add_stack(original, [names[part] for part in _ORDER if part in names], quantized)
 
     def read(self, reader: Reader, weight: Weight, first: int, stop: int) -> Array | None:
-        """Leading indices of an unquantized weight in its original layout, upright; None where it lies so."""
-        found = self._respelled.get(weight.sources[0])
-        if found is None:
+        """Leading indices of an unquantized weight in its original layout, as [..., N, K]; None where it lies so."""
+        stored = self._unquantized.get(weight.sources[0])
+        if stored is None:
             return None
         bounds = (first, stop) if weight.shape else ()
-        return np.ascontiguousarray(found.back([reader.read(name, *bounds) for name in found.names]))
+        return np.ascontiguousarray(stored.restore([reader.read(name, *bounds) for name in stored.names]))
 
     def names(self, weight: Weight) -> list[str]:
         """The file's tensors that hold an unquantized weight."""
-        found = self._respelled.get(weight.sources[0])
-        return list(found.names) if found else list(weight.sources)
+        stored = self._unquantized.get(weight.sources[0])
+        return list(stored.names) if stored else list(weight.sources)
 
     def _add_matrix(self, original: str, name: str, module: str) -> None:
         info = self.inventory.tensors[name]
@@ -116,44 +116,46 @@ class Source:
         if original.endswith("_bias"):
             shape: tuple[int, ...] = (info.shape[0], sum(i.shape[1] for i in infos))
             fuse = _alternate if interleaved else _join
-            self._respell(original, info, shape, Respelled(tuple(names), fuse))
+            self._add_unquantized(original, info, shape, StoredWeight(tuple(names), fuse))
             return
         shape = (info.shape[0], sum(i.shape[1] for i in infos), info.shape[2])
         modules = [name.removesuffix(".weight") for name in names]
         if not quantized.intersection(modules):
-            back = Respelled(tuple(names), _alternate if interleaved else _join)
+            stored = StoredWeight(tuple(names), _alternate if interleaved else _join)
             # the original stacks of gpt-oss lie as [E, K, N]
-            self._respell(original, info, (shape[0], shape[2], shape[1]) if interleaved else shape, back)
+            self._add_unquantized(original, info, (shape[0], shape[2], shape[1]) if interleaved else shape, stored)
             return
         if not quantized.issuperset(modules):
             raise CheckpointError(f"{names[0]} and {names[-1]} are not both quantized; they cannot be read as one")
         formats = {self._format(module) for module in modules}
         if len(formats) > 1:
-            said = " and ".join(sorted(f.name for f in formats))
-            raise CheckpointError(f"{modules[0]} and {modules[1]} have the formats {said}; they cannot be read as one")
+            names_of_formats = " and ".join(sorted(f.name for f in formats))
+            raise CheckpointError(
+                f"{modules[0]} and {modules[1]} have the formats {names_of_formats}; they cannot be read as one"
+            )
         self.formats[original] = fmt = formats.pop()
         shape = (*shape[:2], _columns(info, fmt))
         self.tensors[original] = replace(info, name=original, dtype="BF16", shape=shape)
 
     def _add_plain(self, original: str, info: TensorInfo) -> None:
-        shape, dtype, back = info.shape, info.dtype, _same
+        shape, dtype, restore = info.shape, info.dtype, _same
         outside = original.startswith("mtp.")
         if self._converted and not outside and original.endswith("conv1d.weight"):
-            shape, back = (shape[0], shape[2], shape[1]), _turn
+            shape, restore = (shape[0], shape[2], shape[1]), _transposed
         elif self._converted and not outside and original.endswith(_NORMS) and len(shape) == 1:
-            dtype, back = "F32", _minus_one
+            dtype, restore = "F32", _minus_one
         elif len(shape) == 5 and info.name.startswith("vision_tower.") and shape[-1] < shape[1]:
-            shape, back = (shape[0], shape[4], *shape[1:4]), _channels_first
-        if back is _same and original == info.name:
+            shape, restore = (shape[0], shape[4], *shape[1:4]), _channels_first
+        if restore is _same and original == info.name:
             self.tensors[original] = info
         else:
-            self._respell(original, info, shape, Respelled((info.name,), back), dtype)
+            self._add_unquantized(original, info, shape, StoredWeight((info.name,), restore), dtype)
 
-    def _respell(
-        self, original: str, info: TensorInfo, shape: tuple[int, ...], how: Respelled, dtype: str = ""
+    def _add_unquantized(
+        self, original: str, info: TensorInfo, shape: tuple[int, ...], stored: StoredWeight, dtype: str = ""
     ) -> None:
         kind = dtype or info.dtype
-        self._respelled[original] = how
+        self._unquantized[original] = stored
         self.tensors[original] = replace(info, name=original, dtype=kind, shape=shape, nbytes=nbytes(kind, shape))
 
     def _format(self, module: str) -> Format:
@@ -161,14 +163,14 @@ class Source:
         tensors = self.inventory.tensors
         weight, scales = tensors[f"{module}.weight"], tensors[f"{module}.scales"]
         stated = self.settings.get(self.model.path(self.model.original(module)), self.settings.get(module))
-        told = stated if isinstance(stated, dict) else self.settings
+        settings = stated if isinstance(stated, dict) else self.settings
         words, groups = weight.shape[-1], scales.shape[-1]
         if scales.dtype == "U8":
             mode, group, bits = _MODES.get(words // groups, ("", 0, 0))
             scaled = f"{module}.global_scale" in tensors
             name = mode if mode != "nvfp4" or scaled else "nvfp4_unscaled"
         else:
-            group, bits, name = told.get("group_size", 64), told.get("bits", 4), "affine"
+            group, bits, name = settings.get("group_size", 64), settings.get("bits", 4), "affine"
             name = f"affine{bits}_g{group}"
         if not group or words * 32 != groups * group * bits:
             raise CheckpointError(
@@ -203,7 +205,7 @@ def _alternate(parts: list[Array]) -> Array:
     return np.stack(parts, axis=2).reshape(parts[0].shape[0], -1, *parts[0].shape[2:])
 
 
-def _turn(parts: list[Array]) -> Array:
+def _transposed(parts: list[Array]) -> Array:
     return np.swapaxes(parts[0], 1, 2)
 
 

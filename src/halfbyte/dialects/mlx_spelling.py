@@ -16,7 +16,7 @@ from halfbyte.dialects.mlx_names import Model, is_stack
 from halfbyte.dialects.mlx_source import Source
 from halfbyte.dialects.outputs import Array, OutputTensor
 from halfbyte.dialects.spelling import Spelling
-from halfbyte.formats import AffineFormat, BlockFormat, Format, get_format
+from halfbyte.formats import Format, get_format
 from halfbyte.models import Weight
 
 _BLOCK_FORMATS = ("mxfp4", "mxfp8", "nvfp4", "nvfp4_unscaled")
@@ -38,7 +38,7 @@ class MlxSpelling(Spelling):
 
     def problem(self, weight: Weight, fmt: Format) -> str | None:
         """Refuse formats that MLX has no kernels for, and weights that it does not quantize."""
-        if not (isinstance(fmt, AffineFormat) and fmt.offset == "bias") and fmt.name not in _BLOCK_FORMATS:
+        if fmt.offset != "bias" and fmt.name not in _BLOCK_FORMATS:
             return f"MLX has no mode for {fmt.name}; choose affine4, mxfp4, nvfp4 or another format of its list"
         if weight.role.startswith("mtp."):
             return f"{weight.name} predicts further tokens, and MLX programs read such weights unquantized; keep it"
@@ -75,7 +75,7 @@ class MlxSpelling(Spelling):
         return _global_scale(part) if output.part == "global_scale" else part
 
     def unpack(self, output: OutputTensor, stored: Array, fmt: Format, shape: tuple[int, ...]) -> Array:
-        """Invert ``pack``."""
+        """View words as bytes and divide the global scale by 2688: the inverse of ``pack``."""
         if output.part == "codes":
             return np.ascontiguousarray(stored).view(np.uint8).reshape(shape)
         return np.asarray((stored / _TOP if output.part == "global_scale" else stored).reshape(shape))
@@ -96,11 +96,11 @@ def _outputs(
     parts = fmt.parts(shape)
     words = (*shape[:-1], parts["codes"][1][-1] // 4)
     yield OutputTensor(f"{module}.weight", "U32", words, "codes", None, rows)
-    wide = isinstance(fmt, AffineFormat)
-    yield OutputTensor(f"{module}.scales", "BF16" if wide else "U8", parts["scales"][1], "scales", None, rows)
-    if wide:
+    affine = fmt.offset is not None
+    yield OutputTensor(f"{module}.scales", "BF16" if affine else "U8", parts["scales"][1], "scales", None, rows)
+    if affine:
         yield OutputTensor(f"{module}.biases", "BF16", parts["offsets"][1], "offsets", None, rows)
-    if isinstance(fmt, BlockFormat) and fmt.has_global_scale:
+    if fmt.has_global_scale:
         yield OutputTensor(f"{module}.global_scale", "F32", shape[:-2], "global_scale", None, None, 0)
 
 

@@ -88,7 +88,7 @@ class ModelOptPackage(Package):
     files = (FILE,)
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, bytes]:
-        """Return hf_quant_config.json."""
+        """Return hf_quant_config.json for a ``quantization_config``."""
         return {FILE: config_file(config)}
 
     def inherited(self, inventory: Inventory) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def quantization_config(layers: Mapping[tuple[str, bool], Sequence[str]], exclud
 
 
 def config_file(config: Mapping[str, Any]) -> bytes:
-    """hf_quant_config.json for a ``quantization_config``."""
+    """Return the content of hf_quant_config.json for a ``quantization_config``."""
     quantization = {key: config[key] for key in ("quant_algo", "group_size", "quantized_layers") if key in config}
     cache = config.get("kv_cache_scheme")
     quantization["kv_cache_quant_algo"] = "FP8" if isinstance(cache, dict) else cache
@@ -74,10 +74,10 @@ def settings_of(inventory: Inventory) -> dict[str, Any]:
     if inventory.root is None or FILE not in inventory.side_files:
         return {}
     try:
-        found = json.loads((inventory.root / FILE).read_bytes())["quantization"]
+        settings = json.loads((inventory.root / FILE).read_bytes())["quantization"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{FILE} in {inventory.source} cannot be read ({error!r})") from error
-    return found if isinstance(found, dict) and found.get("quant_algo") else {}
+    return settings if isinstance(settings, dict) and settings.get("quant_algo") else {}
 
 
 class Algorithms:

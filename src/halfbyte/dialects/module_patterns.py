@@ -17,12 +17,12 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 
 def spaces(weights: Iterable[Weight]) -> set[str]:
     """The first words of names beside the main model's (``mtp``, ``visual``, ``vision_tower``)."""
-    found = set()
+    first_words = set()
     for weight in weights:
         role = weight.role.removeprefix("quantized.")
         if role.startswith(("mtp.", "vision.")):
-            found.add(weight.name.removeprefix("model.").split(".", 1)[0])
-    return found - {"layers"}  # DeepSeek's MTP layers follow those of the main model and are told apart by number
+            first_words.add(weight.name.removeprefix("model.").split(".", 1)[0])
+    return first_words - {"layers"}  # DeepSeek's MTP layers follow those of the main model and are told apart by number
 
 
 def compact(chosen: Collection[str], others: Collection[str] = (), apart: Collection[str] = ()) -> list[str]:
@@ -50,9 +50,9 @@ def compact(chosen: Collection[str], others: Collection[str] = (), apart: Collec
 def _kind(name: str, apart: Collection[str]) -> str:
     """The name from its space or its layer on, numbers blanked."""
     start = name.removesuffix(".weight").rfind(".") + 1
-    found = _LAYER.search(name)
-    if found:
-        start = found.start() + (name[found.start()] == ".")
+    layer = _LAYER.search(name)
+    if layer:
+        start = layer.start() + (name[layer.start()] == ".")
     space = re.match(rf"(?:model\.)?({'|'.join(apart)})\.", name) if apart else None
     if space:
         start = space.start(1)
@@ -60,8 +60,8 @@ def _kind(name: str, apart: Collection[str]) -> str:
 
 
 def _layer(name: str) -> int:
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else -1
+    layer = _LAYER.search(name)
+    return int(layer.group(1)) if layer else -1
 
 
 def _pattern(kind: str, layers: set[int] | None) -> str:

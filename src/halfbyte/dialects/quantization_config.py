@@ -16,9 +16,9 @@ def quantization_config_of(inventory: Inventory) -> dict[str, Any]:
     text = inventory.config.get("text_config")
     for part in (inventory.config, text if isinstance(text, dict) else {}):
         for key in _SETTINGS:
-            found = part.get(key)
-            if isinstance(found, dict) and found:
-                return found
+            settings = part.get(key)
+            if isinstance(settings, dict) and settings:
+                return settings
     return {}
 
 

@@ -66,8 +66,8 @@ class Classifier:
         """The kind of all names that normalise to `normalised`; its role is `other` when no template fits."""
         for prefix in self._data.vision_prefixes:
             if normalised.startswith(prefix):
-                found = self._vision.find(normalised[len(prefix) :])
-                return _kind_of(found.value if found else "vision.other", "vision.")
+                match = self._vision.find(normalised[len(prefix) :])
+                return _kind_of(match.value if match else "vision.other", "vision.")
         for prefix in self._data.mtp_prefixes:
             if normalised.startswith(prefix):
                 inner = (prefix, *(prefix + more for more in self._data.prefixes))
@@ -96,26 +96,26 @@ class Classifier:
         return None
 
     def _plain(self, prefix: str, stripped: str, wrapper: str) -> Kind | None:
-        found = self._experts.find(stripped)
-        if found is not None:
-            return self._expert(prefix, found, wrapper)
-        found = self._roles.find(stripped)
-        if found is None:
+        match = self._experts.find(stripped)
+        if match is not None:
+            return self._expert(prefix, match, wrapper)
+        match = self._roles.find(stripped)
+        if match is None:
             return None
         return replace(
-            _kind_of(_wrap(wrapper, found.value), wrapper),
-            layer=found.layer,
-            expert=found.expert,
-            group=self._group_of.get(found.value),
+            _kind_of(_wrap(wrapper, match.value), wrapper),
+            layer=match.layer,
+            expert=match.expert,
+            group=self._group_of.get(match.value),
         )
 
-    def _expert(self, prefix: str, found: Match, wrapper: str) -> Kind:
-        fused, index = self._parts[found.value]
+    def _expert(self, prefix: str, match: Match, wrapper: str) -> Kind:
+        fused, index = self._parts[match.value]
         layout = self._data.experts[fused]
         return replace(
             _kind_of(_wrap(wrapper, layout.role), wrapper),
-            layer=found.layer,
-            expert=found.expert,
+            layer=match.layer,
+            expert=match.expert,
             fused=prefix + fused,
             part=index,
             parts=tuple(layout.parts),

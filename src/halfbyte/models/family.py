@@ -28,7 +28,7 @@ class InventoryLike(Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The content of config.json."""
+        """Return the content of config.json."""
 
 
 class Family:
@@ -93,11 +93,11 @@ class Family:
             if not plain or len(tensor.shape) < 2:
                 result.append(Weight(name, role, layer, tuple(tensor.shape), tensor.dtype, (Piece(name),)))
             elif kind.fused is not None and kind.expert is not None:
-                found = gathers.get((kind.fused, layer))
-                if found is None:
-                    found = gathers[kind.fused, layer] = (len(result), _gather(kind, role, layer))
+                gathered = gathers.get((kind.fused, layer))
+                if gathered is None:
+                    gathered = gathers[kind.fused, layer] = (len(result), _gather(kind, role, layer))
                     result.append(None)
-                found[1].sources[int(parts[2 * kind.expert + 1]), kind.part] = tensor
+                gathered[1].sources[int(parts[2 * kind.expert + 1]), kind.part] = tensor
             elif kind.is_stack:
                 result.append(self._stack(tensor, role, layer, config))
             else:

@@ -73,10 +73,10 @@ class FamilyFile(BaseModel):
         return roles
 
     def extended(self, parent: FamilyFile) -> FamilyFile:
-        """This file completed by `parent`: its own entries come first and win."""
-        own: dict[str, Any] = {key: getattr(self, key) for key in self.model_fields_set}
+        """This file completed by `parent`: its entries entries come first and win."""
+        entries: dict[str, Any] = {key: getattr(self, key) for key in self.model_fields_set}
         for key in ("roles", "experts", "groups", "vision", "norms"):
-            own[key] = merge(getattr(self, key), getattr(parent, key))
+            entries[key] = merge(getattr(self, key), getattr(parent, key))
         inherited = {
             key: getattr(parent, key)
             for key in (
@@ -84,7 +84,7 @@ class FamilyFile(BaseModel):
                 *("zero_centred_norms", "linear_up"),
             )
         }
-        return FamilyFile.model_construct(**{**inherited, **own})
+        return FamilyFile.model_construct(**{**inherited, **entries})
 
 
 def parse(text: str, name: str) -> FamilyFile:
@@ -104,13 +104,13 @@ def parse(text: str, name: str) -> FamilyFile:
 def read(name: str) -> FamilyFile:
     """The packaged family file `name`, completed by everything that it extends."""
     path = resources.files("halfbyte.models") / "families" / f"{name}.yaml"
-    own = parse(path.read_text(encoding="utf-8"), name)
-    return own.extended(read(own.extends)) if own.extends else own
+    data = parse(path.read_text(encoding="utf-8"), name)
+    return data.extended(read(data.extends)) if data.extends else data
 
 
 @cache
 def names() -> tuple[str, ...]:
     """All packaged families but `base`, sorted."""
     folder = resources.files("halfbyte.models") / "families"
-    found = (path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
-    return tuple(sorted(name for name in found if name != "base"))
+    files = (path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+    return tuple(sorted(name for name in files if name != "base"))

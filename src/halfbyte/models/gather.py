@@ -18,11 +18,11 @@ class TensorLike(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Safetensors spelling, e.g. `BF16`."""
+        """Return the element type in safetensors' spelling, e.g. `BF16`."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Dimensions, outermost first."""
+        """Return the dimensions, outermost first."""
 
 
 class Gather:

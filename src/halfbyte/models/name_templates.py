@@ -49,13 +49,13 @@ class Templates:
     def find(self, normalised: str) -> Match | None:
         """The first entry whose template fits `normalised` entirely, or None."""
         for regex, value in self._entries:
-            found = regex.fullmatch(normalised)
-            if found:
-                groups = found.re.groupindex
-                layer = _slot(found, "layer") if "layer" in groups else None
+            match = regex.fullmatch(normalised)
+            if match:
+                groups = match.re.groupindex
+                layer = _slot(match, "layer") if "layer" in groups else None
                 if layer is None and "#" in normalised:
                     layer = 0
-                return Match(value, layer, _slot(found, "expert") if "expert" in groups else None)
+                return Match(value, layer, _slot(match, "expert") if "expert" in groups else None)
         return None
 
 
@@ -72,6 +72,6 @@ def _to_regex(template: str) -> str:
     return "".join(parts) + re.escape(template[position:])
 
 
-def _slot(found: re.Match[str], group: str) -> int | None:
-    start = found.start(group)
-    return None if start < 0 else found.string.count("#", 0, start)
+def _slot(match: re.Match[str], group: str) -> int | None:
+    start = match.start(group)
+    return None if start < 0 else match.string.count("#", 0, start)

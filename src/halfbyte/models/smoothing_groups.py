@@ -61,7 +61,7 @@ def find_groups(
     tied: bool = False,
     products: bool = True,
 ) -> list[SmoothingGroup]:
-    """All groups of a checkpoint, layer by layer; those that cannot be folded have a ``refusal``.
+    """All groups of a checkpoint, layer by layer; those that cannot be smoothed have a ``refusal``.
 
     A norm feeds the projections that read it, which are all in its group; with ``products``, the rows of an up
     projection feed the columns of down. ``quantized`` names weights that the source holds quantized, ``tied``
@@ -117,9 +117,9 @@ class _Spelling:
     def _find(self, templates: Templates, name: str) -> str | None:
         normalised = normalise(name)
         for prefix in self._prefixes:
-            found = templates.find(normalised[len(prefix) :]) if normalised.startswith(prefix) else None
-            if found is not None:
-                return found.value
+            match = templates.find(normalised[len(prefix) :]) if normalised.startswith(prefix) else None
+            if match is not None:
+                return match.value
         return None
 
 

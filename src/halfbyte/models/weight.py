@@ -45,7 +45,7 @@ class Weight:
         """Names of the source tensors, in the order of the pieces."""
         return tuple(piece.source for piece in self.pieces)
 
-    def upright(self) -> Weight:
+    def untransposed(self) -> Weight:
         """The same weight with ``shape`` as [..., N, K], also where the source stores [..., K, N]."""
         if not self.transposed:
             return self

@@ -64,7 +64,7 @@ def make_plan(
     dialect = source if source and source.name == dialect.name else dialect.for_model(inventory)
     if max_shard_bytes is None:
         max_shard_bytes = sys.maxsize if dialect.package.standalone else MAX_SHARD_BYTES
-    weights = [w.upright() for w in checkpoint.weights]
+    weights = [w.untransposed() for w in checkpoint.weights]
     decisions = resolve(recipe, weights)
     items = [_item(checkpoint, w, d, dialect) for w, d in zip(weights, decisions, strict=True)]
     if not any(item.format for item in items):

@@ -33,7 +33,7 @@ def recipe_for(
         raise PlanError(f"{checkpoint.inventory.source} is in the dialect {dialect.name} already; copy the folder")
     # a source that cannot be written in any other form is refused by the plan
     upright = [
-        w.upright() for w in checkpoint.weights if w.name in checkpoint.formats and not source.package.standalone
+        w.untransposed() for w in checkpoint.weights if w.name in checkpoint.formats and not source.package.standalone
     ]
     problems = {w.name: said for w in upright if (said := obstacle(w, checkpoint.formats[w.name], dialect))}
     recipe = parse_recipe(f"name: {NAME}\nrules: [{{match: all, keep: true, reason: as in the source}}]", NAME)

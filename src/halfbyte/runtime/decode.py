@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from halfbyte.dialects.halfbyte import describe, stored_arrays
+from halfbyte.dialects.halfbyte import stored_arrays
 from halfbyte.formats import QuantizedTensor
 from halfbyte.runtime.remote.halfbyte_modules import Decoder
 
@@ -28,5 +28,5 @@ def decode(tensor: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.T
         values = torch.from_numpy(tensor.decode())
     else:
         arrays = {part: to_torch(array) for part, array in stored_arrays(tensor).items()}
-        values = Decoder(describe(tensor.format))(**arrays)
+        values = Decoder(tensor.format.describe())(**arrays)
     return values.to(dtype or torch.float32)

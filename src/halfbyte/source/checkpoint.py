@@ -39,8 +39,8 @@ class Checkpoint:
     @collector_paused()
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
-        spelling = next((d for d in list_dialects() if d.claims(inventory)), None)
-        self.dialect: Dialect | None = spelling.for_model(inventory) if spelling else None
+        dialect = next((d for d in list_dialects() if d.claims(inventory)), None)
+        self.dialect: Dialect | None = dialect.for_model(inventory) if dialect else None
         tensors: Mapping[str, TensorInfo] = inventory.tensors
         by_tensor: dict[str, Format] = {}
         if self.dialect is not None:
@@ -50,19 +50,19 @@ class Checkpoint:
         self.formats: dict[str, Format] = {}
         self._stored: dict[str, list[OutputTensor]] = {}
         for weight in self.weights if by_tensor else ():
-            found = {by_tensor.get(source) for source in weight.sources}
-            if len(found) > 1:
+            formats = {by_tensor.get(source) for source in weight.sources}
+            if len(formats) > 1:
                 raise CheckpointError(
                     f"the tensors of {weight.name} in {inventory.source} have different formats; "
                     "it cannot be read as one weight"
                 )
-            fmt = found.pop()
+            fmt = formats.pop()
             if fmt is not None:
                 self.formats[weight.name] = fmt
-        turned = [w for w in self.weights if w.transposed and w.name in self.formats]
-        # as they lie in the file
-        self._turned = {w.name: w for w in turned if self.dialect and self.dialect.spelling.transposed_stacks}
-        if len(self._turned) < len(turned):
+        transposed = {w.name: w for w in self.weights if w.transposed and w.name in self.formats}
+        # quantized stacks that lie as [E, K, N] in the files too
+        self._stored_transposed = transposed if self.dialect and self.dialect.spelling.transposed_stacks else {}
+        if transposed and not self._stored_transposed:
             self.weights = [replace(w, transposed=False) if w.name in self.formats else w for w in self.weights]
 
     @classmethod
@@ -79,7 +79,7 @@ class Checkpoint:
             return self._stored[weight.name]
         assert self.dialect is not None
         tensors = self.inventory.tensors
-        weight = self._turned.get(weight.name, weight)
+        weight = self._stored_transposed.get(weight.name, weight)
         outputs = self.dialect.spelling.stored(weight, self.formats[weight.name], tensors)
         for i, output in enumerate(outputs):
             info = tensors.get(output.name)
@@ -111,8 +111,8 @@ class Checkpoint:
         """
         if weight.name not in self.formats:
             end = (weight.shape[0] if weight.shape else 0) if stop is None else stop
-            own = self.dialect.unquantized.read(reader, weight, first, end) if self.dialect else None
-            return read_dense(reader, weight, first, stop) if own is None else own
+            values = self.dialect.unquantized.read(reader, weight, first, end) if self.dialect else None
+            return read_dense(reader, weight, first, stop) if values is None else values
         try:
             return self.read_quantized(reader, weight, first, stop).decode()
         except UnequalScalesError:
@@ -125,9 +125,9 @@ class Checkpoint:
 
         UnequalScalesError where the projections of a stack have a global scale each; ``read`` gives their values.
         """
-        turned = self._turned.get(weight.name)
-        tensor = self._assemble(reader, turned or weight, self.stored(weight), first, stop)
-        return _swapped(tensor) if turned else tensor
+        transposed = self._stored_transposed.get(weight.name)
+        tensor = self._assemble(reader, transposed or weight, self.stored(weight), first, stop)
+        return _transposed(tensor) if transposed else tensor
 
     def _assemble(
         self, reader: Reader, weight: Weight, stored: Sequence[OutputTensor], first: int, stop: int | None
@@ -154,13 +154,13 @@ class Checkpoint:
         values = np.empty((stop - first, *weight.shape[1:]), dtype=np.float32)
         for i, (_, begin, until) in enumerate(weight.row_parts):
             part = replace(weight, shape=(weight.shape[0], until - begin, weight.shape[2]), row_parts=())
-            mine = [o._replace(rows=None) for k, o in enumerate(stored) if k // each % count == i]
+            outputs = [o._replace(rows=None) for k, o in enumerate(stored) if k // each % count == i]
             rows = slice(i, None, count) if weight.interleaved else slice(begin, until)
-            values[:, rows] = self._assemble(reader, part, mine, first, stop).decode()
+            values[:, rows] = self._assemble(reader, part, outputs, first, stop).decode()
         return values
 
 
-def _swapped(tensor: QuantizedTensor) -> QuantizedTensor:
+def _transposed(tensor: QuantizedTensor) -> QuantizedTensor:
     """[E, N, K] of a stack that was read as [E, K, N]; its blocks are square."""
     codes, scales = (np.ascontiguousarray(np.swapaxes(a, 1, 2)) for a in (tensor.codes, tensor.scales))
     experts, columns, rows = tensor.shape

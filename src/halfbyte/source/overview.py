@@ -54,7 +54,7 @@ class ClassSummary:
     stored: dict[str, int] = field(default_factory=dict)
 
     def add(self, tensors: int, parameters: int, nbytes: int, stored: str) -> None:
-        """Count a weight."""
+        """Add a weight to the counts."""
         self.tensors += tensors
         self.parameters += parameters
         self.nbytes += nbytes
@@ -102,19 +102,19 @@ def overview(checkpoint: Checkpoint) -> Overview:
     roles: dict[str, RoleSummary] = {}
     classes = {name: ClassSummary(name) for name in CLASSES}
     for weight in checkpoint.weights:
-        found = roles.setdefault(weight.role, RoleSummary(weight.role))
+        summary = roles.setdefault(weight.role, RoleSummary(weight.role))
         fmt = checkpoint.formats.get(weight.name)
         names = checkpoint.tensors_of(weight)
-        found.tensors += len(names)
-        found.weights += 1
-        found.parameters += math.prod(weight.shape)
+        summary.tensors += len(names)
+        summary.weights += 1
+        summary.parameters += math.prod(weight.shape)
         size = sum(inventory.tensors[name].nbytes for name in names)
-        found.nbytes += size
-        found.per_expert |= weight.pieces[0].expert is not None
+        summary.nbytes += size
+        summary.per_expert |= weight.pieces[0].expert is not None
         _class_of(weight.role, classes).add(
             len(names), math.prod(weight.shape), size, fmt.name if fmt else weight.dtype
         )
-        _count(found.formats if fmt else found.dtypes, fmt.name if fmt else weight.dtype)
+        _count(summary.formats if fmt else summary.dtypes, fmt.name if fmt else weight.dtype)
     names_of_roles = set(roles)
     return Overview(
         source=inventory.source,
@@ -131,7 +131,7 @@ def overview(checkpoint: Checkpoint) -> Overview:
         data_bytes=inventory.total_bytes,
         files=inventory.files,
         roles=list(roles.values()),
-        classes=[found for found in classes.values() if found.tensors],
+        classes=[summary for summary in classes.values() if summary.tensors],
         engines=compatibility_notes(
             checkpoint.family.name,
             checkpoint.dialect.name if checkpoint.dialect else None,
@@ -146,8 +146,8 @@ def overview(checkpoint: Checkpoint) -> Overview:
 
 
 def _class_of(role: str, classes: dict[str, ClassSummary]) -> ClassSummary:
-    own = role.removeprefix("quantized.")
-    name = next((n for n, below in CLASSES.items() if any(is_under(own, prefix) for prefix in below)), None)
+    bare = role.removeprefix("quantized.")
+    name = next((n for n, below in CLASSES.items() if any(is_under(bare, prefix) for prefix in below)), None)
     return classes[name or list(CLASSES)[-1]]
 
 

@@ -1,7 +1,7 @@
-"""AWQ folding of a whole checkpoint: scales are chosen once, stored beside the weights, applied slice by slice.
+"""AWQ smoothing of a whole checkpoint: scales are chosen once, stored beside the weights, applied slice by slice.
 
-``halfbyte_folds.st`` (a safetensors file under a name that engines do not take for weights) holds per folded group
-the scale FP32 [K], or [E, K] where experts have their own; all ones where folding does not pay. Its norm is divided
+``halfbyte_folds.st`` (a safetensors file under a name that engines do not take for weights) holds per smoothed group
+the scale FP32 [K], or [E, K] where experts have their own; all ones where smoothing does not pay. Its norm is divided
 by it and rounded, and the columns of all that reads the norm are multiplied by what the rounded norm amounts to.
 """
 
@@ -30,7 +30,7 @@ _KIND = {"format": "halfbyte-folds", "version": "1"}
 
 @dataclass
 class Smoothing:
-    """What folding makes of one weight: columns are multiplied, then rows divided; a norm has new ``values``.
+    """What smoothing makes of one weight: columns are multiplied, then rows divided; a norm has new ``values``.
 
     ``columns`` FP32 [K] or [E, K]; ``rows`` FP32 [N] or [E, N], ones for rows that stay.
     """
@@ -40,7 +40,7 @@ class Smoothing:
     values: Array | None = None
 
     def apply(self, array: Array, first: int = 0) -> Array:
-        """Leading indices (experts, rows, or elements of a vector) from ``first`` on, folded, in FP32 or wider."""
+        """Leading indices (experts, rows, or elements of a vector) from ``first`` on, smoothed, in FP32 or wider."""
         if self.values is not None:
             return self.values[first : first + len(array)]
         wide = array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32)
@@ -52,13 +52,13 @@ class Smoothing:
             wide /= rows[..., None] if array.ndim > rows.ndim else rows
         return wide
 
-    def kept(self, array: Array, first: int = 0) -> Array:
-        """The same in the type of ``array``: what becomes of a weight that is not quantized."""
+    def apply_rounded(self, array: Array, first: int = 0) -> Array:
+        """Apply in the type of ``array``: what becomes of a weight that is not quantized."""
         with np.errstate(over="ignore"):
             return self.apply(array, first).astype(array.dtype)
 
     def part(self, piece: Piece) -> Smoothing:
-        """The fold of one expert's projection, where a stack lies in many tensors."""
+        """The smoothing of one expert's projection, where a stack lies in many tensors."""
         if piece.expert is None:
             return self
         columns, rows = self.columns, self.rows
@@ -98,8 +98,8 @@ def make_smoothings(
     for group in groups:
         scale = scales.get(group.name)
         if scale is None or scale.shape != _shape(group):
-            found = "no scale" if scale is None else f"a scale of shape {list(scale.shape)}"
-            raise CheckpointError(f"{FOLDS} has {found} for {group.name}, which needs {list(_shape(group))}")
+            held = "no scale" if scale is None else f"a scale of shape {list(scale.shape)}"
+            raise CheckpointError(f"{FOLDS} has {held} for {group.name}, which needs {list(_shape(group))}")
         if (scale == 1).all():
             continue
         first = group.producers[0]
@@ -120,22 +120,22 @@ def make_smoothings(
 
 
 def resmoothed(
-    checkpoint: Checkpoint, reader: Reader, weight: Weight, fold: Smoothing, size: int, names: set[str]
+    checkpoint: Checkpoint, reader: Reader, weight: Weight, smoothing: Smoothing, size: int, names: set[str]
 ) -> Iterator[tuple[str, int, Array]]:
-    """A kept weight's source tensors ``names`` after folding, in their own dtype: (name, first leading index, part).
+    """A kept weight's source tensors ``names`` after smoothing, in their own dtype: (name, first leading index, part).
 
     Parts have about ``size`` bytes; how large they are changes no bit of them.
     """
     for piece in weight.pieces:
         if piece.source not in names:
             continue
-        info, mine = checkpoint.inventory.tensors[piece.source], fold.part(piece)
-        turned = weight.transposed and piece.expert is None
+        info, of_piece = checkpoint.inventory.tensors[piece.source], smoothing.part(piece)
+        transposed = weight.transposed and piece.expert is None
         step = max(1, size // max(nbytes(info.dtype, info.shape[1:]), 1))
         for first in range(0, info.shape[0], step):
             array = reader.read(piece.source, first, min(first + step, info.shape[0]))
-            stored = mine.kept(np.swapaxes(array, -1, -2) if turned else array, first)
-            yield piece.source, first, np.ascontiguousarray(np.swapaxes(stored, -1, -2) if turned else stored)
+            stored = of_piece.apply_rounded(np.swapaxes(array, -1, -2) if transposed else array, first)
+            yield piece.source, first, np.ascontiguousarray(np.swapaxes(stored, -1, -2) if transposed else stored)
 
 
 def _shape(group: SmoothingGroup) -> tuple[int, ...]:

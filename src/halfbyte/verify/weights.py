@@ -203,7 +203,7 @@ class _Pair:
             dense = self.source.read(self.right, weight, first, stop)
             if weight.name in self.smoothings:
                 wide = dense.astype(np.float32) if dense.dtype.itemsize > 4 else dense
-                dense = self.smoothings[weight.name].kept(wide, first)
+                dense = self.smoothings[weight.name].apply_rounded(wide, first)
             if ours.shape != dense.shape or not np.array_equal(ours, dense.astype(np.float32)):
                 problems.append(f"{weight.name} was to be kept, but its values differ from the source")
                 return
