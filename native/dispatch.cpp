@@ -1,29 +1,13 @@
 // The exported functions: the kernels of the instruction set that the caller names.
+#include "arithmetic.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
-#include <immintrin.h>
 #define HB_X86 1
 #endif
 
 namespace {
-
-// Subnormal numbers and rounding as IEEE 754 has them, whatever other libraries left in this thread.
-struct StandardArithmetic {
-#if HB_X86
-  unsigned saved = _mm_getcsr();
-  StandardArithmetic() { _mm_setcsr(0x1f80); }
-  ~StandardArithmetic() { _mm_setcsr(saved); }
-#elif defined(__aarch64__)
-  uint64_t saved;
-  StandardArithmetic() {
-    __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
-    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
-  }
-  ~StandardArithmetic() { __asm__ volatile("msr fpcr, %0" : : "r"(saved)); }
-#endif
-};
 
 #if HB_X86
 // The largest instruction set that the processor has and whose registers the operating system saves.
