@@ -14,7 +14,7 @@ struct Experts {
   const int down_kind = kernels.arithmetic(&down, p.mode, HB_FP32);
   // rotations that differ between experts need activations of their own for each
   const bool own_rows = up.swaps && up.lead > 1;
-  hb_row_layout up_layout, down_layout;
+  hb_row_layout up_layout = {}, down_layout = {};
 
   struct Group {
     int64_t expert, first, count;  // of the pairs of rows and slots, sorted by expert

@@ -5,6 +5,7 @@
 
 namespace {
 
+constexpr int64_t layout_end = (int64_t)1 << 40;  // units of a block that is the whole row
 constexpr int TOKENS = 64;  // rows of activations that share one decoding of a panel's codes
 
 HB_MEMBER int64_t units_of(const hb_weight& w) { return (w.k + 31) / 32; }
@@ -43,15 +44,9 @@ struct Panel {
   }
 };
 
-// Scales of W rows; those in FP8 come without the powers of two of `scale_unit`.
+// Scales of W rows from their stored form.
 template <int KIND>
-HB_INLINE F scale_at(const hb_weight& w, const uint8_t* p) {
-  if (KIND == HB_SCALE_E4M3) {
-    const Halves stored = __builtin_convertvector(load<RowBytes>(p), Halves);
-    const Halves low = stored & 0x7f, nan = (Halves)(low == 0x7f) & 0x7e00;
-    return widen((low << 7) | nan | (w.negate ? (stored & 0x80) << 8 : Halves{}));
-  }
-  if (KIND == HB_SCALE_E3M3) return widen((__builtin_convertvector(load<RowBytes>(p), Halves) & 0x3f) << 7);
+HB_INLINE F scale_at(const uint8_t* p) {
   if (KIND == HB_SCALE_E8M0) {
     const I c = row_bytes(p), end = (c == 0) | (c == 255);
     return floats(c << 23 | (end & 0x00400000));
@@ -60,6 +55,24 @@ HB_INLINE F scale_at(const hb_weight& w, const uint8_t* p) {
   if (KIND == HB_SCALE_FP16) return widen(load<Halves>(p));
   if (KIND == HB_SCALE_E6M2) return floats(((load<I>(p) & 0xff) + (79 << 2)) << 21);
   return load<F>(p);
+}
+
+typedef uint8_t TwoRowBytes __attribute__((vector_size(2 * W)));
+typedef uint16_t TwoHalves __attribute__((vector_size(4 * W)));
+
+// The same of 2 W rows in FP8, by way of FP16: without the powers of two of `scale_unit`.
+template <int KIND>
+HB_INLINE void small_scales(const uint8_t* p, bool negate, float* out) {
+  const TwoHalves stored = __builtin_convertvector(load<TwoRowBytes>(p), TwoHalves);
+  TwoHalves half = (stored & (uint16_t)(KIND == HB_SCALE_E3M3 ? 0x3f : 0x7f)) << 7;
+  if (KIND == HB_SCALE_E4M3) {
+    half |= (TwoHalves)(half == 0x3f80) & 0x7e00;  // NaN
+    if (negate) half |= (stored & 0x80) << 8;
+  }
+  Halves parts[2];
+  memcpy(parts, &half, sizeof parts);
+  store(out, widen(parts[0]));
+  store(out + W, widen(parts[1]));
 }
 
 HB_MEMBER float scale_unit(const hb_weight& w) {
@@ -71,34 +84,55 @@ HB_MEMBER bool has_steps(const hb_weight& w) {
   return false;
 }
 
+// `count` scales from their stored form.
 template <int KIND>
-HB_INLINE void scales_of(const hb_weight& w, const Panel& panel, int64_t unit, int units, float* out) {
-  const int per_unit = scales_per_unit(w), size = scale_size(w);
-  const bool steps = has_steps(w);
-  int64_t before = -1;
-  for (int i = 0; i < units * per_unit; ++i, out += 16) {
-    const int64_t block = w.block == 0 ? 0 : (unit * per_unit + i) * (32 / per_unit) / w.block;
-    if (block == before) {
-      memcpy(out, out - 16, 64);
-      continue;
-    }
-    before = block;
-    if (!has_row_scales(w)) {
-      const F one = all(load<float>(panel.scales + block * 4));
-      for (int r = 0; r < R; ++r) store(out + r * W, one);
-      continue;
-    }
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* const p = panel.scales + (block * 16 + r * W) * size;
-      F scale = scale_at<KIND>(w, p);
-      if (steps) {
-        const I chosen = row_bytes(p) >> w.scale_bits;
-        F step = all(w.steps[0]);
-        for (int t = 1; t < w.table_count; ++t) step = select((I)(chosen == t), all(w.steps[t]), step);
-        scale *= step;
-      }
-      store(out + r * W, scale);
-    }
+HB_INLINE void convert_scales(const hb_weight& w, const uint8_t* p, int count, float* out) {
+  if (KIND == HB_SCALE_E4M3 || KIND == HB_SCALE_E3M3) {
+    int i = 0;
+    if (w.negate)
+      for (; i + 2 * W <= count; i += 2 * W) small_scales<KIND>(p + i, true, out + i);
+    for (; i + 2 * W <= count; i += 2 * W) small_scales<KIND>(p + i, false, out + i);
+    if (i == count) return;
+    alignas(64) float both[2 * W];  // 16 scales are half of the widest vectors
+    uint8_t bytes[2 * W] = {};
+    memcpy(bytes, p + i, W);
+    small_scales<KIND>(bytes, w.negate, both);
+    memcpy(out + i, both, 4 * W);
+  } else {
+    const int size = scale_size(w);
+    for (int i = 0; i < count; i += W) store(out + i, scale_at<KIND>(p + i * size));
+  }
+}
+
+void multiply_steps(const hb_weight& w, const uint8_t* p, int count, float* out) {
+  for (int i = 0; i < count; i += W) {
+    const I chosen = row_bytes(p + i) >> w.scale_bits;
+    F step = all(w.steps[0]);
+    for (int t = 1; t < w.table_count; ++t) step = select((I)(chosen == t), all(w.steps[t]), step);
+    store(out + i, load<F>(out + i) * step);
+  }
+}
+
+template <int KIND>
+void scales_of(const hb_weight& w, const Panel& panel, int64_t unit, int units, float* out) {
+  const int per_unit = scales_per_unit(w), size = scale_size(w), count = units * per_unit;
+  if (has_row_scales(w) && (w.block == 16 || w.block == 32)) {
+    const uint8_t* const p = panel.scales + unit * per_unit * 16 * size;
+    convert_scales<KIND>(w, p, count * 16, out);
+    if (has_steps(w)) multiply_steps(w, p, count * 16, out);
+    return;
+  }
+  // wider blocks: one scale for some units
+  const int64_t per_block = w.block == 0 ? layout_end : w.block / 32;
+  for (int i = 0; i < units;) {
+    const int64_t block = (unit + i) / per_block, rest = (block + 1) * per_block - unit - i;
+    const int same = rest < units - i ? (int)rest : units - i;
+    if (has_row_scales(w)) convert_scales<KIND>(w, panel.scales + block * 16 * size, 16, out);
+    else
+      for (int r = 0; r < R; ++r) store(out + r * W, all(load<float>(panel.scales + block * 4)));
+    for (int j = 1; j < same; ++j) memcpy(out + 16 * j, out, 64);
+    i += same;
+    out += 16 * same;
   }
 }
 
@@ -139,11 +173,10 @@ template <int TABLES>
 struct TableCodes {
   const uint8_t* codes;
   const uint8_t* selectors;  // scale bytes
-  int shift;                 // that brings the selector to the top of a lane
   Bytes tables[TABLES];
 
   TableCodes(const hb_weight& w, const Panel& panel, int64_t unit, int bias)
-      : codes(panel.codes + unit * 256), selectors(panel.scales + unit * 32), shift(32 - 8) {
+      : codes(panel.codes + unit * 256), selectors(panel.scales + unit * 32) {
     for (int t = 0; t < TABLES; ++t) {
       int8_t table[16];
       for (int i = 0; i < 16; ++i) table[i] = (int8_t)(uint8_t)(w.tables[t][i] + bias);
@@ -163,7 +196,10 @@ struct TableCodes {
 
   HB_MEMBER void four(int u, int p, int r, Bytes& low, Bytes& high) const {
     const Bytes c = load<Bytes>(codes + (u * 4 + p) * 64 + r * 4 * W);
-    const I selector = TABLES == 1 ? I{} : row_bytes(selectors + (u * 2 + p / 2) * 16 + r * W) << 24;
+    const uint8_t* const chosen = selectors + (u * 2 + p / 2) * 16 + r * W;
+    const I selector = TABLES == 1   ? I{}
+                       : TABLES == 2 ? signed_row_bytes(chosen)
+                                     : row_bytes(chosen) << 24;
     low = value(c & 15, selector);
     high = value((Bytes)((U)c >> 4) & 15, selector);
   }

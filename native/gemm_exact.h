@@ -7,6 +7,7 @@ namespace {
 // Elements as FP32: eight() gives columns 8p .. 8p + 7 of rows r * W ... of a unit. Integers come times 2**24.
 template <class Codes>
 struct IntegerFloats {
+  static constexpr bool DECODED = false;
   Codes codes;
 
   HB_MEMBER void eight(int u, int p, int r, F* out) const {
@@ -20,6 +21,7 @@ struct IntegerFloats {
 };
 
 struct E4M3Floats {
+  static constexpr bool DECODED = false;
   ByteCodes codes;
 
   template <int J>
@@ -40,6 +42,7 @@ struct E4M3Floats {
 };
 
 struct TableFloats {
+  static constexpr bool DECODED = false;
   const uint8_t* codes;
   const float* values;
 
@@ -56,11 +59,9 @@ struct TableFloats {
 };
 
 struct DecodedFloats {
+  static constexpr bool DECODED = true;
   const float* values;
 
-  HB_MEMBER void eight(int u, int p, int r, F* out) const {
-    HB_UNROLL for (int j = 0; j < 8; ++j) out[j] = load<F>(values + ((u * 4 + p) * 8 + j) * 16 + r * W);
-  }
 };
 
 struct Exact {
@@ -89,6 +90,35 @@ struct Exact {
         }
   }
 
+  // The same sums of the same products, in an order that keeps more of them in registers.
+  template <int S, int T>
+  static void chunk(const DecodedFloats& floats, const float* scales, const Tile<T>& tile, int64_t unit, int units,
+                    float (*sums)[16]) {
+    for (int u = 0; u < units; ++u)
+      for (int g = 0; g < S; ++g) {
+        F both[2][T][R];
+        HB_UNROLL for (int half = 0; half < 2; ++half) {
+          F sum[T][R] = {};
+          for (int p = g * 4 / S; p < (g + 1) * 4 / S; ++p)
+            HB_UNROLL for (int j = 4 * half; j < 4 * half + 4; ++j) {
+              F w[R];
+              HB_UNROLL for (int r = 0; r < R; ++r) w[r] = load<F>(floats.values + ((u * 4 + p) * 8 + j) * 16 + r * W);
+              HB_UNROLL for (int t = 0; t < T; ++t) {
+                const F x = all(((const float*)tile.x[t])[(unit + u) * 32 + 8 * p + j]);
+                HB_UNROLL for (int r = 0; r < R; ++r) sum[t][r] = fma(w[r], x, sum[t][r]);
+              }
+            }
+          HB_UNROLL for (int t = 0; t < T; ++t)
+            HB_UNROLL for (int r = 0; r < R; ++r) both[half][t][r] = sum[t][r];
+        }
+        HB_UNROLL for (int r = 0; r < R; ++r) {
+          const F scale = load<F>(scales + (u * S + g) * 16 + r * W);
+          HB_UNROLL for (int t = 0; t < T; ++t)
+            store(sums[t] + r * W, fma(both[0][t][r] + both[1][t][r], scale, load<F>(sums[t] + r * W)));
+        }
+      }
+  }
+
   template <class Floats>
   static void decode(const Floats& floats, int units, float* out) {
     for (int u = 0; u < units; ++u)
@@ -104,6 +134,8 @@ struct Exact {
   static void tiles(const Floats& floats, const float* scales, const hb_row_layout& layout, const void* const* rows,
                     int count, int64_t unit, int units, float (*sums)[16]) {
     int i = 0;
+    if constexpr (R <= 2 && Floats::DECODED)
+      for (; i + 6 <= count; i += 6) chunk<S, 6>(floats, scales, Tile<6>(layout, rows + i), unit, units, sums + i);
     for (; i + 4 <= count; i += 4) chunk<S, 4>(floats, scales, Tile<4>(layout, rows + i), unit, units, sums + i);
     if (count - i >= 2) {
       chunk<S, 2>(floats, scales, Tile<2>(layout, rows + i), unit, units, sums + i);

@@ -84,7 +84,27 @@ HB_INLINE Bytes pick(I sign, Bytes a, Bytes b) {
 
 HB_INLINE F pick(I sign, F a, F b) { return (F)pick(sign, (Bytes)a, (Bytes)b); }
 
-HB_INLINE I row_bytes(const void* p) { return __builtin_convertvector(load<RowBytes>(p), I); }
+// W bytes, a lane each; GCC converts short vectors byte by byte.
+HB_INLINE I row_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  return __builtin_convertvector(load<RowBytes>(p), I);
+#endif
+}
+
+// The same with their sign.
+HB_INLINE I signed_row_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  return __builtin_convertvector(load<SignedRowBytes>(p), I);
+#endif
+}
 
 // Byte j of each lane as the lane's top byte, zeros below.
 template <int J>
