@@ -1,0 +1,96 @@
+"""A quantized weight in panels of 16 rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.errors import FormatError
+from halfbyte.formats import QuantizedTensor
+from halfbyte.kernels.linear_layout import describe_weight
+from halfbyte.kernels.linear_native import aligned
+from halfbyte.kernels.linear_runtime import NoKernelError, native_library
+
+
+class PackedWeight:
+    """The arrays of a quantized weight [..., N, K] in panels of 16 rows; ``native`` describes them."""
+
+    def __init__(self, tensor: QuantizedTensor, bias: NDArray[Any] | None = None) -> None:
+        library, _ = native_library()
+        native = describe_weight(tensor.format)
+        if native is None or len(tensor.shape) not in (2, 3):
+            shape = list(tensor.shape)
+            raise NoKernelError(f"there is no compiled product for a weight of format {tensor.format.name}, {shape}")
+        self.format, self.shape = tensor.format, tuple(tensor.shape)
+        self.native = native
+        self._library = library
+        native.lead = int(np.prod(self.shape[:-2], dtype=np.int64))
+        native.n, native.k = self.shape[-2:]
+        arrays = self._checked(tensor)
+        self._has_inverse = tensor.global_scale_inv is not None
+        self._keep(arrays, tensor, bias)
+        sizes = library.packed_bytes(native)
+        self._codes, self._scales, self._offsets = (aligned(size) for size in sizes)
+        for name, memory in (("codes", self._codes), ("scales", self._scales), ("offsets", self._offsets)):
+            setattr(native, name, memory.ctypes.data)
+        library.repack(native, arrays["codes"], arrays["scales"], arrays.get("offsets"))
+
+    def _checked(self, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        found = {}
+        for name, (dtype, shape) in tensor.format.parts(self.shape).items():
+            array = getattr(tensor, name)
+            if name == "global_scale" and tensor.global_scale_inv is not None:
+                array = tensor.global_scale_inv
+            if name == "rotation" and array is None:
+                continue
+            if array is None or array.shape != shape or array.dtype != dtype:
+                held = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
+                raise FormatError(
+                    f"{name} of a {tensor.format.name} weight {list(self.shape)} must be {np.dtype(dtype)} "
+                    f"{list(shape)}, not {held}"
+                )
+            found[name] = np.require(array, requirements=("C", "A"))
+        return found
+
+    def _keep(self, arrays: dict[str, NDArray[Any]], tensor: QuantizedTensor, bias: NDArray[Any] | None) -> None:
+        native = self.native
+        scale = arrays.get("global_scale")
+        self._global = None if scale is None else scale.reshape(-1).copy()
+        native.divide = self._has_inverse
+        native.global_scale = None if self._global is None else self._global.ctypes.data
+        self._swaps = arrays["rotation"].copy() if "rotation" in arrays else None
+        if self._swaps is not None:
+            native.swaps = self._swaps.ctypes.data
+        elif native.swap_steps:
+            native.swap_steps = 0  # no steps are stored: the Hadamard matrix alone
+        self.bias = None if bias is None else np.array(bias, dtype=np.float32)
+        if self.bias is not None:
+            wanted = (*self.shape[:-2], self.shape[-2])
+            if self.bias.shape != wanted:
+                raise FormatError(f"the bias of a weight {list(self.shape)} must be {list(wanted)}")
+            native.row_bias = self.bias.ctypes.data
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays that stay in memory."""
+        arrays = (self._codes, self._scales, self._offsets, self._global, self._swaps, self.bias)
+        return sum(a.nbytes for a in arrays if a is not None)
+
+    def unpack(self) -> QuantizedTensor:
+        """The quantized tensor that was packed, byte for byte."""
+        parts = self.format.parts(self.shape)
+        arrays: dict[str, Any] = {
+            name: np.empty(size, dtype=dtype)
+            for name, (dtype, size) in parts.items()
+            if name in ("codes", "scales", "offsets")
+        }
+        self._library.unpack(self.native, arrays["codes"], arrays["scales"], arrays.get("offsets"))
+        scale = None if self._global is None else self._global.reshape(self.shape[:-2]).copy()
+        arrays["global_scale_inv" if self._has_inverse else "global_scale"] = scale
+        arrays["rotation"] = None if self._swaps is None else self._swaps.copy()
+        return QuantizedTensor(self.format, self.shape, **arrays)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("packed weights hold addresses and cannot be pickled; pickle what unpack() gives")
