@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def by_role(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
     """One object per role and format: weights, parameters, relmse, the largest error, blocks that chose each table."""
-    from halfbyte.formats import BlockFormat, get_format
+    from halfbyte.formats import get_format
 
     groups: dict[tuple[str, str], list[TensorError]] = {}
     for error in errors:
@@ -23,7 +23,7 @@ def by_role(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
         squares = sum(e.squares for e in members)
         counts = [sum(column) for column in zip(*(e.codebook_blocks for e in members), strict=True)]
         known = get_format(fmt)
-        tables = [t.name for t in known.codebooks] if isinstance(known, BlockFormat) else []
+        tables = [t.name for t in known.codebooks]
         rows.append(
             {
                 "role": role,

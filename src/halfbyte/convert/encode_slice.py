@@ -13,7 +13,7 @@ from halfbyte.calibration import Activations
 from halfbyte.checkpoint import Reader
 from halfbyte.convert.hessian_cache import Hessians
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.formats import BlockFormat, Format, QuantizedTensor, rotation_of, stacked
+from halfbyte.formats import Format, QuantizedTensor, rotation_of, stacked
 from halfbyte.formats.rotation import Swaps, check_swaps
 from halfbyte.kernels import ErrorStats, rotate
 from halfbyte.kernels import amax as largest
@@ -98,13 +98,13 @@ def encode_slice(
     """
     fmt = item.format
     assert fmt is not None
-    if isinstance(fmt, BlockFormat) and fmt.rotation:
+    if fmt.rotation:
         swaps = check_swaps(known.rotation if known else None, fmt.rotation, array.shape, fmt.block[1])
         tensor = encode_slice(plan, replace(item, format=fmt.plain), array, amax, stats, known, fitted)
         return replace(tensor, format=fmt, rotation=swaps)
     weights = known.importance if known else None
     scales: dict[str, Any] = {"amax": amax}
-    if isinstance(fmt, BlockFormat) and fmt.has_global_scale:
+    if fmt.has_global_scale:
         scale = global_scale(amax, fmt, get_search(item.search), item.power_of_two) if fitted is None else fitted
         if item.fitted and len(array.shape) > 2:
             scale = soar_global_scale(

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.convert.pipeline import Task
-from halfbyte.formats import BlockFormat
 from halfbyte.plan.shards import Item
 from halfbyte.search import get_search, global_scale
 from halfbyte.search.soar import Doubles, Fit, row_sums
@@ -30,7 +29,7 @@ def shared_scale(
     Importance counts where all of the matrices have it, since errors in other units cannot be added up.
     """
     fmt = items[0].format
-    assert isinstance(fmt, BlockFormat)
+    assert fmt is not None
     if not all(item.weighted for item in items):
         values = partial(_unweighted, values)
     fit = Fit(float(global_scale(amax, fmt, get_search(items[0].search))))
@@ -48,6 +47,6 @@ def _unweighted(values: Values, *piece: int) -> tuple[NDArray[Any], None]:
 def _sum(
     item: Item, piece: Piece, scale: np.float32, global_scale_inv: bool, values: Values, sums: dict[Piece, Doubles]
 ) -> None:
-    assert isinstance(item.format, BlockFormat)
+    assert item.format is not None
     rows, importance = values(*piece)
     sums[piece] = row_sums(rows, item.format.plain, item.search, scale, importance, global_scale_inv)

@@ -14,7 +14,6 @@ from halfbyte.calibration import Calibration
 from halfbyte.calibration.importance import Floats
 from halfbyte.calibration.token_counts import enough
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.formats import BlockFormat
 from halfbyte.formats.rotation import Swaps, plain_swaps
 from halfbyte.plan.shards import Item
 from halfbyte.search.gptq import Prepared, prepare
@@ -44,7 +43,7 @@ class Hessians:
         None for the Hadamard matrix: where the format has no such steps, or too few tokens were seen.
         """
         fmt, weight = item.format, item.weight
-        assert isinstance(fmt, BlockFormat)
+        assert fmt is not None
         reached = enough(self.calibration, weight.name)
         if fmt.rotation is None or not fmt.rotation.steps or reached is None:
             return None
@@ -58,7 +57,7 @@ class Hessians:
         return found
 
     def _swaps(self, item: Item, expert: int | None, scale: Floats | None) -> Swaps:
-        assert isinstance(item.format, BlockFormat) and item.format.rotation is not None
+        assert item.format is not None and item.format.rotation is not None
         key = self._key(item, expert, scale)
         # a few bytes, which every slice of a weight asks for; threads that find them twice find the same
         if key not in self._rotations:
@@ -125,7 +124,7 @@ class Hessians:
         hessian: ArrayLike = self.calibration.hessian(item.weight.name, expert, scale)
         method, fmt = item.method, item.format
         with _named(item, expert):
-            if isinstance(fmt, BlockFormat) and fmt.rotation:
+            if fmt.rotation:
                 swaps = self._swaps(item, expert, scale) if fmt.rotation.steps else None
                 hessian, fmt = rotated_hessian(hessian, fmt, swaps), fmt.plain
             if method.name == "local_hessian":

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import BlockFormat, QuantizedTensor
+from halfbyte.formats import QuantizedTensor
 from halfbyte.formats.transcode import top_exponent, transcode
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.shards import Item
-from halfbyte.plan.transcoding import shares_scale
 from halfbyte.source.checkpoint import Checkpoint
 
 Cuts = Sequence[tuple[int, int]]
@@ -72,7 +71,7 @@ class Transcoder:
     def _agree(self, items: Sequence[Item], cuts: Sequence[Cuts]) -> bool:
         """Whether all matrices can have one global scale; experts of a stack have one each."""
         fmt, first = items[0].format, items[0].weight
-        if len(first.shape) > 2 or not shares_scale(fmt):
+        if len(first.shape) > 2 or not (fmt and fmt.shares_scale):
             return True
         before = {self.checkpoint.formats[item.weight.name] for item in items}
         if len(before) > 1:
@@ -101,28 +100,14 @@ def respell(tensor: QuantizedTensor, global_scale_inv: bool) -> QuantizedTensor:
 
 def _same_scales(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     """Whether a multiplier and a divisor make the same of every scale code, as powers of two do."""
-    assert isinstance(a.format, BlockFormat)
-    codes = np.arange(1 << a.format.scale.bits, dtype=np.uint8)
-    values = a.format.split_scales(codes)[0]
-    scaled = [
-        values * t.global_scale[..., None] if t.global_scale_inv is None else values / t.global_scale_inv[..., None]
-        for t in (a, b)
-        if t.global_scale is not None
-    ]
-    return np.array_equal(scaled[0], scaled[1], equal_nan=True)
+    codes = 1 << a.format.scale.bits if a.format.scale else 256  # selector bits lie above
+    factors = [t.format.scale_factors(t)[..., :codes] for t in (a, b)]
+    return np.array_equal(factors[0], factors[1], equal_nan=True)
 
 
 def _check_finite(tensor: QuantizedTensor, name: str) -> None:
     """As decoding would find it, without decoding where the scales tell."""
-    fmt = tensor.format
-    if isinstance(fmt, BlockFormat):
-        found = [fmt.split_scales(tensor.scales)[0], tensor.global_scale, tensor.global_scale_inv]
-        # E4M3 has NaN, signed bytes have not
-        broken = bool(np.isnan(fmt.codebooks[0].array).any() and ((tensor.codes & 0x7F) == 0x7F).any())
-        broken |= tensor.global_scale_inv is not None and not tensor.global_scale_inv.all()
-    else:
-        found, broken = [tensor.decode()], False
-    if broken or not all(np.isfinite(array).all() for array in found if array is not None):
+    if not tensor.format.is_finite(tensor):
         raise CheckpointError(
             f"{name} decodes to a NaN or an infinity; repair the source, or drop the tensor by a rule"
         )

@@ -149,7 +149,7 @@ class Turn:
 
 def _turn(checkpoint: Checkpoint, reader: Reader, weight: Weight) -> Turn:
     fmt = checkpoint.formats[weight.name]
-    if not isinstance(fmt, BlockFormat) or fmt.rotation is None:
+    if fmt.rotation is None:
         return Turn()
     if not fmt.rotation.steps:
         return Turn(fmt.block[1])

@@ -17,7 +17,7 @@ from halfbyte.calibration.importance import match_importance, read_importance
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
+from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax, in_rotated_space
 from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.models import Weight
@@ -88,12 +88,12 @@ class WeightError:
             return None
         fmt = get_format(self.error.format)
         values = sorted(self.scales)
-        kind = fmt.scale.name if isinstance(fmt, BlockFormat) else "stored"
+        kind = fmt.scale.name if fmt.scale else "stored"
         return {"type": kind, "values": values, "counts": [self.scales[v] for v in values]}
 
     def _tables(self) -> dict[str, float]:
         fmt = get_format(self.error.format) if self.error.format else None
-        if not isinstance(fmt, BlockFormat) or len(fmt.codebooks) < 2:
+        if fmt is None or len(fmt.codebooks) < 2:
             return {}
         counts = self.error.codebook_blocks
         return {t.name: count / max(sum(counts), 1) for t, count in zip(fmt.codebooks, counts, strict=False)}
@@ -193,7 +193,7 @@ class _Job:
         self, found: WeightError, weight: Weight, dense: NDArray[Any], values: NDArray[Any], first: int
     ) -> None:
         fmt = self.ours.formats[weight.name]
-        if isinstance(fmt, BlockFormat) and len(fmt.codebooks) > 1:
+        if len(fmt.codebooks) > 1:
             found.error.codebook_blocks = [0] * len(fmt.codebooks)
         wide = dense.astype(np.float64)
         error = values - wide
@@ -218,7 +218,7 @@ class _Job:
 def _count_blocks(found: WeightError, fmt: Format, tensor: QuantizedTensor, dense: NDArray[Any]) -> None:
     """Scales by value, and blocks that are zero, saturated, or at the end of their scales."""
     found.blocks = tensor.scales.size
-    if not isinstance(fmt, BlockFormat):
+    if fmt.scale is None:
         return
     if tensor.scales.dtype.itemsize == 1:
         mask = (1 << fmt.scale.bits) - 1
@@ -238,11 +238,9 @@ def _count_blocks(found: WeightError, fmt: Format, tensor: QuantizedTensor, dens
         found.saturated_blocks = _saturated_blocks(fmt, tensor, dense)
 
 
-def _saturated_blocks(fmt: BlockFormat, tensor: QuantizedTensor, dense: NDArray[Any]) -> int:
+def _saturated_blocks(fmt: Format, tensor: QuantizedTensor, dense: NDArray[Any]) -> int:
     """Blocks whose largest magnitude is beyond what table and scale can hold."""
-    scales, chosen = fmt.decode_scales(tensor)
-    ends = np.array([np.abs(np.delete(t.array, list(t.unused))).max() for t in fmt.codebooks], dtype=np.float32)
-    reach = np.abs(scales) * (ends[0] if chosen is None else ends[chosen])
+    reach = fmt.block_reach(tensor)
     largest, _ = amax(dense.reshape(-1, 1, fmt.block[1]))
     return int(np.count_nonzero(largest.reshape(reach.shape) > reach))
 

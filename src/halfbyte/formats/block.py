@@ -111,6 +111,18 @@ class BlockFormat(Format):
         scales, _ = self.split_scales(np.arange(256, dtype=np.uint8))
         return self._times_global_scale(scales, tensor, (..., None))
 
+    def global_scale_reach(self, largest_scale: float | None = None) -> float:
+        """2688 = 6 * 448 for NVFP4; FormatError without a global scale."""
+        if not self.has_global_scale:
+            return super().global_scale_reach(largest_scale)
+        return (self.scale.maximum if largest_scale is None else largest_scale) * self.global_top
+
+    def block_reach(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
+        """Largest magnitude of each block's codebook, times its scale."""
+        scales, chosen = self.decode_scales(tensor)
+        ends = np.array([np.abs(np.delete(t.array, list(t.unused))).max() for t in self.codebooks], dtype=np.float32)
+        return np.asarray(np.abs(scales) * (ends[0] if chosen is None else ends[chosen]))
+
     def is_finite(self, tensor: QuantizedTensor) -> bool:
         """Whether scales and codes are numbers, without decoding: no product of theirs leaves the range of FP32."""
         arrays = [self.split_scales(tensor.scales)[0], tensor.global_scale, tensor.global_scale_inv]

@@ -121,6 +121,18 @@ class Format(ABC):
         """What each scale byte multiplies codebook values by, FP32 [..., codes]; FormatError without scale bytes."""
         raise FormatError(f"{self.name} has no scale bytes, so they cannot be listed; compare decoded values")
 
+    def global_scale_reach(self, largest_scale: float | None = None) -> float:
+        """The multiple of the global scale that a tensor's amax maps to; FormatError without a global scale.
+
+        ``largest_scale``: the block scale that amax gets, by default the largest that can be stored.
+        """
+        raise FormatError(f"{self.name} has no global scale")
+
+    def block_reach(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
+        """Largest magnitude that each block along K can stand for, FP32, shaped like the scales."""
+        reach = np.abs(self.value_range(tensor)).max(axis=0)
+        return np.asarray(reach.reshape(*tensor.scales.shape, self.block[1]).max(axis=-1))
+
     def is_finite(self, tensor: QuantizedTensor) -> bool:
         """Whether the tensor decodes to neither a NaN nor an infinity."""
         return bool(np.isfinite(tensor.decode()).all())

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import AffineFormat, BlockFormat, HiF4Format, QuantizedTensor
-from halfbyte.formats.hif4 import micro_scales
-from halfbyte.formats.scales import E6M2
+from halfbyte.formats import QuantizedTensor
 
 
 @dataclass
@@ -47,7 +45,7 @@ class ErrorStats:
 
 def codebook_count(tensor: QuantizedTensor) -> int:
     """How many tables the blocks of this format choose from."""
-    return len(tensor.format.codebooks) if isinstance(tensor.format, BlockFormat) else 1
+    return max(1, len(tensor.format.codebooks))
 
 
 def reference_stats(tensor: QuantizedTensor, source: NDArray[Any]) -> ErrorStats:
@@ -55,7 +53,7 @@ def reference_stats(tensor: QuantizedTensor, source: NDArray[Any]) -> ErrorStats
     wide = source.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         error = (tensor.format.decode(tensor) - wide).astype(np.float64)
-        ends = _range(tensor)
+        ends = tensor.format.value_range(tensor)
     low, high = np.minimum(*ends), np.maximum(*ends)
     return ErrorStats(
         wide.size,
@@ -65,23 +63,3 @@ def reference_stats(tensor: QuantizedTensor, source: NDArray[Any]) -> ErrorStats
         int(np.count_nonzero((wide < low) | (wide > high))),
         np.bincount(tensor.codebooks.ravel(), minlength=codebook_count(tensor)).tolist(),
     )
-
-
-def _range(tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The values at both ends of each element's block, in the tensor's shape."""
-    fmt = tensor.format
-    if isinstance(fmt, BlockFormat):
-        scales, chosen = fmt.decode_scales(tensor)
-        used = [np.delete(t.array, list(t.unused)) for t in fmt.codebooks]
-        ends = np.array([[u.min() for u in used], [u.max() for u in used]], dtype=np.float32)
-        first, last = (ends[:, 0].reshape(2, *(1,) * scales.ndim) if chosen is None else ends[:, chosen]) * scales
-        return fmt.spread(first, tensor.shape), fmt.spread(last, tensor.shape)
-    if isinstance(fmt, HiF4Format):
-        step = E6M2.to_value(tensor.scales & np.uint32(255))[..., None]
-        top = np.repeat(np.float32(1.75) * (step * micro_scales(tensor.scales)), 4, axis=-1).reshape(tensor.shape)
-        return -top, top
-    assert isinstance(fmt, AffineFormat) and tensor.offsets is not None
-    s, o = tensor.scales.astype(np.float32), tensor.offsets.astype(np.float32)
-    levels = np.float32(fmt.levels)
-    first, last = (o, levels * s + o) if fmt.offset == "bias" else ((-o) * s, (levels - o) * s)
-    return np.repeat(first, fmt.group, axis=-1), np.repeat(last, fmt.group, axis=-1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import BlockFormat, QuantizedTensor
+from halfbyte.formats import QuantizedTensor
 from halfbyte.kernels import ErrorStats, compare
 
 
@@ -87,18 +87,10 @@ class TensorError:
 def _largest_change(before: QuantizedTensor, after: QuantizedTensor) -> float:
     """The largest relative change of any code's value under the scale bytes that occur."""
     fmt = before.format
-    assert isinstance(fmt, BlockFormat)
-    scales, chosen = fmt.split_scales(np.arange(256, dtype=np.uint8))
+    _, chosen = fmt.split_scales(np.arange(256, dtype=np.uint8))
     codebooks = np.stack([t.array for t in fmt.codebooks])[0 if chosen is None else chosen]
-    found = [
-        codebooks
-        * (
-            scales * t.global_scale[..., None] if t.global_scale_inv is None else scales / t.global_scale_inv[..., None]
-        )[..., None]
-        for t in (before, after)
-        if t.global_scale is not None
-    ]
+    values = [codebooks * fmt.scale_factors(t)[..., None] for t in (before, after)]
     lead = before.shape[:-2]
     used = np.array([np.bincount(s.ravel(), minlength=256) > 0 for s in before.scales.reshape(math.prod(lead), -1)])
-    some = used.reshape(*lead, 256)[..., None] & (found[0] != 0)
-    return float((np.abs(found[1] - found[0])[some] / np.abs(found[0][some])).max(initial=0))
+    some = used.reshape(*lead, 256)[..., None] & (values[0] != 0)
+    return float((np.abs(values[1] - values[0])[some] / np.abs(values[0][some])).max(initial=0))

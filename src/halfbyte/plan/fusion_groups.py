@@ -8,7 +8,7 @@ from typing import Any
 from halfbyte.errors import PlanError
 from halfbyte.plan.calibration_use import is_tied
 from halfbyte.plan.shards import Item
-from halfbyte.plan.transcoding import REQUANTIZED, shares_scale
+from halfbyte.plan.transcoding import REQUANTIZED
 
 
 def check_groups(items: Iterable[Item]) -> None:
@@ -22,7 +22,7 @@ def check_groups(items: Iterable[Item]) -> None:
             raise PlanError(
                 f"engines fuse the group {name}, so its members need one format, but they have {_fates(members)}"
             )
-        if shares_scale(members[0].format) and any(m.action == "quantize" for m in members):
+        if (fmt := members[0].format) and fmt.shares_scale and any(m.action == "quantize" for m in members):
             for m in members:
                 m.action, m.reason = "quantize", m.reason if m.action == "quantize" else REQUANTIZED
 

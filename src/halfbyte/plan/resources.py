@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from halfbyte import kernels
 from halfbyte.checkpoint import nbytes
-from halfbyte.formats import BlockFormat, Format, rotation_of
+from halfbyte.formats import Format, rotation_of
 from halfbyte.plan.shards import Item
 from halfbyte.search.soar import working_bytes
 
@@ -85,11 +85,7 @@ def whole_rows(fmt: Format | None) -> int:
 def shares_amax(unit: Sequence[Item]) -> bool:
     """Whether the unit's matrices have one scale, so that all are looked at before any is encoded."""
     fmt = unit[0].format
-    return (
-        len(unit[0].weight.shape) <= 2
-        and isinstance(fmt, BlockFormat)
-        and (fmt.has_global_scale or fmt.block == (-1, -1))
-    )
+    return len(unit[0].weight.shape) <= 2 and fmt is not None and fmt.shares_scale
 
 
 def need(item: Item, count: int, quantized: bool, folded: bool = False) -> int:

@@ -119,14 +119,15 @@ def set_scales(
 ) -> None:
     """Fill in what the kernels must know beforehand: global scales, or the scale of a whole tensor."""
     fmt, lead = out.format, array.shape[:-2]
-    tensor_wide = isinstance(fmt, BlockFormat) and fmt.has_global_scale
+    tensor_wide = fmt.has_global_scale
     if not tensor_wide and (global_scale is not None or global_scale_inv is not None):
         raise FormatError(f"{fmt.name} has no global scale; leave the arguments global_scale and global_scale_inv out")
-    if not isinstance(fmt, BlockFormat) or not (tensor_wide or fmt.block == (-1, -1)):
+    if not fmt.shares_scale:
         return
     if global_scale is None and global_scale_inv is None:
         largest = _per_matrix(amax, lead, "amax") if amax is not None else _amax(array)
-    if fmt.block == (-1, -1):
+    if fmt.scale_per_matrix:
+        assert fmt.scale is not None
         # always absmax, since a search over FP8 scales gains nothing
         top = np.float32(fmt.codebooks[0].top)
         stored = fmt.scale.to_code(np.where(largest == 0, np.float32(1), largest / top))

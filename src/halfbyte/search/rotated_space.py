@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from halfbyte.errors import FormatError
-from halfbyte.formats import BlockFormat
+from halfbyte.formats import BlockFormat, Format
 from halfbyte.formats.rotation import END, ROTATIONS, Swaps, check_swaps, hadamard_blocks, rotate_reference
 from halfbyte.search.encode import into_rotated_space
 from halfbyte.search.hessian import checked, diagonal_blocks
@@ -63,7 +63,7 @@ def rotation_matrices(size: int, swaps: Swaps | None = None) -> Doubles:
     return found
 
 
-def rotated_hessian(hessian: ArrayLike, fmt: BlockFormat, swaps: Swaps | None) -> Doubles:
+def rotated_hessian(hessian: ArrayLike, fmt: Format, swaps: Swaps | None) -> Doubles:
     """The Hessian R^T H R [..., K, K] of inputs that a format's rotation was applied to."""
     h = checked(hessian, np.shape(hessian)[-1] if np.ndim(hessian) else 0)
     found = check_swaps(swaps, fmt.rotation, h.shape, fmt.block[1]) if fmt.rotation else None

@@ -7,24 +7,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import BlockFormat, Codebook
+from halfbyte.formats import BlockFormat, Codebook, Format
 from halfbyte.search.searches import Search
 
 Floats = NDArray[np.float32]
 SMALLEST = np.float32(2.0**-126)
 
 
-def tensor_maximum(fmt: BlockFormat, search: Search) -> np.float32:
+def tensor_maximum(fmt: Format, search: Search) -> np.float32:
     """The multiple of the global scale that the tensor's amax maps to: 2688 = 6 * 448 for NVFP4.
 
     Four Over Six leaves room for scales 1.5 times larger: 6 * 256 = 1536 (arXiv 2512.02010).
     """
-    largest = 256.0 if search.only == "four_over_six" else fmt.scale.maximum
-    return np.float32(largest * fmt.global_top)
+    return np.float32(fmt.global_scale_reach(256.0 if search.only == "four_over_six" else None))
 
 
 def global_scale(
-    amax: NDArray[np.float32], fmt: BlockFormat, search: Search, power_of_two: bool = False
+    amax: NDArray[np.float32], fmt: Format, search: Search, power_of_two: bool = False
 ) -> NDArray[np.float32]:
     """FP32 global scale for the given amax (any shape); 1 where amax is zero.
 

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from halfbyte import kernels
 from halfbyte.errors import FormatError
-from halfbyte.formats import BlockFormat, Format, get_format
+from halfbyte.formats import Format, get_format
 from halfbyte.search.encode import as_weight, encode, relative_importance
 from halfbyte.search.rules import SMALLEST
 from halfbyte.search.rules import global_scale as absmax_scale
@@ -95,7 +95,6 @@ def soar_global_scale(
     problem = unfittable(fmt)
     if problem:
         raise FormatError(f"{problem}; use the search alone")
-    assert isinstance(fmt, BlockFormat)
     arrays = [as_weight(w, fmt) for w in weights]
     if not arrays or any(a.shape[:-2] != arrays[0].shape[:-2] for a in arrays):
         raise FormatError("weights that share a global scale must be given together, with the same leading shape")
@@ -117,7 +116,7 @@ def soar_global_scale(
 
 def row_sums(
     rows: NDArray[Any],
-    fmt: BlockFormat,
+    fmt: Format,
     search: str,
     scale: np.float32,
     importance: ArrayLike | None = None,
@@ -146,7 +145,7 @@ def row_sums(
 
 def unfittable(fmt: Format) -> str | None:
     """Why a format has nothing to fit, or None."""
-    return None if isinstance(fmt, BlockFormat) and fmt.has_global_scale else f"{fmt.name} has no global scale to fit"
+    return None if fmt.has_global_scale else f"{fmt.name} has no global scale to fit"
 
 
 def working_bytes(columns: int) -> int:
