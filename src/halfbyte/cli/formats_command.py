@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _about(fmt: Format) -> dict[str, Any]:
     from halfbyte.dialects import list_dialects
-    from halfbyte.formats import BlockFormat
     from halfbyte.models import Weight
     from halfbyte.models.weight import Piece
 
@@ -75,9 +74,9 @@ def _about(fmt: Format) -> dict[str, Any]:
         "name": fmt.name,
         "bits_per_weight": 8 * fmt.nbytes(_SHAPE) / (_SHAPE[0] * _SHAPE[1]),
         "block": f"{rows} x {columns}",
-        "tables": [t.name for t in fmt.codebooks] if isinstance(fmt, BlockFormat) else [],
-        "scale": fmt.scale.name if isinstance(fmt, BlockFormat) else "",
-        "global_scale": isinstance(fmt, BlockFormat) and fmt.has_global_scale,
+        "tables": [t.name for t in fmt.codebooks],
+        "scale": fmt.scale.name if fmt.scale else "",
+        "global_scale": fmt.has_global_scale,
         "dialects": [
             d.name for d in list_dialects() if any(d.spelling.problem(weight, fmt) is None for weight in samples)
         ],

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from halfbyte.dialects import Dialect, OutputTensor
-from halfbyte.formats import BlockFormat, Format
+from halfbyte.formats import Format
 from halfbyte.formats.transcode import may_transcode
 from halfbyte.models import Weight
 from halfbyte.plan.shards import Item
@@ -35,20 +35,11 @@ def claim(weight: Weight, before: Format, after: Format, source: Dialect, target
         return None
     if before != after:
         return WHERE_FITTING
-    if not shares_scale(after):
+    if not after.shares_scale:
         return LOSSLESS
-    if (
-        isinstance(after, BlockFormat)
-        and after.has_global_scale
-        and target.spelling.power_of_two
-        and source is not target
-    ):
+    if after.has_global_scale and target.spelling.power_of_two and source is not target:
         return None
-    if (
-        isinstance(after, BlockFormat)
-        and after.has_global_scale
-        and source.spelling.global_scale_inv != target.spelling.global_scale_inv
-    ):
+    if after.has_global_scale and source.spelling.global_scale_inv != target.spelling.global_scale_inv:
         return RECIPROCAL
     return WHERE_SHARED if weight.group or weight.row_parts else LOSSLESS
 
@@ -68,14 +59,9 @@ def obstacle(weight: Weight, fmt: Format, target: Dialect) -> str | None:
     stands = target.spelling.format_for(weight, fmt)
     if stands != fmt:
         return f"its engines read {weight.name} in {stands.name} and not in {fmt.name}"
-    if isinstance(fmt, BlockFormat) and fmt.has_global_scale and target.spelling.power_of_two:
+    if fmt.has_global_scale and target.spelling.power_of_two:
         return "it stores global scales exactly only where they are powers of two, so that the codes must be made anew"
     return misfit(weight, fmt, target)
-
-
-def shares_scale(fmt: Format | None) -> bool:
-    """Whether matrices that engines fuse must have one scale in this format."""
-    return isinstance(fmt, BlockFormat) and (fmt.has_global_scale or fmt.block == (-1, -1))
 
 
 def respelled(checkpoint: Checkpoint, weight: Weight, fmt: Format, dialect: Dialect) -> list[OutputTensor]:

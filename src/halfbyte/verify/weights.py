@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from halfbyte.checkpoint import Inventory, Reader, numpy_dtype
 from halfbyte.dialects import OutputTensor
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import BlockFormat, Format, QuantizedTensor, get_format
+from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
 from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.models import Weight
@@ -279,10 +279,8 @@ def _slices(weight: Weight) -> Iterator[tuple[int, int]]:
 
 def _vanished(source: NDArray[Any], tensor: QuantizedTensor) -> bool:
     fmt = tensor.format
-    if not isinstance(fmt, BlockFormat) or fmt.scale.name != "e4m3" or fmt.block[0] != 1:
-        return False
-    zero = (tensor.scales & 127) == 0
-    if not zero.any():
+    zero = fmt.zero_scales(tensor)
+    if fmt.block[0] != 1 or not zero.any():
         return False
     blocks = to_blocks(source.reshape(-1, *source.shape[-2:]), fmt.block)
     return bool((blocks.any(axis=-1).reshape(zero.shape) & zero).any())
@@ -294,9 +292,9 @@ def _shared_scales(ours: Checkpoint, reader: Reader) -> list[str]:
     problems = []
     for weight in ours.weights:
         fmt = ours.formats.get(weight.name)
-        if weight.group is None or not isinstance(fmt, BlockFormat):
+        if weight.group is None or fmt is None:
             continue
-        part = "global_scale" if fmt.has_global_scale else "scales" if fmt.block == (-1, -1) else None
+        part = "global_scale" if fmt.has_global_scale else "scales" if fmt.scale_per_matrix else None
         names = [o.name for o in ours.dialect.spelling.outputs(weight, fmt) if o.part == part] if ours.dialect else []
         if not names or names[0] not in ours.inventory.tensors:
             continue
