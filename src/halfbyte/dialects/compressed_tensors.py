@@ -30,7 +30,7 @@ class CompressedTensorsActivations(ActivationScales):
     endings = (".input_global_scale", ".input_scale")
 
     def scale(self, fmt: Format) -> InputScale | None:
-        """Store a divisor beside NVFP4, a multiplier beside FP8."""
+        """Return a reciprocal beside NVFP4, a multiplier beside FP8."""
         if fmt.rotation:
             return None
         if fmt.name == "nvfp4":

@@ -88,8 +88,8 @@ def find_groups(
             problem = _norm_problem(group, members + strays, read, orphans, mtp, tied)
             result.append(replace(group, refusal=problem or _problem(group, family, quantized)))
         if products and family.data.linear_up:
-            found = _products(members, named)
-            result += [replace(g, refusal=_problem(g, family, quantized)) for g in found]
+            products_here = _products(members, named)
+            result += [replace(g, refusal=_problem(g, family, quantized)) for g in products_here]
     return result
 
 
