@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.convert.conversion import convert
-from halfbyte.errors import HalfbyteError, VerifyError
+from halfbyte.errors import HalfbyteError, MeasurementError, VerifyError
 from halfbyte.plan.build import make_plan
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.verify.weights import verify
@@ -93,6 +93,8 @@ def _evaluate(demo: Demo, folder: Path) -> None:
     first, *found = evaluate(folders, against=MODEL, text=TEXT, length=LENGTH, dequantize=True)
     demo.source_perplexity = first["perplexity"]
     demo.protocol = first["protocol"]
+    if invalid := next((row["invalid"] for row in (first, *found) if row["invalid"]), None):
+        raise MeasurementError(invalid)
     for row, values in zip(demo.rows, found, strict=True):
         row.perplexity = values["perplexity"]
         row.kl = values["kl"]["mean"]

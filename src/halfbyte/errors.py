@@ -29,6 +29,10 @@ class OutputError(HalfbyteError):
     """The output cannot be written: folder in use, disk full, output inside the input."""
 
 
+class MeasurementError(HalfbyteError):
+    """A model gives numbers that are no measurement: values that are not finite."""
+
+
 class VerifyError(HalfbyteError):
     """The output does not match its plan or source."""
 

@@ -191,3 +191,13 @@ def _numbers(value: Any) -> list[float]:
 
 def _spellings(number: float) -> list[str]:
     return [f"{scale * number:.{digits}f}" for scale in (1, 100) for digits in range(2, 8)]
+
+
+def test_a_checkpoint_that_could_not_be_measured_is_shown_as_not_valid(out: Path, tmp_path: Path) -> None:
+    why = {"invalid": "it gives values that are not finite, first in model.layers.1", "kl": documents.divergence(0.0)}
+    text = model_card(out, [results_of(out, tmp_path / "r.json", **why)]).text
+    assert "**Not valid**: it gives values that are not finite, first in model.layers.1" in text
+    assert "KL divergence from the source" not in text and "100" not in text.partition("## Evaluation")[2][:300]
+    # files of earlier releases have a null where a number was not finite
+    old = model_card(out, [results_of(out, tmp_path / "old.json", perplexity=None, kl=documents.divergence(0.0))]).text
+    assert "**Not valid**" in old and "same most likely token" not in old

@@ -196,3 +196,13 @@ def test_the_command_writes_the_page_and_names_what_it_ignored(
 def test_a_failed_report_leaves_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "none.json"), "-o", str(tmp_path / "out.html")]) == 2
     assert "does not exist" in capsys.readouterr().err and not (tmp_path / "out.html").exists()
+
+
+def test_a_row_that_is_not_valid_has_no_numbers(tmp_path: Path) -> None:
+    broken = documents.row("broken", 4_000, 0.0) | {"invalid": "it gives values that are not finite"}
+    document = documents.results(documents.row("base", 16_000, None), broken)
+    write_report([write(tmp_path / "r.json", document)], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert text.count('class="value"><button') >= 1 and "Not valid: it gives values that are not finite." in text
+    assert "within the noise floor" not in text and ">20.000<" in text  # the source's own perplexity
+    assert text.count("not valid") >= 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from halfbyte.calibrate.samples import Samples, make_samples
 from halfbyte.calibrate.states import States, release_memory
 from halfbyte.calibration.statistics import Part, Statistics, new_about, read_about, write_about, write_part
 from halfbyte.checkpoint import Reader
-from halfbyte.errors import OutputError
+from halfbyte.errors import MeasurementError, OutputError
+from halfbyte.evaluate.finite import is_finite, refusal
 from halfbyte.runtime.loading import load_tokenizer
 from halfbyte.source.checkpoint import Checkpoint
 
@@ -146,6 +148,10 @@ class _Run:
                     continue
                 first = rows.start // length
                 hidden, found[count, length] = enter(self.blocks, ids[first : first + count])
+                if not is_finite(hidden):
+                    raise MeasurementError(
+                        f"the embeddings of {self.about['source']['name']} hold a NaN or an infinity; repair the checkpoint"
+                    )
                 if not self.about["done"]:
                     self.states[0].write(rows, as_numpy(hidden))
         self.states[0].sync()
@@ -158,8 +164,13 @@ class _Run:
             every = show_all_tokens(layer, observer) if self.about["all_experts"] else contextlib.nullcontext()
             with observer, watch_caches(self.blocks.attentions_of(layer)) as caches, every:
                 for rows, shape in self._batches():
-                    hidden = self._load(before, rows, shape)
-                    after.write(rows, as_numpy(run_layer(layer, hidden, calls[shape][number])))
+                    hidden, call = self._load(before, rows, shape), calls[shape][number]
+                    result = run_layer(layer, hidden, call)
+                    if not is_finite(result):
+                        again = partial(run_layer, layer, hidden, call)
+                        name = self.about["source"]["name"]
+                        raise MeasurementError(refusal(name, layer, again, self.blocks.name_of(layer)))
+                    after.write(rows, as_numpy(result))
                     observer.forget_inputs()
         part = self._by_weight(observer)
         part.arrays |= arrays_of(caches)
@@ -197,8 +208,14 @@ class _Run:
         return "own" if experts * columns * columns * 4 <= limit else "pooled" if experts > 1 else ""
 
     def _by_weight(self, observer: Observer) -> Part:
-        """From the model's parameters to the checkpoint's weights."""
+        """From the model's parameters to the checkpoint's weights; MeasurementError for sums that are not finite."""
         part = Part()
+        for target, sums in observer.sums.items():
+            if not sums.is_finite:
+                raise MeasurementError(
+                    f"the inputs of {target} in {self.about['source']['name']}, or their squares, are not finite, so "
+                    "they say nothing; compute with --dtype float32, or repair the checkpoint"
+                )
         keepers: dict[str, str] = {}
         for target, sums in observer.sums.items():
             for weight, expert in self.blocks.uses.get(target, ()):

@@ -103,6 +103,10 @@ class LayerwiseModel:
             self._read[first] = self._read[self._sources[last][0].name]
             self._sources[first] = [Source(first, None, None)]
 
+    def name_of(self, module: nn.Module) -> str:
+        """The name of a part in the whole model."""
+        return self._names[id(module)]
+
     def columns(self, target: str) -> int:
         """How wide the inputs of a matrix of the model are."""
         weight = self._weights[self.uses[target][0][0]]

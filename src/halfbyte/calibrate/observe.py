@@ -56,6 +56,12 @@ class Sums:
         if self.hessian is not None:
             self.hessian[at if self.hessian.dim() == 3 else ...] += x.T @ x
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every sum is a finite number."""
+        kinds = (self.squares, self.amax, self.hessian)
+        return all(bool(torch.isfinite(values).all()) for values in kinds if values is not None)
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """As NumPy arrays by kind."""
         found = {"count": self.count, "squares": self.squares, "amax": self.amax, "hessian": self.hessian}

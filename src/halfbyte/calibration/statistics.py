@@ -16,7 +16,7 @@ from halfbyte.calibration.importance import Importance
 from halfbyte.checkpoint import ShardWriter, TensorInfo, build_header, numpy_dtype, write_file_atomic
 from halfbyte.checkpoint.files import parse_object, reason
 from halfbyte.checkpoint.header import read_header
-from halfbyte.errors import CheckpointError, OutputError
+from halfbyte.errors import CheckpointError, MeasurementError, OutputError
 
 Array = NDArray[Any]
 ABOUT = "statistics.json"
@@ -105,7 +105,12 @@ class Statistics:
         info = self._entries.get(f"{self.same.get(weight, weight)}.{kind}")
         if info is None:
             return None
-        return np.memmap(self.folder / info.file, numpy_dtype(info.dtype), "r", info.offset, info.shape)
+        values = np.memmap(self.folder / info.file, numpy_dtype(info.dtype), "r", info.offset, info.shape)
+        if kind != "hessian" and not (np.isfinite(values).all() and (values >= 0).all()):
+            raise MeasurementError(
+                f"{kind} of {weight} in {self.folder} is negative or not finite, so it says nothing; calibrate again"
+            )
+        return values
 
     def hessian(self, weight: str, expert: int | None = None) -> NDArray[np.float32] | None:
         """Mean of xᵀx, FP32 [K, K], of one expert where a stack has one for each; None where there is no data."""

@@ -21,6 +21,9 @@ EXAMPLES = """\
 needs torch and transformers: pip install 'halfbyte[transformers]'; tasks also: pip install 'halfbyte[eval]'
 """
 
+OK, FOUND_PROBLEMS = 0, 1
+NOT_VALID = "not valid"
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
@@ -100,18 +103,26 @@ def run(args: argparse.Namespace) -> int:
         print_json(document)
     else:
         show(document)
-    return 0
+    return FOUND_PROBLEMS if invalid(document) else OK
+
+
+def invalid(document: dict[str, Any]) -> list[str]:
+    """Sentences about what could not be measured, since its numbers are not finite."""
+    rows = [row["invalid"] for row in document["rows"]]
+    return [sentence for sentence in (*rows, (document["noise_floor"] or {}).get("invalid")) if sentence]
 
 
 def show(document: dict[str, Any]) -> None:
     """The results as tables."""
     rows, floor = document["rows"], document["noise_floor"]
-    if any(row["protocol"] or row["kl"] for row in rows):
+    if any(row["protocol"] or row["kl"] or row["invalid"] for row in rows):
         _show_rows(rows, floor)
-    for name in rows[0]["tasks"]:
+    for name in dict.fromkeys(name for row in rows for name in row["tasks"]):
         _show_task(name, document)
     for line in _protocols(rows):
         say(line)
+    for sentence in invalid(document):
+        say(f"not valid   {sentence}")
 
 
 def _show_rows(rows: list[dict[str, Any]], floor: dict[str, Any] | None) -> None:
@@ -120,7 +131,8 @@ def _show_rows(rows: list[dict[str, Any]], floor: dict[str, Any] | None) -> None
     notes: list[str] = []
     lines = [_cells(row, notes) for row in rows]
     if floor is not None:
-        lines.append(["noise floor", "", "", _number(floor["perplexity"], ".4f"), *_divergence(floor)])
+        value = NOT_VALID if floor["invalid"] else _number(floor["perplexity"], ".4f")
+        lines.append(["noise floor", "", "", value, *_divergence(floor)])
     table(columns, lines)
     say("")
     for mark, note in enumerate(notes, 1):
@@ -139,7 +151,8 @@ def _cells(row: dict[str, Any], notes: list[str]) -> list[str]:
             notes.append(f"{row['name']}: its KL divergence is not distinguishable from that of {_some(same['kl'])}")
         if same["noise"] or same["kl"]:
             name += f" [{len(notes)}]"
-    first = [name, size(row["bytes"]), f"{row['bits_per_weight']:.2f}", _number(row["perplexity"], ".4f")]
+    value = NOT_VALID if row["invalid"] else _number(row["perplexity"], ".4f")
+    first = [name, size(row["bytes"]), f"{row['bits_per_weight']:.2f}", value]
     return [*first, *_divergence(row)]
 
 
@@ -156,7 +169,8 @@ def _show_task(name: str, document: dict[str, Any]) -> None:
     rows, source = document["rows"], document["source"]
     pairs = {(c["a"], c["b"]): c for c in document["comparisons"] if c["task"] == name}
     lines = []
-    for row in rows:
+    answered = [row for row in rows if name in row["tasks"]]
+    for row in answered:
         found = row["tasks"][name]
         low, high = found["ci"] or (None, None)
         between = "" if low is None else f"{low:.2%}..{high:.2%}"
@@ -164,12 +178,12 @@ def _show_task(name: str, document: dict[str, Any]) -> None:
         test = "" if versus is None else f"{versus['only_a']} lost, {versus['only_b']} won, p = {versus['p']:.3g}"
         lines.append([row["name"], _number(found["value"], ".2%"), between, f"{found['questions']:,}", test])
     table(["checkpoint", f">{name}", ">95 % interval", ">questions", "against the source (McNemar)"], lines)
-    say("", f"{name}: {rows[0]['tasks'][name]['protocol']}")
+    say("", f"{name}: {answered[0]['tasks'][name]['protocol']}")
 
 
 def _protocols(rows: list[dict[str, Any]]) -> list[str]:
     """What was measured on what; perplexity's protocol comes last."""
-    text, kl = rows[0]["protocol"], rows[0]["kl_protocol"]
+    text, kl = (next((row[key] for row in rows if row[key]), None) for key in ("protocol", "kl_protocol"))
     lines = []
     if kl is not None and kl != text:
         lines.append(f"KL in nats per token on {kl['note']}")

@@ -22,7 +22,8 @@ import torch
 
 from halfbyte.checkpoint import Reader, nbytes
 from halfbyte.convert.conversion import convert
-from halfbyte.errors import OutputError, PlanError
+from halfbyte.errors import MeasurementError, OutputError, PlanError
+from halfbyte.evaluate.divergence import TokenScores
 from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.evaluate.forward import reference_key, score, store_reference
 from halfbyte.evaluate.models import check_length, opened
@@ -219,13 +220,19 @@ class _Job:
             for number, unit in enumerate(units):
                 if unit.name not in done:
                     with _quantized(model, codes, sorted({found[w.name] for w in unit.weights})):
-                        scores = score(model, self.passage, reference)
+                        scores = self._score(model, unit, reference)
                     yield {
                         **self._about(unit, errors),
                         "perplexity": scores.perplexity,
                         "kl": scores.divergence,
                     }
                 progress(number + 1, len(units))
+
+    def _score(self, model: Any, unit: SensitivityUnit, reference: Reference) -> TokenScores:
+        try:
+            return score(model, self.passage, reference)
+        except MeasurementError as error:
+            raise MeasurementError(f"with {unit.name} quantized: {error}") from error
 
     def _about(self, unit: SensitivityUnit, errors: dict[str, WeightError]) -> dict[str, Any]:
         mine = [errors[w.name] for w in unit.weights]

@@ -14,6 +14,7 @@ from halfbyte.evaluate.divergence import TokenScores
 RESAMPLES, SEED = 1000, 0
 FEWEST = 5
 """Windows below which resampling them says nothing."""
+_LARGEST_EXPONENT = 709.0
 
 Interval = list[float] | None
 Floats = NDArray[np.float64]
@@ -77,8 +78,8 @@ def divergence_intervals(scores: TokenScores, bootstrap: Bootstrap) -> dict[str,
 
 
 def exponential(interval: Interval) -> Interval:
-    """The interval of exp(x)."""
-    return [math.exp(bound) for bound in interval] if interval else None
+    """The interval of exp(x); None where no number holds it."""
+    return [math.exp(bound) for bound in interval] if interval and max(interval) < _LARGEST_EXPONENT else None
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

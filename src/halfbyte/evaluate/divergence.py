@@ -68,9 +68,15 @@ class TokenScores:
     same_top: NDArray[np.bool_] | None = None
 
     @property
+    def is_finite(self) -> bool:
+        """Whether every likelihood and every divergence is a finite number."""
+        return all(bool(np.isfinite(values).all()) for values in (self.nll, self.kl) if values is not None)
+
+    @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood."""
-        return float(np.exp(self.nll.mean()))
+        """exp of the mean negative log-likelihood; infinite where no number holds it."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.nll.mean()))
 
     @property
     def divergence(self) -> dict[str, float]:
@@ -89,6 +95,6 @@ def log_softmax(logits: Any) -> torch.Tensor:
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """KL(reference || other) in nats per token, of FP32 log-probabilities [tokens, vocabulary]; summed in FP64."""
     probability = reference.exp()
-    # tokens that the reference rules out contribute nothing, even where both have minus infinity
-    terms = torch.where(probability > 0, probability * (reference - other), 0.0)
+    # tokens that the reference rules out contribute nothing, even where both have minus infinity; a NaN stays one
+    terms = torch.where(probability == 0, 0.0, probability * (reference - other))
     return terms.sum(dim=1, dtype=torch.float64)

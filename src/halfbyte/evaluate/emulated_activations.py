@@ -54,6 +54,8 @@ def rounded(x: torch.Tensor, name: str, global_scale: float | None = None) -> to
             f"activations of {flat.shape[1]} channels do not divide into blocks of {columns}; choose other activations"
         )
     values = {"nvfp4": _nvfp4, "mxfp4": _mxfp4, "fp8": _fp8}[name](flat, global_scale)
+    # a format saturates; what is not finite must not be made to look like its largest value
+    values = torch.where(torch.isfinite(flat), values, torch.nan)
     return values.reshape(x.shape).to(x.dtype)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, MeasurementError
 from halfbyte.evaluate import conversations as chat
 from halfbyte.evaluate.confidence import paired
 from halfbyte.evaluate.divergence import TokenScores
@@ -111,9 +111,9 @@ class _Run:
             self.tasks = prepare(s.tasks, s.questions, s.limit)
         self.hashes = [content_hash(checkpoint) for checkpoint in self.checkpoints]
         self.references: dict[int, Reference] = {}
-        found = [self._row(i) for i in range(len(self.paths))]
+        measured = [self._row(i) for i in range(len(self.paths))]
         floor = self._noise_floor() if noisy else None
-        judge(found, floor)
+        judge(measured, floor)
         comparisons = [
             paired(task, a, b, answers)
             for task, answers in self.correct.items()
@@ -127,7 +127,7 @@ class _Run:
             "command": command(),
             "environment": environment(s.device, PACKAGES if s.tasks else PACKAGES[:3]),
             "source": self.names[0] if self.compare else None,
-            "rows": [entry.row for entry in found],
+            "rows": [entry.row for entry in measured],
             "noise_floor": floor.row if floor else None,
             "comparisons": comparisons,
         }
@@ -157,8 +157,27 @@ class _Run:
                 )
 
     def _row(self, index: int) -> Scored:
-        """Measure one checkpoint."""
+        """Measure one checkpoint; one whose logits are not finite is marked, unless all others are compared with it."""
         began = time.monotonic()
+        s, path, checkpoint = self.settings, self.paths[index], self.checkpoints[index]
+        is_source = self.compare and index == 0
+        row = {**describe(path, checkpoint), "name": self.names[index], "fingerprint": self.hashes[index]}
+        row |= {"loaded_by": loaded_by(checkpoint), "dtype": s.dtype, "activations": None if is_source else s.activations}
+        try:
+            scores, tasks = self._run(index)
+            row["invalid"] = None
+        except MeasurementError as error:
+            if is_source:
+                raise
+            scores, tasks, row["invalid"] = {}, {}, str(error)
+        entry = self._scored(row, scores)
+        summarize(entry)
+        row |= {"tasks": tasks, "errors": None if is_source or not s.errors else self._errors(index)}
+        row["seconds"] = round(time.monotonic() - began, 3)
+        return entry
+
+    def _run(self, index: int) -> tuple[dict[int, TokenScores], dict[str, Any]]:
+        """Scores by passage and answers by task of one checkpoint."""
         s, path, checkpoint = self.settings, self.paths[index], self.checkpoints[index]
         is_source = self.compare and index == 0
         scores: dict[int, TokenScores] = {}
@@ -178,16 +197,12 @@ class _Run:
                         scores[id(passage)] = self._score(model, passage, index)
                 if s.tasks:
                     tasks = self._answer(model, index)
-        row = {**describe(path, checkpoint), "name": self.names[index], "fingerprint": self.hashes[index]}
-        row |= {"loaded_by": loaded_by(checkpoint), "dtype": s.dtype, "activations": activations}
-        found = self._scored(row, scores)
-        summarize(found)
-        row |= {"tasks": tasks, "errors": None if is_source or not s.errors else self._errors(index)}
-        row["seconds"] = round(time.monotonic() - began, 3)
-        return found
+        return scores, tasks
 
     def _scored(self, row: dict[str, Any], scores: dict[int, TokenScores]) -> Scored:
-        text, kl = (None if p is None else (p.protocol, scores[id(p)]) for p in (self.on_text, self.on_kl))
+        """A row with its scores; without any where it is not valid."""
+        passages = (self.on_text, self.on_kl)
+        text, kl = (None if p is None or id(p) not in scores else (p.protocol, scores[id(p)]) for p in passages)
         return Scored(row, text, kl, self.compare)
 
     def _score(self, model: Any, passage: Passage, index: int) -> TokenScores:
@@ -243,15 +258,19 @@ class _Run:
         for p in self.passages:
             if (stored := self.cache.find_scores(self._key(p, only="noise", other=other))) is not None:
                 scores[id(p)] = stored
-        if len(scores) < len(self.passages):
-            with opened(self.paths[0], other, s.dequantize, s.device) as model:
-                for p in self.passages:
-                    scores[id(p)] = score(model, p, self.references.get(id(p)), progress=self._report(p))
-                    self.cache.store_scores(self._key(p, only="noise", other=other), scores[id(p)])
         row: dict[str, Any] = {"how": f"the source in {other} against itself in {s.dtype}", "dtype": other}
+        row["invalid"] = None
+        try:
+            if len(scores) < len(self.passages):
+                with opened(self.paths[0], other, s.dequantize, s.device) as model:
+                    for p in self.passages:
+                        scores[id(p)] = score(model, p, self.references.get(id(p)), progress=self._report(p))
+                        self.cache.store_scores(self._key(p, only="noise", other=other), scores[id(p)])
+        except MeasurementError as error:
+            scores, row["invalid"] = {}, str(error)
         floor = self._scored(row, scores)
         summarize(floor)
-        floor.row = {key: row[key] for key in ("how", "dtype", "perplexity", "kl", "kl_ci")}
+        floor.row = {key: row[key] for key in ("how", "dtype", "perplexity", "kl", "kl_ci", "invalid")}
         return floor
 
     # --- beside text ---

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, MeasurementError
 from halfbyte.evaluate.divergence import Scores, TokenScores, log_softmax
 from halfbyte.evaluate.models import vocabulary
 from halfbyte.evaluate.reference_logprobs import Cache, Reference, Writer
@@ -30,7 +31,7 @@ def score(
 ) -> TokenScores:
     """Likelihoods of a passage's tokens, in their order; divergences from a ``reference``; or write one.
 
-    ``progress`` is called with the number of windows done and their total.
+    ``progress`` is called with the number of windows done and their total. MeasurementError where one is not finite.
     """
     scores, position = Scores(), 0
     for window, log_probs, targets in log_probabilities(model, passage, progress):
@@ -40,7 +41,10 @@ def score(
         if writer is not None:
             writer.add(log_probs)
         position += len(targets)
-    return scores.arrays()
+    found = scores.arrays()
+    if not (found.is_finite and math.isfinite(found.perplexity)):
+        raise MeasurementError("its logits are finite, but so far apart that likelihoods or divergences of tokens are not")
+    return found
 
 
 def reference_key(

@@ -14,6 +14,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from halfbyte.dialects import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.evaluate.finite import watch_logits
+from halfbyte.evaluate.results import name_of
 from halfbyte.runtime.loading import load
 from halfbyte.source.checkpoint import Checkpoint
 
@@ -36,7 +38,16 @@ def opened(
 def open_model(
     path: str | Path, dtype: str, dequantize: bool = False, device: Any = None, revision: str | None = None
 ) -> Any:
-    """``halfbyte.load``, or transformers' own loading of a quantization that only transformers reads."""
+    """``halfbyte.load``, or transformers' own loading of a quantization that only transformers reads.
+
+    A forward pass of the model with logits that are not finite is a MeasurementError, whoever runs it.
+    """
+    model = _open_model(path, dtype, dequantize, device, revision)
+    watch_logits(model, name_of(path))
+    return model
+
+
+def _open_model(path: str | Path, dtype: str, dequantize: bool, device: Any, revision: str | None) -> Any:
     checkpoint = Checkpoint.open(path, revision)
     if loaded_by(checkpoint) == "halfbyte":
         return load(path, dtype, dequantize, device, revision)

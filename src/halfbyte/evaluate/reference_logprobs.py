@@ -31,7 +31,7 @@ from halfbyte.checkpoint.files import reason
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.divergence import TokenScores, divergence
 
-VERSION = 1
+VERSION = 2  # 1 kept references of models whose logits are not finite
 RANGE = 32.0
 LEVELS = 65535
 _META, _CODES, _TOKENS = "meta.json", "codes.u16", "tokens.npz"
@@ -108,6 +108,8 @@ class Reference:
             self._arrays = {name: arrays[name] for name in arrays.files}
         if {len(values) for values in self._arrays.values()} != {about["tokens"]}:
             raise ValueError("an array has another length")
+        if not all(np.isfinite(self._arrays[name]).all() for name in ("nll", "top", "step")):
+            raise ValueError("a number is not finite")
 
     @property
     def nll(self) -> NDArray[np.float64]:
@@ -187,9 +189,10 @@ class Cache:
         try:
             with np.load(f"{self.path(key)}.npz", allow_pickle=False) as arrays:
                 kl, top = (arrays[name] if name in arrays.files else None for name in ("kl", "same_top"))
-                return TokenScores(arrays["nll"], arrays["window"], kl, top)
+                scores = TokenScores(arrays["nll"], arrays["window"], kl, top)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
+        return scores if scores.is_finite else None
 
     def store_scores(self, key: Mapping[str, Any], scores: TokenScores) -> None:
         """Keep scores; the file appears complete or not at all."""

@@ -20,6 +20,11 @@ class Scored:
     divergence: tuple[Protocol, TokenScores] | None
     compared: bool
 
+    @property
+    def is_valid(self) -> bool:
+        """Whether the checkpoint could be measured."""
+        return self.row.get("invalid") is None
+
 
 def summarize(found: Scored) -> None:
     """Fill in what follows from one checkpoint's own scores."""
@@ -40,6 +45,8 @@ def summarize(found: Scored) -> None:
 
 def judge(rows: list[Scored], floor: Scored | None) -> None:
     """Fill in what compares checkpoints: differences that are no larger than chance."""
+    rows = [entry for entry in rows if entry.is_valid]
+    floor = floor if floor is not None and floor.is_valid else None
     compared = bool(rows) and rows[0].compared
     if rows and rows[0].text is not None:
         _judge_perplexity(rows, compared)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from halfbyte.calibration.importance import match_importance, read_importance
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, MeasurementError
 from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax, in_rotated_space
 from halfbyte.kernels.tensor_error import TensorError
@@ -184,6 +184,8 @@ class _Job:
             _count_blocks(found, fmt, *in_rotated_space(tensor, dense))
             if weight.name in self.importance:
                 self._weighted(found, weight, dense, tensor.decode(), first)
+        if not math.isfinite(found.error.squared_error + found.error.squares + sum(found.weighted or ())):
+            raise _not_finite(weight, dense, self.source.inventory.source, self.ours.inventory.source)
         if len(weight.shape) > 2 and stop - first == 1:
             found.experts[first] = (found.error.squared_error, found.error.squares)
         self.progress(dense.size)
@@ -243,6 +245,12 @@ def _saturated_blocks(fmt: Format, tensor: QuantizedTensor, dense: NDArray[Any])
     reach = fmt.block_reach(tensor)
     largest, _ = amax(dense.reshape(-1, 1, fmt.block[1]))
     return int(np.count_nonzero(largest.reshape(reach.shape) > reach))
+
+
+def _not_finite(weight: Weight, dense: NDArray[Any], source: str, out: str) -> MeasurementError:
+    """The refusal to give an error of a weight that holds a NaN or an infinity, in the source or in the output."""
+    where = out if np.isfinite(dense.astype(np.float32)).all() else source
+    return MeasurementError(f"{weight.name} of {where} holds a NaN or an infinity, so it has no error; repair it")
 
 
 def _cuts(weight: Weight) -> Iterator[tuple[int, int]]:

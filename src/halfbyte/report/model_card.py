@@ -142,6 +142,9 @@ def _size(row: Row) -> Iterable[str]:
 
 def _evaluation(study: Study, row: Row) -> Iterable[str]:
     source = study.source
+    if row.invalid:
+        yield f"**Not valid**: {escape(row.invalid)}."
+        return
     lines: list[tuple[str, ...]] = []
     if row.kl is not None and row is not source:
         lines += _divergence(row.kl, row.kl_ci)

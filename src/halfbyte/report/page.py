@@ -203,7 +203,9 @@ def _facts(study: Study) -> list[tuple[str, str, str]]:
 def _notes(study: Study) -> list[tuple[str, str]]:
     """Protocols, by what they are about."""
     text, kl = study.protocol, study.kl_protocol
-    found = []
+    found = [("Not valid", row.invalid) for row in study.rows if row.invalid]
+    if study.noise_floor and study.noise_floor.invalid:
+        found.append(("No noise floor", study.noise_floor.invalid))
     if text:
         found.append(("Perplexity" if kl and kl.key != text.key else "Perplexity and KL divergence", text.note))
     if kl and (text is None or kl.key != text.key):

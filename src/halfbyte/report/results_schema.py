@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Interval = tuple[float, float]
 
@@ -172,6 +172,18 @@ class Row(_Document):
     indistinguishable: Same = Same()
     tasks: dict[str, Task] = Field(default_factory=dict)
     errors: Errors | None = None
+    invalid: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mark_invalid(cls, row: object) -> object:
+        """Files of earlier releases hold no ``invalid``: a perplexity that was measured and is no number says it."""
+        if isinstance(row, dict) and row.get("protocol") and row.get("perplexity") is None and not row.get("invalid"):
+            row = {**row, "invalid": f"the perplexity of {row.get('name')} is not finite"}
+        if isinstance(row, dict) and row.get("invalid"):
+            row = {**row, **dict.fromkeys(("perplexity", "perplexity_ci", "perplexity_ratio", "kl", "kl_ci"))}
+            row = {**row, "indistinguishable": {}, "tasks": {}}
+        return row
 
     @property
     def label(self) -> str:
@@ -190,6 +202,7 @@ class NoiseFloor(_Document):
     how: str
     kl: Divergence | None = None
     kl_ci: DivergenceIntervals | None = None
+    invalid: str | None = None
 
 
 class Comparison(_Document):

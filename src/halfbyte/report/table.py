@@ -43,6 +43,7 @@ class Line:
     parts: list[tuple[str, str, str, str]] = field(default_factory=list)
 
 
+NOT_VALID = "not valid"
 CONTAINS = "Size contains"
 """A column where sizes differ in that; else it is said once, below the table."""
 
@@ -63,10 +64,10 @@ def columns(study: Study) -> list[Column]:
         found.append(Column("relMSE", "Squared error of the quantized weights / their squared sum"))
     for task in study.tasks:
         found.append(Column(task_name(task), "Accuracy, with its 95 % interval (Wilson)"))
-    if any(row.kl for row in study.quantized):
+    if any(row.kl or row.invalid for row in study.quantized):
         found.append(Column("KL mean", "KL(source ‖ checkpoint) in nats per token, with its 95 % interval"))
         found.append(Column("Same top-1", "Share of tokens whose most likely next token is the source's"))
-    if any(row.perplexity is not None for row in rows):
+    if any(row.perplexity is not None or row.invalid for row in rows):
         found.append(Column("Perplexity", "Below it the change from the source, with its paired 95 % interval"))
     return found
 
@@ -115,6 +116,8 @@ def _bits(row: Row) -> Cell:
 
 
 def _divergence(row: Row, least: float | None) -> list[Cell]:
+    if row.invalid:
+        return [Cell(NOT_VALID, note=f"Not valid: {row.invalid}."), Cell(NOT_VALID)]
     if row.kl is None:
         return [Cell(""), Cell("")]
     same, note = row.indistinguishable.kl, ""
@@ -128,6 +131,8 @@ def _divergence(row: Row, least: float | None) -> list[Cell]:
 
 
 def _perplexity(row: Row) -> Cell:
+    if row.invalid:
+        return Cell(NOT_VALID, note=f"Not valid: {row.invalid}.")
     if row.perplexity is None:
         return Cell("")
     ratio = row.perplexity_ratio
@@ -149,6 +154,8 @@ def _signed(share: float) -> str:
 
 def _task(study: Study, row: Row, name: str) -> Cell:
     task = row.tasks.get(name)
+    if row.invalid:
+        return Cell(NOT_VALID)
     if task is None:
         return Cell("")
     note = ""
