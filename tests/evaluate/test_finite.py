@@ -65,7 +65,9 @@ def test_a_source_that_is_not_finite_ends_the_measurement_and_the_layer_is_named
     bits: int, dtype: str, source: Path, good: Path, text: Path, tmp_path: Path
 ) -> None:
     bad = broken(source, tmp_path / "bad", bits)
-    with pytest.raises(MeasurementError, match=r"bad .*first in model\.layers\.1\.mlp\.up_proj .*its weight holds a NaN"):
+    with pytest.raises(
+        MeasurementError, match=r"bad .*first in model\.layers\.1\.mlp\.up_proj .*its weight holds a NaN"
+    ):
         measure([good], bad, settings(text, dtype=dtype))
 
 

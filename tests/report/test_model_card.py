@@ -201,3 +201,62 @@ def test_a_checkpoint_that_could_not_be_measured_is_shown_as_not_valid(out: Path
     # files of earlier releases have a null where a number was not finite
     old = model_card(out, [results_of(out, tmp_path / "old.json", perplexity=None, kl=documents.divergence(0.0))]).text
     assert "**Not valid**" in old and "same most likely token" not in old
+
+
+STRANGE = "mlp<img src=x onerror=alert(1)>\n# Heading\n[x](https://example.org) www.example.org @someone ~~gone~~"
+
+
+@pytest.mark.parametrize("key", ["role", "task", "metric", "note", "machine", "version", "how", "created", "invalid"])
+def test_nothing_of_a_results_file_is_markup(key: str, out: Path, tmp_path: Path) -> None:
+    document = read_json(results_of(out, tmp_path / "r.json"))
+    row = document["rows"][1]
+    if key == "role":
+        row["contains"][0]["roles"] = [STRANGE]
+    elif key in ("task", "metric"):
+        task = documents.task(0.5) | {"metric": STRANGE if key == "metric" else "acc", "protocol": STRANGE}
+        row["tasks"] = {f"# {STRANGE}" if key == "task" else "t": task}
+        pair = {"task": next(iter(row["tasks"])), "a": "base", "b": row["name"], "only_a": 1, "only_b": 2, "p": 0.5}
+        document["comparisons"] = [pair | {"significant": False}]
+    elif key == "note":
+        row["protocol"]["note"] = row["kl_protocol"]["note"] = STRANGE
+    elif key == "how":
+        document["noise_floor"] = {"how": STRANGE, "kl": documents.divergence(0.1)}
+    elif key == "invalid":
+        row["invalid"] = STRANGE
+    else:
+        place = document if key == "created" else document["environment"]
+        place |= {"versions": {STRANGE: STRANGE}} if key == "version" else {key: STRANGE}
+    text = model_card(out, [write(tmp_path / "strange.json", document)]).text
+    assert "\\<img" in text
+    markup = r"(?<!\\)<img|^\s*(- )?# Heading|\]\(https:/|://|www\.\S|@\S|(?<!\\)~"
+    assert not re.search(markup, body_of(text), re.MULTILINE)
+
+
+def read_json(path: Path) -> Any:
+    import json
+
+    return json.loads(path.read_text())
+
+
+def body_of(text: str) -> str:
+    """The card's own links are to its base model and those of facts about engines, which no results file holds."""
+    return text.split("---", 2)[2].partition("## Use")[0] + text.partition("## How it was made")[2]
+
+
+@pytest.mark.parametrize("start", ["# a", "- a", "1. a", "+ a", "=== a", "> a", "--- a", "!\\[a", "```a"])
+def test_text_at_the_beginning_of_a_line_begins_nothing(start: str) -> None:
+    from halfbyte.report.model_card import escape
+
+    assert re.match(r"\\|\d\\", escape(start))
+
+
+def test_no_folder_of_the_machine_is_published(out: Path, tmp_path: Path) -> None:
+    document = read_json(results_of(out, tmp_path / "r.json"))
+    document["command"] = (
+        "/home/me/venv/bin/halfbyte evaluate /home/me/secret/out --against=/data/private/model --text ~/diary/t.txt "
+        "'C:\\Users\\me\\x.txt' -o ../hidden/r.json"
+    )
+    document["rows"][1]["name"] = "/home/me/secret/out"
+    text = model_card(out, [write(tmp_path / "paths.json", document)]).text
+    assert "`halfbyte evaluate out --against=model --text t.txt x.txt -o r.json`" in text
+    assert not re.search("home|secret|private|diary|Users|hidden", text)

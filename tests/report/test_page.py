@@ -206,3 +206,14 @@ def test_a_row_that_is_not_valid_has_no_numbers(tmp_path: Path) -> None:
     assert text.count('class="value"><button') >= 1 and "Not valid: it gives values that are not finite." in text
     assert "within the noise floor" not in text and ">20.000<" in text  # the source's own perplexity
     assert text.count("not valid") >= 3
+
+
+def test_the_page_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    rows = [documents.row("/home/me/a/out", 16_000, None), documents.row("/home/me/b/out", 4_000, 0.02, recipe="mxfp4")]
+    rows[1]["indistinguishable"]["kl"] = ["/home/me/a/out"]
+    rows[1]["source"]["name"] = "/home/me/model"
+    document = documents.results(*rows) | {"source": "/home/me/a/out"}
+    document["command"] = "halfbyte evaluate /home/me/b/out --against /home/me/a/out"
+    write_report([write(tmp_path / "r.json", document)], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "/home" not in text and "halfbyte evaluate out --against out" in text

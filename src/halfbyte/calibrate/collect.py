@@ -149,9 +149,8 @@ class _Run:
                 first = rows.start // length
                 hidden, found[count, length] = enter(self.blocks, ids[first : first + count])
                 if not is_finite(hidden):
-                    raise MeasurementError(
-                        f"the embeddings of {self.about['source']['name']} hold a NaN or an infinity; repair the checkpoint"
-                    )
+                    name = self.about["source"]["name"]
+                    raise MeasurementError(f"the embeddings of {name} hold a NaN or an infinity; repair the checkpoint")
                 if not self.about["done"]:
                     self.states[0].write(rows, as_numpy(hidden))
         self.states[0].sync()

@@ -10,6 +10,7 @@ from halfbyte.checkpoint.files import parse_json, reason
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.text import Passage, sha256_of
 from halfbyte.evaluate.windows import Protocol, Window
+from halfbyte.runtime.templates import apply_template
 
 COUNT, LENGTH = 100, 256
 _ROLES = {
@@ -108,7 +109,7 @@ def render(messages: Messages, tokenizer: Any) -> list[int] | None:
     from jinja2.exceptions import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = apply_template(tokenizer, messages, tokenize=False)
     except (TemplateError, TypeError, ValueError):
         return None
     # the template spells the special tokens itself

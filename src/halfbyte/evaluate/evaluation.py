@@ -162,7 +162,11 @@ class _Run:
         s, path, checkpoint = self.settings, self.paths[index], self.checkpoints[index]
         is_source = self.compare and index == 0
         row = {**describe(path, checkpoint), "name": self.names[index], "fingerprint": self.hashes[index]}
-        row |= {"loaded_by": loaded_by(checkpoint), "dtype": s.dtype, "activations": None if is_source else s.activations}
+        row |= {
+            "loaded_by": loaded_by(checkpoint),
+            "dtype": s.dtype,
+            "activations": None if is_source else s.activations,
+        }
         try:
             scores, tasks = self._run(index)
             row["invalid"] = None

@@ -43,7 +43,7 @@ def score(
         position += len(targets)
     found = scores.arrays()
     if not (found.is_finite and math.isfinite(found.perplexity)):
-        raise MeasurementError("its logits are finite, but so far apart that likelihoods or divergences of tokens are not")
+        raise MeasurementError("logits are finite, but so far apart that likelihoods or divergences of tokens are not")
     return found
 
 

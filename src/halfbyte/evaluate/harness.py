@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from halfbyte.evaluate.models import open_model
 from halfbyte.runtime.loading import load_tokenizer
+from halfbyte.runtime.templates import template_limit
 
 
 @register_model("halfbyte")
@@ -36,6 +37,11 @@ class HalfbyteLM(HFLM):  # type: ignore[misc]
             tokenizer = tokenizer or load_tokenizer(pretrained)
             pretrained = open_model(pretrained, dtype, dequantize, device)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **more)
+
+    def apply_chat_template(self, *args: Any, **more: Any) -> Any:
+        """Spell a conversation, within the time that templates have."""
+        with template_limit():
+            return super().apply_chat_template(*args, **more)
 
     def _loglikelihood_tokens(self, requests: Any, **more: Any) -> Any:
         # what comes in is the context and its continuation, of which the last token is not an input

@@ -14,9 +14,10 @@ import halfbyte
 from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.plan.conversion_plan import PROVENANCE
 from halfbyte.report import serve
+from halfbyte.report.private_paths import HUB_ID, public_command
 from halfbyte.report.read import Inputs, ReportError, read_results
 from halfbyte.report.results_schema import Divergence, DivergenceIntervals, NoiseFloor, Row
-from halfbyte.report.source_card import HUB_ID, inherited
+from halfbyte.report.source_card import inherited
 from halfbyte.report.studies import Study, make_studies
 from halfbyte.report.wording import between, nats, size, some, task_name
 from halfbyte.source.checkpoint import Checkpoint
@@ -136,7 +137,9 @@ def _size(row: Row) -> Iterable[str]:
         f"multi-token prediction: {'included' if row.mtp else 'none'}",
     ]
     yield f"{row.bytes or 0:,} bytes of tensors ({size(row.bytes or 0)}){bits}; {'; '.join(parts)}."
-    lines = [(f"`{code(c.storage)}`", f"{c.parameters:,}", f"{c.bytes:,}", ", ".join(c.roles)) for c in row.contains]
+    lines = [
+        (f"`{code(c.storage)}`", f"{c.parameters:,}", f"{c.bytes:,}", escape(", ".join(c.roles))) for c in row.contains
+    ]
     yield table(("stored as", ">weights", ">bytes", "what"), lines)
 
 
@@ -215,7 +218,7 @@ def _use(about: Overview, place: str) -> Iterable[str]:
     if notes:
         yield (
             "What is known of engines in the versions named (of formats and families, not of this checkpoint):\n\n"
-            + "\n".join(f"- {escape(note)}" for note in notes)
+            + "\n".join(f"- {escape(note, links=True)}" for note in notes)
         )
 
 
@@ -229,7 +232,7 @@ def _provenance(made: dict[str, Any], measured: list[tuple[Study, Row]]) -> Iter
     if importance := made.get("importance"):
         digest = code(importance.get("digest") or "")
         lines.append(f"- importance: {escape(importance.get('name') or '')}, digest `{digest}`")
-    commands = dict.fromkeys(document.command for study, _ in measured for document in study.results)
+    commands = dict.fromkeys(public_command(document) for study, _ in measured for document in study.results)
     lines += [f"- measured by `{code(command)}`" for command in commands]
     lines.append(f"- card written by halfbyte {halfbyte.__version__}")
     yield "\n".join(lines)
@@ -247,9 +250,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def escape(text: str) -> str:
-    """Text that Markdown and HTML leave as it is."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+def escape(text: str, links: bool = False) -> str:
+    """Text that Markdown and HTML leave as it is: no markup, heading or list, and unless ``links`` no address."""
+    line = re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", " ".join(str(text).split()))
+    line = re.sub(r"^(?=[#+=!-])", r"\\", line)
+    line = re.sub(r"^(\d+)(?=[.)])", r"\1\\", line)
+    # an address becomes a link, and a name after @ a mention, without any markup
+    return line if links else re.sub(r"(:|\bwww\.|@)(?=//|(?<!:)\S)", r"\1 ", line, flags=re.IGNORECASE)
 
 
 def code(text: str) -> str:

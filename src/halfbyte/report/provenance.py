@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 
+from halfbyte.report.private_paths import last_part, public_command
 from halfbyte.report.studies import Study
 
 
@@ -29,7 +30,7 @@ def provenance(study: Study) -> Provenance:
                 "machine": f"{about.machine}{cores}",
                 "device": about.device,
                 "versions": ", ".join(f"{name} {number}" for name, number in about.versions.items()),
-                "command": document.command,
+                "command": public_command(document),
             }
         )
     for row in study.rows:
@@ -41,13 +42,22 @@ def provenance(study: Study) -> Provenance:
                 "revision": row.revision or "",
                 "recipe": row.recipe or "",
                 "dialect": row.dialect or "",
-                "source": " at ".join(part for part in (made.name, made.revision) if part) if made else "",
+                "source": " at ".join(part for part in (last_part(made.name), made.revision) if part) if made else "",
                 "source_fingerprint": (made.fingerprint or "") if made else "",
                 "dtype": row.dtype or "",
             }
         )
         if made and row.recipe and row.dialect:
-            words = ["halfbyte", "quantize", made.name, row.name, "--recipe", row.recipe, "--dialect", row.dialect]
+            words = [
+                "halfbyte",
+                "quantize",
+                last_part(made.name),
+                row.name,
+                "--recipe",
+                row.recipe,
+                "--dialect",
+                row.dialect,
+            ]
             found.commands.append(shlex.join([*words, *(["--revision", made.revision] if made.revision else [])]))
     found.commands = list(dict.fromkeys([*found.commands, *(run["command"] for run in found.runs)]))
     return found

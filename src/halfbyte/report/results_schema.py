@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from halfbyte.report.private_paths import without_folders
+
 Interval = tuple[float, float]
 
 
@@ -238,6 +240,12 @@ class Results(_Document):
     rows: tuple[Row, ...] = Field(min_length=1)
     noise_floor: NoiseFloor | None = None
     comparisons: tuple[Comparison, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_folders(cls, document: object) -> object:
+        """Rows that are named by a path get the name of its last part."""
+        return without_folders(document) if isinstance(document, dict) else document
 
 
 class ErrorsFile(Errors):

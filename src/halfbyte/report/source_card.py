@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+from halfbyte.report.private_paths import HUB_ID
 from halfbyte.report.read import ReportError
 
 README = "README.md"
 KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Front matter that a quantized checkpoint inherits."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def inherited(out: Path, source: str | None, revision: str | None = None) -> dict[str, Any]:
