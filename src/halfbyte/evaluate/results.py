@@ -104,11 +104,9 @@ def name_of(path: str | Path) -> str:
 
 
 def distinct_names(paths: list[str | Path]) -> list[str]:
-    """Names of rows; folders that have the same are numbered, since a path says where somebody keeps them."""
+    """Names of rows; where two folders have the same, the paths (reports and cards leave their folders out)."""
     names = [name_of(path) for path in paths]
-    return [
-        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
-    ]
+    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 def _provenance(root: Path | None) -> dict[str, Any]:
