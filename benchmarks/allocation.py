@@ -83,7 +83,7 @@ class Bench:
         recipe = self.work / "everything.yaml"
         present = {w.role.split(".")[0] for w in self.checkpoint.weights}
         roles = [r for r in UD_ROLES if r == "linear" or r in present]
-        recipe.write_text(yaml.safe_dump({"rules": [{"match": roles, "format": BASE, "indivisible": "keep"}]}))
+        recipe.write_text(yaml.safe_dump({"rules": [{"match": roles, "format": BASE, "if_not_divisible": "keep"}]}))
         self.sensitivities = self.work / "sensitivity.jsonl"
         self.groups = sensitivity(
             self.source, recipe, self.sensitivities, self.known_text,

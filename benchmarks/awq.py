@@ -40,7 +40,7 @@ LENGTH, CALIBRATION, HELD_OUT = 512, 64, 24
 def recipe(fmt: str, method: str) -> Recipe:
     """All linear weights in a format by a method."""
     weighted, folded = METHODS[method]
-    rule = {"match": "linear", "format": fmt, "weight": "importance" if weighted else "none"}
+    rule = {"match": "linear", "format": fmt, "error_weight": "importance" if weighted else "none"}
     return Recipe.model_validate(
         {"name": "awq", "calibration": "optional", "rules": [rule | ({"transform": "awq"} if folded else {})]}
     )

@@ -44,24 +44,24 @@ from halfbyte.search import get_search
 from halfbyte.source.checkpoint import Checkpoint
 
 FORMATS = ("nvfp4", "mixfp4", "mxfp4", "int4_g32", "int4_g128")
-GPTQ = {"search": "sweep", "method": "gptq"}
+GPTQ = {"scale_search": "sweep", "rounding": "gptq"}
 METHODS: dict[str, dict[str, Any]] = {
-    "absmax": {"search": "absmax", "weight": "none"},
-    "4/6": {"search": "four_over_six", "weight": "none"},
-    "sweep": {"search": "sweep", "weight": "none"},
-    "sweep, importance": {"search": "sweep", "weight": "importance"},
-    "sweep, importance, AWQ": {"search": "sweep", "weight": "importance", "transform": "awq"},
-    "sweep, local Hessian": {"search": "sweep", "weight": "local_hessian"},
-    "GPTQ absmax": {"search": "absmax", "method": "gptq", "mode": "compensated"},
-    "GPTQ static": {**GPTQ, "mode": "static"},
-    "GPTQ static, act": {**GPTQ, "mode": "static", "order": "act"},
-    "GPTQ in-loop": {**GPTQ, "mode": "in_loop"},
-    "GPTQ in-loop, act": {**GPTQ, "mode": "in_loop", "order": "act"},
-    "GPTQ in-loop, act, AWQ": {**GPTQ, "mode": "in_loop", "order": "act", "transform": "awq"},
-    "sweep, Hadamard": {"search": "sweep", "weight": "none", "transform": "hadamard"},
-    "GPTQ static, act, Hadamard": {**GPTQ, "mode": "static", "order": "act", "transform": "hadamard"},
-    "GPTQ static, act, DuQuant": {**GPTQ, "mode": "static", "order": "act", "transform": "duquant"},
-    "GPTQ in-loop, act, damping 0.05": {**GPTQ, "mode": "in_loop", "order": "act", "damping": 0.05},
+    "absmax": {"scale_search": "absmax", "error_weight": "none"},
+    "4/6": {"scale_search": "four_over_six", "error_weight": "none"},
+    "sweep": {"scale_search": "sweep", "error_weight": "none"},
+    "sweep, importance": {"scale_search": "sweep", "error_weight": "importance"},
+    "sweep, importance, AWQ": {"scale_search": "sweep", "error_weight": "importance", "transform": "awq"},
+    "sweep, local Hessian": {"scale_search": "sweep", "objective": "local_hessian"},
+    "GPTQ absmax": {"scale_search": "absmax", "rounding": "gptq", "objective": "squared_error"},
+    "GPTQ static": {**GPTQ, "static_groups": True},
+    "GPTQ static, act": {**GPTQ, "static_groups": True, "order": "act"},
+    "GPTQ in-loop": {**GPTQ, "objective": "gptq_loss"},
+    "GPTQ in-loop, act": {**GPTQ, "objective": "gptq_loss", "order": "act"},
+    "GPTQ in-loop, act, AWQ": {**GPTQ, "objective": "gptq_loss", "order": "act", "transform": "awq"},
+    "sweep, Hadamard": {"scale_search": "sweep", "error_weight": "none", "transform": "hadamard"},
+    "GPTQ static, act, Hadamard": {**GPTQ, "static_groups": True, "order": "act", "transform": "hadamard"},
+    "GPTQ static, act, DuQuant": {**GPTQ, "static_groups": True, "order": "act", "transform": "duquant"},
+    "GPTQ in-loop, act, damping 0.05": {**GPTQ, "objective": "gptq_loss", "order": "act", "damping": 0.05},
 }
 STUDY = ("sweep, importance", "GPTQ in-loop, act", "GPTQ in-loop, act, damping 0.05")
 TOKENS = "tokens"  # the part that varies these
@@ -96,7 +96,7 @@ class Case:
 
 
 def recipe(fmt: str, method: str) -> Recipe:
-    rule = {"match": "linear", "format": fmt, "indivisible": "keep", **METHODS[method]}
+    rule = {"match": "linear", "format": fmt, "if_not_divisible": "keep", **METHODS[method]}
     return Recipe.model_validate({"name": "calibration", "rules": [rule]})
 
 
@@ -119,11 +119,11 @@ def cases(part: str, wiki: bool, experts: bool) -> list[Case]:
             for method in W4A4[part]:
                 # each expert has a rotation of its own there, which the emulation does not follow
                 if not (experts and METHODS[method].get("transform") == "duquant"):
-                    found.append(Case(fmt, method, SAMPLES if "method" in METHODS[method] else None))
+                    found.append(Case(fmt, method, SAMPLES if "rounding" in METHODS[method] else None))
     elif part != TOKENS:
         for method, rule in METHODS.items():
             if exists(part, method) and "damping" not in rule:
-                needs = "method" in rule or rule["weight"] != "none"
+                needs = rule.get("error_weight") != "none"
                 found.append(Case(part, method, SAMPLES if needs else None))
     elif wiki:
         for method in STUDY:

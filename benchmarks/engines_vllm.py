@@ -54,7 +54,7 @@ FORMATS += ("hif4", "razer", "if4", "nf4", "affine4_g64")
 # recipes that mix formats, or that quantize what `linear` leaves alone
 RECIPES = ("ud-mxfp4", "ud-q4", "nvfp4-fp8", "nvidia-nvfp4")
 WITH_MTP = (
-    "name: with-mtp\nrules:\n  - {match: [linear, mtp], format: FORMAT, search: absmax, indivisible: keep}\n"
+    "name: with-mtp\nrules:\n  - {match: [linear, mtp], format: FORMAT, scale_search: absmax, if_not_divisible: keep}\n"
     "  - {match: 're:norm', keep: true}\n"
 )
 MTP_FORMATS = ("mixfp4", "nvfp4", "mxfp4", "int4_g32", "fp8_block128", "fp8_channel", "mxfp8", "hif4", "razer")
@@ -84,7 +84,7 @@ def recipes(drafter: bool) -> Iterator[tuple[str, Any]]:
         for name in MTP_FORMATS:
             yield name, parse_recipe(WITH_MTP.replace("FORMAT", name), name)
         return
-    rules = "rules:\n  - {{match: linear, format: {name}, search: absmax, indivisible: keep}}\n"
+    rules = "rules:\n  - {{match: linear, format: {name}, scale_search: absmax, if_not_divisible: keep}}\n"
     for name in FORMATS:
         yield name, parse_recipe(rules.format(name=name), name, name)
     for name in RECIPES:
@@ -106,7 +106,7 @@ def make(model: Path, folder: Path, drafter: bool, only: list[str]) -> list[Cell
                 made = plan(model, recipe, dialect=dialect)
             except HalfbyteError:
                 continue  # this dialect has no spelling, or the recipe does not fit
-            quantize(made, out, workers=1)
+            quantize(made, out, threads=1)
             cells.append(Cell(model.name, what, dialect, out))
     return cells
 

@@ -38,7 +38,7 @@ LENGTH, TOKENS = 256, 12_288
 
 
 def recipes() -> list[Recipe]:
-    rules = "rules:\n  - {{match: linear, format: {name}, search: sweep, indivisible: keep}}\n"
+    rules = "rules:\n  - {{match: linear, format: {name}, scale_search: sweep, if_not_divisible: keep}}\n"
     own = [parse_recipe(rules.format(name=name), name, name) for name in FORMATS]
     return [*(halfbyte.load_recipe(name) for name in RECIPES), *own]
 

@@ -33,7 +33,7 @@ LENGTH, WINDOWS = 512, 24
 
 
 def recipe(search: str, scale: str) -> Recipe:
-    rule = {"match": "linear", "format": "nvfp4", "search": search, "global_scale": scale}
+    rule = {"match": "linear", "format": "nvfp4", "scale_search": search, "global_scale": scale}
     return Recipe.model_validate({"name": "soar", "rules": [rule]})
 
 

@@ -105,7 +105,7 @@ def gpt_oss(folder: Path, inter: int = 64, spread: dict[int, int] | None = None)
             )
     config = {**GPT_OSS, "intermediate_size": inter}
     source = write_checkpoint(folder.parent / f"{folder.name}-bf16", tensors, config)
-    run(source, folder, recipe({"match": "experts", "format": "mxfp4", "search": "absmax"}), "gpt-oss")
+    run(source, folder, recipe({"match": "experts", "format": "mxfp4", "scale_search": "absmax"}), "gpt-oss")
     return folder
 
 
@@ -129,7 +129,7 @@ def kimi(folder: Path) -> Path:
     return write_checkpoint(folder, tensors, {**KIMI, "quantization_config": KIMI_SETTINGS})
 
 
-EXPERTS_INT4 = {"match": "experts", "format": "int4_g32", "search": "absmax"}
+EXPERTS_INT4 = {"match": "experts", "format": "int4_g32", "scale_search": "absmax"}
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 def carried(source: Path, out: Path, what: Any, dialect: str = "halfbyte") -> tuple[Plan, list[TensorError]]:
     """The plan, and the results of the weights that the source holds quantized."""
     plan = make_plan(Checkpoint.open(source), what, dialect)
-    return plan, [error for error in convert(plan, out, workers=1).errors if error.source]
+    return plan, [error for error in convert(plan, out, threads=1).errors if error.source]
 
 
 def proven(out: Path, source: Path, count: int) -> Verification:

@@ -184,14 +184,14 @@ def recipe(*rules: Mapping[str, Any], name: str = "test", dialect: str | None = 
 
 def linear(fmt: str, **more: Any) -> Recipe:
     """All Linear weights of the main model in one format, by absmax, which is quick."""
-    return recipe({"match": "linear", "format": fmt, "search": "absmax", **more})
+    return recipe({"match": "linear", "format": fmt, "scale_search": "absmax", **more})
 
 
 def run(source: Path, out: Path, what: str | Recipe, dialect: str = "halfbyte", **more: Any) -> Plan:
     """Plan and convert with one worker."""
-    workers = more.pop("workers", 1)
+    threads = more.pop("threads", 1)
     plan = make_plan(Checkpoint.open(source), what, dialect, **more)
-    convert(plan, out, workers=workers)
+    convert(plan, out, threads=threads)
     return plan
 
 

@@ -55,7 +55,7 @@ def test_plan_quantize_verify_inspect(tmp_path: Path) -> None:
     source = str(MODEL)
     made = halfbyte.plan(source, "mxfp4")
     assert isinstance(made, Plan)
-    done = halfbyte.quantize(source, tmp_path / "out", "mxfp4", workers=1)
+    done = halfbyte.quantize(source, tmp_path / "out", "mxfp4", threads=1)
     assert halfbyte.verify(done.out, source).ok
     found = halfbyte.inspect(done.out)
     assert (found.dialect, found.data_bytes) == ("halfbyte", made.data_bytes)

@@ -18,6 +18,7 @@ from halfbyte.plan.build import make_plan
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.respelling import recipe_for
 from halfbyte.recipes import Recipe, load_recipe
+from halfbyte.renamed import accepts_old_names
 from halfbyte.search import encode
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.overview import Overview, overview
@@ -67,6 +68,7 @@ def plan(
     return make_plan(checkpoint, loaded, spelling, max_shard_bytes, files, remote_code_config(), known)
 
 
+@accepts_old_names(workers="threads")
 def quantize(
     source: Source | Plan,
     out: str | Path,
@@ -77,14 +79,14 @@ def quantize(
     max_shard_bytes: int | None = None,
     remote_code: bool = False,
     importance: str | Path | Importance | None = None,
-    workers: int | None = None,
+    threads: int | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Quantize a checkpoint to the folder ``out``, or continue there after an interruption.
 
-    Give a source and a recipe, or a Plan (then only ``workers``, ``memory`` and ``progress`` are left to choose).
-    ``workers`` threads, default one per core, hold slices of ``memory`` bytes at most, default 2 GiB;
+    Give a source and a recipe, or a Plan (then only ``threads``, ``memory`` and ``progress`` are left to choose).
+    ``threads`` (default: one per core) hold slices of ``memory`` bytes at most, default 2 GiB;
     ``progress`` is called with numbers of source bytes dealt with.
     """
     if not isinstance(source, Plan):
@@ -101,9 +103,10 @@ def quantize(
         )
     elif recipe is not None or dialect is not None or remote_code or importance is not None:
         raise TypeError("quantize(plan, out): recipe, dialect, remote code and importance are part of the plan")
-    return run_conversion(source, out, workers, progress, memory)
+    return run_conversion(source, out, threads, progress, memory)
 
 
+@accepts_old_names(workers="threads")
 def convert(
     source: Source,
     out: str | Path,
@@ -112,7 +115,7 @@ def convert(
     requantize: str | None = None,
     revision: str | None = None,
     max_shard_bytes: int | None = None,
-    workers: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write a quantized checkpoint in another dialect with the same codes and scales.
@@ -120,7 +123,7 @@ def convert(
     PlanError names the weights whose format the dialect cannot spell; they get the format ``requantize`` where one is
     given, and the result says with which error.
     """
-    return run_conversion(respelling(source, dialect, requantize, revision, max_shard_bytes), out, workers, progress)
+    return run_conversion(respelling(source, dialect, requantize, revision, max_shard_bytes), out, threads, progress)
 
 
 def respelling(

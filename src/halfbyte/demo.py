@@ -59,7 +59,7 @@ class Demo:
         return 8 * self.source_bytes / self.source_parameters
 
 
-def run_demo(folder: Path, workers: int | None = None, status: Status | None = None) -> Demo:
+def run_demo(folder: Path, threads: int | None = None, status: Status | None = None) -> Demo:
     """Quantize the bundled model with each of RECIPES into ``folder``, verify it, evaluate it on its held-out text.
 
     ``status`` gives a context manager that shows what is being done. VerifyError if an output is not right.
@@ -71,7 +71,7 @@ def run_demo(folder: Path, workers: int | None = None, status: Status | None = N
     for recipe in RECIPES:
         with doing(f"{recipe}: quantizing and verifying"):
             plan = make_plan(checkpoint, recipe)
-            done = convert(plan, folder / recipe, workers)
+            done = convert(plan, folder / recipe, threads)
             checked = verify(folder / recipe, MODEL)
         if not checked.ok:
             raise VerifyError(f"{recipe}: {checked.problems[0]}")

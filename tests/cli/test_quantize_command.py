@@ -9,6 +9,7 @@ import pytest
 
 from folded import importance_of
 from halfbyte.calibration import write_importance
+from halfbyte.cli import main
 from halfbyte.convert.conversion import convert
 
 
@@ -81,9 +82,9 @@ def test_a_folder_in_use_is_refused(refusal: Callable[..., str], demo_model: str
     assert "is not empty" in refusal("quantize", demo_model, str(tmp_path), "--recipe", "mxfp4")
 
 
-def test_workers_must_be_a_positive_number(refusal: Callable[..., str], demo_model: str, tmp_path: Path) -> None:
+def test_threads_must_be_a_positive_number(refusal: Callable[..., str], demo_model: str, tmp_path: Path) -> None:
     command = ("quantize", demo_model, str(tmp_path / "out"), "--recipe", "mxfp4")
-    assert "'0' is no whole number" in refusal(*command, "--workers", "0")
+    assert "'0' is no whole number" in refusal(*command, "--threads", "0")
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +130,30 @@ def test_weights_that_the_format_cannot_hold_are_listed(
     run_text: Callable[..., str], demo_model: str, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("rules: [{match: linear, format: int4_g128, search: absmax, indivisible: keep}]")
+    recipe.write_text("rules: [{match: linear, format: int4_g128, scale_search: absmax, if_not_divisible: keep}]")
     lines = run_text("quantize", demo_model, str(tmp_path / "out"), "--recipe", str(recipe)).splitlines()
     kept = [line for line in lines if line.startswith("kept")]
     assert len(kept) == 2 and any(
         line.startswith("kept        4 of shared_expert.down, not int4_g128: ") and "such as model." in line
         for line in kept
     )
+
+
+def test_old_keys_of_a_recipe_are_named_on_stderr(
+    demo_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("rules: [{match: linear, format: mxfp4, search: absmax}]")
+    for command in (("recipes", str(path)), ("quantize", demo_model, str(tmp_path / "out"), "--recipe", str(path))):
+        assert main(list(command)) == 0
+        assert "only this release still reads: `search` is now `scale_search`\n" in capsys.readouterr().err
+
+
+def test_workers_is_read_as_threads_with_a_note(
+    demo_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", demo_model, "--recipe", "mxfp4", "--workers", "1"]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "halfbyte: --workers is now --threads; this release reads both\n"
+    assert "with 1 thread(s)" in captured.out

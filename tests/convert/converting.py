@@ -24,7 +24,7 @@ COUNTED = ("pwrite", "write", "fsync", "replace", "link", "unlink", "rmdir")
 
 
 def main() -> None:
-    source, out, dialect, shard_bytes, workers, kill_at, *importance = sys.argv[1:]
+    source, out, dialect, shard_bytes, threads, kill_at, *importance = sys.argv[1:]
     calls = 0
     lock = threading.Lock()
 
@@ -45,7 +45,7 @@ def main() -> None:
     known = calibration_of(importance[0], checkpoint.weights) if importance else None
     recipe = linear("nvfp4", transform="awq") if importance else linear("nvfp4")
     plan = make_plan(checkpoint, recipe, dialect, int(shard_bytes), calibration=known)
-    convert(plan, out, workers=int(workers))
+    convert(plan, out, threads=int(threads))
     print(calls)
 
 

@@ -43,7 +43,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def converted(source: Path, out: Path, what: Any, dialect: str = "halfbyte", **more: Any) -> tuple[Plan, Conversion]:
     plan = make_plan(Checkpoint.open(source), what, dialect, **more)
-    return plan, convert(plan, out, workers=1)
+    return plan, convert(plan, out, threads=1)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -60,8 +60,8 @@ def test_every_file_has_exactly_the_planned_bytes(moe: Path, tmp_path: Path, dia
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_one_worker_and_many_give_the_same_bytes(moe: Path, tmp_path: Path, dialect: str) -> None:
-    for workers in (1, 5):
-        run(moe, tmp_path / str(workers), linear("mixfp4"), dialect, max_shard_bytes=200_000, workers=workers)
+    for threads in (1, 5):
+        run(moe, tmp_path / str(threads), linear("mixfp4"), dialect, max_shard_bytes=200_000, threads=threads)
     assert hashes(tmp_path / "1") == hashes(tmp_path / "5")
 
 
@@ -183,7 +183,7 @@ def test_the_choices_of_mixfp4_are_counted_per_block(moe: Path, tmp_path: Path) 
 def test_progress_adds_up_to_the_bytes_of_the_source(moe: Path, dialect: str, tmp_path: Path) -> None:
     plan = make_plan(Checkpoint.open(moe), linear("nvfp4"), dialect, 100_000)
     calls: list[int] = []
-    convert(plan, tmp_path / "out", workers=2, progress=calls.append)
+    convert(plan, tmp_path / "out", threads=2, progress=calls.append)
     assert sum(calls) == source_bytes(plan) == plan.checkpoint.inventory.total_bytes
 
 

@@ -172,7 +172,7 @@ def test_k_4304_in_a_format_of_block_32(qwen36: Checkpoint) -> None:
     rule = {"match": "vision.linear", "format": "mxfp4"}
     with pytest.raises(FormatError, match=r"linear_fc2\.weight: K = 4304 is not a multiple of the block size 32"):
         make_plan(qwen36, recipe(rule))
-    plan = make_plan(qwen36, recipe({**rule, "indivisible": "keep"}))
+    plan = make_plan(qwen36, recipe({**rule, "if_not_divisible": "keep"}))
     kept = [i for i in plan.items if i.action == "keep" and "linear_fc2" in i.weight.name and "blocks" in i.weight.name]
     assert len(kept) == 27 + 27 and any("K = 4304" in item.reason for item in kept)  # weights and biases
     assert make_plan(qwen36, recipe({**rule, "format": "nvfp4"})).bits_per_weight < 16
@@ -190,7 +190,7 @@ def test_tied_embeddings_quantized_on_one_side_only(tmp_path: Path, rule: dict[s
     source = write_checkpoint(tmp_path / "source", dense_tensors(tied=True), config)
     with pytest.raises(PlanError, match=f"embeddings are tied .* but they have model.{told}"):
         make_plan(Checkpoint.open(source), recipe(rule))
-    both = recipe({"match": ["lm_head", "embedding"], "format": "nvfp4", "search": "absmax"})
+    both = recipe({"match": ["lm_head", "embedding"], "format": "nvfp4", "scale_search": "absmax"})
     run(source, tmp_path / "out", both)
     stored = read_file(tmp_path / "out")
     assert stored["lm_head.weight_codes"].tobytes() == stored["model.embed_tokens.weight_codes"].tobytes()
@@ -201,7 +201,7 @@ def test_one_indivisible_member_leaves_its_fusion_group_in_two_formats(tmp_path:
     tensors["model.layers.0.self_attn.v_proj.weight"] = heavy_tailed(np.random.default_rng(0), 64, 136)
     source = write_checkpoint(tmp_path / "source", tensors, DENSE_CONFIG)
     with pytest.raises(PlanError, match=r"engines fuse the group model\.layers\.0\.self_attn\.qkv_proj"):
-        make_plan(Checkpoint.open(source), linear("nvfp4", indivisible="keep"))
+        make_plan(Checkpoint.open(source), linear("nvfp4", if_not_divisible="keep"))
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "quantize", "verify"])

@@ -105,11 +105,11 @@ def test_the_scale_is_the_one_that_the_function_finds_on_the_whole_weights(
 def test_no_group_is_worse_than_with_the_scale_of_amax(moe: Path, tmp_path: Path, search: str) -> None:
     errors: list[dict[str, float]] = []
     for scale in ("soar", "amax"):
-        rule = {"match": "linear", "format": "mixfp4" if search == "sweep" else "nvfp4", "search": search}
+        rule = {"match": "linear", "format": "mixfp4" if search == "sweep" else "nvfp4", "scale_search": search}
         plan = make_plan(Checkpoint.open(moe), recipe(rule | {"global_scale": scale}))
         found: dict[str, float] = {}
         group = {item.weight.name: item.weight.group or item.weight.name for item in plan.items}
-        for error in convert(plan, tmp_path / scale, workers=1).errors:
+        for error in convert(plan, tmp_path / scale, threads=1).errors:
             found[group[error.name]] = found.get(group[error.name], 0.0) + error.squared_error
         errors.append(found)
     fitted, plain = errors
@@ -151,7 +151,7 @@ def test_the_bytes_do_not_depend_on_an_interruption(moe: Path, tmp_path: Path) -
 
 def test_importance_weighs_what_is_fitted(dense: Path, tmp_path: Path) -> None:
     names = [f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv"]
-    what = recipe({"match": "linear", "format": "nvfp4", "search": "four_over_six", "global_scale": "soar"})
+    what = recipe({"match": "linear", "format": "nvfp4", "scale_search": "four_over_six", "global_scale": "soar"})
     convert(plan_with(dense, what), tmp_path / "out")
     importance = importance_of(dense).values[names[0]]
     found = soar_global_scale(arrays(dense, names), "nvfp4", "four_over_six", importance)
@@ -161,7 +161,7 @@ def test_importance_weighs_what_is_fitted(dense: Path, tmp_path: Path) -> None:
 
 def test_groups_that_have_importance_only_in_part_are_fitted_without(dense: Path, tmp_path: Path) -> None:
     names = [f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv"]
-    what = recipe({"match": "linear", "format": "nvfp4", "search": "four_over_six", "global_scale": "soar"})
+    what = recipe({"match": "linear", "format": "nvfp4", "scale_search": "four_over_six", "global_scale": "soar"})
     checkpoint, some = Checkpoint.open(dense), importance_of(dense)
     del some.values[names[1]], some.counts[names[1]]
     plan = make_plan(checkpoint, what, calibration=calibration_of(some, checkpoint.weights))
@@ -196,7 +196,7 @@ def test_weights_of_zero_are_converted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "int4_g32", "fp8_tensor", "hif4", "nvfp4_unscaled"])
 def test_formats_without_a_tensor_scale_are_refused(moe: Path, fmt: str) -> None:
-    what = recipe({"match": "linear", "format": fmt, "global_scale": "soar", "indivisible": "keep"})
+    what = recipe({"match": "linear", "format": fmt, "global_scale": "soar", "if_not_divisible": "keep"})
     with pytest.raises(RecipeError, match=rf"rule 1 .*`global_scale: soar`.*{fmt} has no global scale to fit"):
         make_plan(Checkpoint.open(moe), what)
 

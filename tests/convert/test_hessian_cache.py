@@ -25,7 +25,7 @@ from halfbyte.search.soar import soar_global_scale
 from halfbyte.source.checkpoint import Checkpoint
 from invented import invented_statistics, part_of
 
-NVFP4 = parse_recipe("rules: [{match: linear, format: nvfp4, method: gptq}]", "t", "t")
+NVFP4 = parse_recipe("rules: [{match: linear, format: nvfp4, rounding: gptq}]", "t", "t")
 NEAREST = parse_recipe("rules: [{match: linear, format: nvfp4}]", "t", "t")
 
 
@@ -57,9 +57,9 @@ def test_the_conversion_gives_what_the_function_gives(quantized: Path, statistic
             np.testing.assert_array_equal(mine.scales, expected.scales)
 
 
-@pytest.mark.parametrize("asked", ["method: gptq", "weight: local_hessian"])
+@pytest.mark.parametrize("asked", ["rounding: gptq", "objective: local_hessian"])
 def test_a_fitted_tensor_scale_is_given_to_the_rounding(statistics: Path, tmp_path: Path, asked: str) -> None:
-    rule = f"{{match: linear, format: nvfp4, search: absmax, global_scale: soar, {asked}}}"
+    rule = f"{{match: linear, format: nvfp4, scale_search: absmax, global_scale: soar, {asked}}}"
     plan = halfbyte.plan(MODEL, parse_recipe(f"rules: [{rule}]", "t", "t"), importance=statistics)
     convert(plan, tmp_path / "out")
     assert plan.calibration_use is not None
@@ -98,7 +98,7 @@ def test_the_error_of_outputs_is_smaller_than_that_of_rounding_to_nearest(
 
 def test_the_bytes_depend_on_neither_threads_nor_memory(statistics: Path, quantized: Path, tmp_path: Path) -> None:
     plan = halfbyte.plan(MODEL, NVFP4, importance=statistics)
-    convert(plan, tmp_path / "out", workers=1, memory=1 << 20)
+    convert(plan, tmp_path / "out", threads=1, memory=1 << 20)
     for file in quantized.glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
@@ -129,7 +129,7 @@ def test_experts_that_share_a_hessian_all_use_it(tmp_path: Path) -> None:
 
 
 def test_a_gptq_recipe_without_calibration_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"`method: gptq`, but nothing is known .* \(--calibration PATH\)"):
+    with pytest.raises(RecipeError, match=r"`rounding: gptq`, but nothing is known .* \(--calibration PATH\)"):
         halfbyte.plan(MODEL, "nvfp4-gptq")
 
 
@@ -140,7 +140,9 @@ def test_statistics_without_hessians_are_refused_for_gptq(tmp_path: Path) -> Non
 
 
 def test_gptq_of_a_format_without_blocks_along_k_is_refused(statistics: Path) -> None:
-    recipe = parse_recipe("rules: [{match: linear, format: fp8_channel, search: absmax, method: gptq}]", "t", "t")
+    recipe = parse_recipe(
+        "rules: [{match: linear, format: fp8_channel, scale_search: absmax, rounding: gptq}]", "t", "t"
+    )
     with pytest.raises(RecipeError, match="no plain blocks"):
         halfbyte.plan(MODEL, recipe, importance=statistics)
 

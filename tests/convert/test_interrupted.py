@@ -34,9 +34,9 @@ def plan_of(source: Path) -> Plan:
 
 
 def start(
-    source: Path, out: Path, kill_at: int = 0, workers: int = 2, importance: Path | None = None
+    source: Path, out: Path, kill_at: int = 0, threads: int = 2, importance: Path | None = None
 ) -> subprocess.Popen[str]:
-    arguments = [str(source), str(out), "compressed-tensors", str(SHARD_BYTES), str(workers), str(kill_at)]
+    arguments = [str(source), str(out), "compressed-tensors", str(SHARD_BYTES), str(threads), str(kill_at)]
     arguments += [str(importance)] if importance else []
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.Popen(
@@ -78,7 +78,7 @@ def test_a_killed_conversion_continues_to_the_same_bytes(
         assert hashes(out) == wanted
         return
     plan = plan_of(moe)
-    done = convert(plan, out, workers=1)
+    done = convert(plan, out, threads=1)
     assert hashes(out) == wanted and len(plan.shards) > 5
     if 0.2 < point < 1:
         assert done.resumed_shards > 0  # what was finished is not done again

@@ -26,7 +26,7 @@ from halfbyte.source.checkpoint import Checkpoint
 
 source, out, recipe, threads, memory = sys.argv[1:]
 plan = make_plan(Checkpoint.open(source), Recipe.model_validate_json(recipe))
-convert(plan, out, workers=int(threads), memory=int(memory))
+convert(plan, out, threads=int(threads), memory=int(memory))
 status = pathlib.Path("/proc/self/status")
 if status.exists():  # ru_maxrss of Linux also counts the memory of the process that started this one
     peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1]) * 1024
@@ -83,7 +83,7 @@ def many(folder: Path, layers: int) -> Path:
 def measured(source: Path, out: Path, fmt: str, threads: int, memory: int, **more: str) -> tuple[int, int]:
     """Peak resident memory of a conversion in a process of its own, and what the plan states."""
     chosen = ["attention"] if fmt == "keep" else ["linear", "lm_head", "embedding"]
-    rule = {"format": "nvfp4" if fmt == "keep" else fmt, "search": "absmax", "optional": True, **more}
+    rule = {"format": "nvfp4" if fmt == "keep" else fmt, "scale_search": "absmax", "optional": True, **more}
     recipe = {"name": "all", "rules": [{"match": role, **rule} for role in chosen]}
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(

@@ -228,10 +228,10 @@ def test_a_disk_that_fills_up_on_the_way(source: Path, small_disk: Path) -> None
         seen.append(1)
 
     with pytest.raises(OutputError, match="the disk has no room for"):
-        convert(plan, small_disk / "out", workers=1, progress=fill)
+        convert(plan, small_disk / "out", threads=1, progress=fill)
     assert not (small_disk / "out" / "config.json").exists()
     (small_disk / "other").unlink()
-    convert(plan, small_disk / "out", workers=1)  # with room again, it continues
+    convert(plan, small_disk / "out", threads=1)  # with room again, it continues
     assert (small_disk / "out" / "config.json").exists()
 
 
@@ -240,7 +240,7 @@ def test_a_limit_on_file_sizes_is_an_error_too(source: Path, tmp_path: Path) -> 
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "from halfbyte.convert.conversion import convert\nfrom halfbyte.errors import OutputError\n"
         "from halfbyte.plan.build import make_plan\nfrom halfbyte.source.checkpoint import Checkpoint\n"
-        "try: convert(make_plan(Checkpoint.open(sys.argv[1]), 'nvfp4-absmax'), sys.argv[2], workers=1)\n"
+        "try: convert(make_plan(Checkpoint.open(sys.argv[1]), 'nvfp4-absmax'), sys.argv[2], threads=1)\n"
         "except OutputError as error: print(error)\n"
     )
     path = os.pathsep.join(entry for entry in sys.path if entry)

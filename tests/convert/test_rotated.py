@@ -24,7 +24,7 @@ from small_models import DENSE_CONFIG, MOE_CONFIG, dense_tensors, hashes, moe_te
 
 
 def asking(transform: str, fmt: str = "mxfp4", more: str = "") -> Recipe:
-    rule = f"{{match: linear, format: {fmt}, transform: {transform}, indivisible: keep{more}}}"
+    rule = f"{{match: linear, format: {fmt}, transform: {transform}, if_not_divisible: keep{more}}}"
     return parse_recipe(f"rules: [{rule}]", "t", "t")
 
 
@@ -56,7 +56,7 @@ def test_a_hadamard_rotation_needs_no_calibration_and_reads_back_upright(fmt: st
 def test_duquant_rotations_are_found_from_each_weights_own_hessian(statistics: Path, tmp_path: Path) -> None:
     plan = halfbyte.plan(MODEL, asking("duquant"), importance=statistics)
     convert(plan, tmp_path / "out")
-    assert plan.calibration_use is not None and len(plan.calibration_use.turned) > 10
+    assert plan.calibration_use is not None and len(plan.calibration_use.rotated_by_inputs) > 10
     assert any("rotated by what their inputs are" in note for note in plan.notes)
     source, out = Checkpoint.open(MODEL), Checkpoint.open(tmp_path / "out")
     names = {w.role: w for w in source.weights}
@@ -78,7 +78,7 @@ def test_duquant_rotations_are_found_from_each_weights_own_hessian(statistics: P
 @pytest.mark.parametrize("transform", ["hadamard", "duquant"])
 def test_gptq_rounds_in_rotated_space(transform: str, statistics: Path, tmp_path: Path) -> None:
     plan = halfbyte.plan(
-        MODEL, asking(transform, more=", method: gptq, mode: static, order: act"), importance=statistics
+        MODEL, asking(transform, more=", rounding: gptq, static_groups: true, order: act"), importance=statistics
     )
     convert(plan, tmp_path / "out")
     assert plan.calibration_use is not None
@@ -93,15 +93,15 @@ def test_gptq_rounds_in_rotated_space(transform: str, statistics: Path, tmp_path
 
 
 def test_the_bytes_depend_on_neither_threads_nor_memory(statistics: Path, tmp_path: Path) -> None:
-    plan = halfbyte.plan(MODEL, asking("duquant", more=", method: gptq"), importance=statistics)
-    convert(plan, tmp_path / "a", workers=2)
-    convert(plan, tmp_path / "b", workers=1, memory=1 << 20)
+    plan = halfbyte.plan(MODEL, asking("duquant", more=", rounding: gptq"), importance=statistics)
+    convert(plan, tmp_path / "a", threads=2)
+    convert(plan, tmp_path / "b", threads=1, memory=1 << 20)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
 def test_a_transform_is_a_format_by_its_name_too(tmp_path: Path) -> None:
     run(MODEL, tmp_path / "a", asking("hadamard"))
-    named = parse_recipe("rules: [{match: linear, format: mxfp4_hadamard, indivisible: keep}]", "t", "t")
+    named = parse_recipe("rules: [{match: linear, format: mxfp4_hadamard, if_not_divisible: keep}]", "t", "t")
     run(MODEL, tmp_path / "b", named)
     a, b = (hashes(tmp_path / name) for name in "ab")
     assert a["model.safetensors"] == b["model.safetensors"] and a["config.json"] == b["config.json"]
@@ -109,10 +109,10 @@ def test_a_transform_is_a_format_by_its_name_too(tmp_path: Path) -> None:
 
 def test_weights_without_a_hessian_get_the_hadamard_matrix_and_the_plan_says_so(statistics: Path) -> None:
     rules = "rules: [{match: [linear, mtp.mlp, mtp.experts, mtp.attention], optional: true, format: mxfp4, "
-    recipe = parse_recipe(rules + "transform: duquant, indivisible: keep}]", "t", "t")
+    recipe = parse_recipe(rules + "transform: duquant, if_not_divisible: keep}]", "t", "t")
     plan = halfbyte.plan(MODEL, recipe, importance=statistics)
-    assert plan.calibration_use is not None and plan.calibration_use.turned
-    assert "mtp.layers.0.self_attn.o_proj.weight" in plan.calibration_use.unturned
+    assert plan.calibration_use is not None and plan.calibration_use.rotated_by_inputs
+    assert "mtp.layers.0.self_attn.o_proj.weight" in plan.calibration_use.rotated_by_hadamard
     assert any("rotated by the Hadamard matrix" in note for note in plan.notes)
 
 
@@ -125,7 +125,7 @@ def test_importance_weighs_nothing_that_is_rotated(statistics: Path) -> None:
 def test_duquant_without_a_calibration_is_refused_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="`transform: duquant`, but nothing is known"):
         halfbyte.plan(MODEL, asking("duquant"))
-    text = "calibration: optional\nrules: [{match: linear, format: mxfp4, transform: duquant, indivisible: keep}]"
+    text = "calibration: optional\nrules: [{match: linear, format: mxfp4, transform: duquant, if_not_divisible: keep}]"
     plan = halfbyte.plan(MODEL, parse_recipe(text, "t", "t"))
     assert any("the Hadamard matrix takes their place" in note for note in plan.notes)
 
@@ -150,7 +150,7 @@ def test_dialects_without_a_word_for_a_rotation_refuse_it(
     dialect: str, transform: str, message: str, statistics: Path, tmp_path: Path
 ) -> None:
     match = "experts" if "experts" in message else "attention"
-    rule = f"{{match: {match}, format: mxfp4, transform: {transform}, indivisible: keep}}"
+    rule = f"{{match: {match}, format: mxfp4, transform: {transform}, if_not_divisible: keep}}"
     known = {"importance": statistics} if transform == "duquant" else {}
     with pytest.raises(PlanError, match=message):
         halfbyte.plan(MODEL, parse_recipe(f"rules: [{rule}]", "t", "t"), dialect=dialect, **known)

@@ -48,7 +48,7 @@ def test_slices_of_one_stack_are_encoded_side_by_side(
         return encode_slice(plan, item, *more)
 
     monkeypatch.setattr(units, "encode_slice", meeting)
-    convert(make_plan(Checkpoint.open(moe), linear("nvfp4")), tmp_path / "out", workers=2)
+    convert(make_plan(Checkpoint.open(moe), linear("nvfp4")), tmp_path / "out", threads=2)
     assert len(set(met)) == 1
 
 

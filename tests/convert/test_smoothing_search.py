@@ -44,7 +44,7 @@ def test_scales_chosen_on_a_sample_fit_all_experts_and_rows(
     monkeypatch.setattr(fold_search, "choose_scale", noted)
     monkeypatch.setattr(fold_search, "SAMPLE", 4096)
     monkeypatch.setattr(fold_search, "_RUNS", 2)
-    convert(plan_with(moe), tmp_path / "out", workers=1)
+    convert(plan_with(moe), tmp_path / "out", threads=1)
     assert max(sizes) == 4096
     scales = read_scales(tmp_path / "out" / FOLDS)
     assert scales["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 128)
@@ -57,5 +57,5 @@ def test_progress_counts_the_choice_too(moe: Path, tmp_path: Path) -> None:
     def report(count: int) -> None:
         seen[0] += count
 
-    convert(plan, tmp_path / "out", workers=1, progress=report)
+    convert(plan, tmp_path / "out", threads=1, progress=report)
     assert sample_bytes(plan) > 0 and seen[0] == source_bytes(plan)

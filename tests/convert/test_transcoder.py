@@ -60,7 +60,7 @@ def test_there_and_back_again_gives_identical_bytes(moe: Path, tmp_path: Path, f
 @pytest.mark.parametrize("dialect", ["compressed-tensors", "halfbyte", "modelopt"])
 def test_the_same_dialect_copies_a_format_with_a_tensor_scale(moe: Path, tmp_path: Path, dialect: str) -> None:
     run(moe, tmp_path / "a", linear("nvfp4"), dialect)
-    _, results = carried(tmp_path / "a", tmp_path / "b", linear("nvfp4", search="sweep"), dialect)
+    _, results = carried(tmp_path / "a", tmp_path / "b", linear("nvfp4", scale_search="sweep"), dialect)
     assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
     proven(tmp_path / "b", tmp_path / "a", len(results))
 
@@ -130,7 +130,7 @@ def test_mxfp4_of_gpt_oss_becomes_nvfp4_where_the_exponents_fit(tmp_path: Path) 
 
 def test_an_expert_whose_exponents_do_not_fit_is_requantized_alone(tmp_path: Path) -> None:
     source = gpt_oss(tmp_path / "source", spread={2: 40})
-    rule = {"match": "experts", "format": "nvfp4", "search": "absmax"}
+    rule = {"match": "experts", "format": "nvfp4", "scale_search": "absmax"}
     _, results = carried(source, tmp_path / "out", recipe(rule))
     told = {result.name.rpartition(".")[2]: result for result in results}
     assert told["down_proj"].lossless and not told["gate_up_proj"].lossless

@@ -181,7 +181,8 @@ def test_routed_experts_come_first_since_transformers_takes_the_first_group_that
     config = {**MOE_CONFIG, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "text_config": {}}
     source = write_checkpoint(tmp_path / "source", tensors, {**config, "num_experts": 4})
     chosen = recipe(
-        {"match": "shared_expert", "format": "fp8_channel"}, {"match": "experts", "format": "nvfp4", "search": "absmax"}
+        {"match": "shared_expert", "format": "fp8_channel"},
+        {"match": "experts", "format": "nvfp4", "scale_search": "absmax"},
     )
     plan = make_plan(Checkpoint.open(source), chosen, "compressed-tensors")
     groups = json.loads(plan.config)["quantization_config"]["config_groups"].values()
@@ -218,7 +219,7 @@ def test_a_plan_says_what_engines_do_not_load(moe: Path, rules: list[dict[str, s
 )
 def test_what_engines_cannot_read_is_refused(moe: Path, rule: dict[str, str], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        make_plan(Checkpoint.open(moe), recipe({"search": "absmax", **rule}), "compressed-tensors")
+        make_plan(Checkpoint.open(moe), recipe({"scale_search": "absmax", **rule}), "compressed-tensors")
 
 
 def test_interleaved_experts_are_refused(tmp_path: Path) -> None:

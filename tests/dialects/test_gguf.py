@@ -139,7 +139,7 @@ def test_types_are_those_of_the_converter(tmp_path: Path) -> None:
 
 
 def test_kept_weights_keep_every_value(tmp_path: Path) -> None:
-    only = recipe({"match": "attention.o", "format": "q4_0", "search": "absmax"})
+    only = recipe({"match": "attention.o", "format": "q4_0", "scale_search": "absmax"})
     source = checkpoint(tmp_path / "m", "gpt-oss")
     run(source, tmp_path / "out", only, "gguf")
     found = stored(tmp_path / "out" / "m-test.gguf")
@@ -161,7 +161,7 @@ def test_bytes_do_not_depend_on_how_a_weight_is_cut(tmp_path: Path, monkeypatch:
             written for i in range(0, len(part), 8) for written in place(self, output, part[i : i + 8], first + i)
         ),
     )
-    run(source, tmp_path / "cut", linear("nvfp4"), "gguf", workers=2)
+    run(source, tmp_path / "cut", linear("nvfp4"), "gguf", threads=2)
     assert hashes(tmp_path / "whole") == hashes(tmp_path / "cut")
 
 
@@ -199,7 +199,7 @@ def test_an_interrupted_conversion_continues_with_the_same_bytes(tmp_path: Path)
     plan = make_plan(
         Checkpoint.open(checkpoint(tmp_path / "m", "llama")), linear("mxfp4"), "gguf", max_shard_bytes=100_000
     )
-    convert(plan, tmp_path / "whole", workers=1)
+    convert(plan, tmp_path / "whole", threads=1)
     left = source_bytes(plan) // 2
 
     def stop(done: int) -> None:
@@ -209,15 +209,15 @@ def test_an_interrupted_conversion_continues_with_the_same_bytes(tmp_path: Path)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(plan, tmp_path / "out", workers=1, progress=stop)
+        convert(plan, tmp_path / "out", threads=1, progress=stop)
     assert not (tmp_path / "out" / "halfbyte.json").exists()
-    assert 0 < convert(plan, tmp_path / "out", workers=1).resumed_shards < len(plan.shards)
+    assert 0 < convert(plan, tmp_path / "out", threads=1).resumed_shards < len(plan.shards)
     assert hashes(tmp_path / "whole") == hashes(tmp_path / "out")
 
 
 def test_quantized_experts_of_gpt_oss_keep_their_codes(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "m", "gpt-oss")
-    run(source, tmp_path / "mx", recipe({"match": "experts", "format": "mxfp4", "search": "absmax"}), "gpt-oss")
+    run(source, tmp_path / "mx", recipe({"match": "experts", "format": "mxfp4", "scale_search": "absmax"}), "gpt-oss")
     (tmp_path / "mx" / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     plan = run(tmp_path / "mx", tmp_path / "out", recipe({"match": "experts", "format": "mxfp4"}), "gguf")
     assert {i.action for i in plan.items if "experts" in i.weight.role} == {"transcode"}
@@ -308,7 +308,7 @@ def test_plans_say_what_is_left_out(tmp_path: Path) -> None:
 )
 def test_refusals(model: str, config: dict[str, Any], rule: dict[str, Any], message: str, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "m", model, **config)
-    rules = {"match": "attention", "format": "mxfp4", "search": "absmax", **rule}
+    rules = {"match": "attention", "format": "mxfp4", "scale_search": "absmax", **rule}
     with pytest.raises(HalfbyteError, match=message):
         make_plan(Checkpoint.open(source), recipe(rules), "gguf")
 
@@ -339,7 +339,7 @@ def test_nvfp4_blocks_need_64_columns(tmp_path: Path) -> None:
     write_file(source / "model.safetensors", found)
     with pytest.raises(HalfbyteError, match="96 is not a multiple of the 64"):
         make_plan(Checkpoint.open(source), linear("nvfp4"), "gguf")
-    run(source, tmp_path / "out", linear("nvfp4", indivisible="keep"), "gguf")
+    run(source, tmp_path / "out", linear("nvfp4", if_not_divisible="keep"), "gguf")
     assert verify(tmp_path / "out", source).ok
     assert stored(tmp_path / "out" / "m-test.gguf")["blk.0.ffn_down.weight"].tensor_type.name == "BF16"
 

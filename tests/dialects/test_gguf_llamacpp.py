@@ -33,7 +33,7 @@ TEXTS = (
     "naïve café — “quotes” 東京 🚀!!",
     "He said: 'I'll do it, we're DONE' [x+y=2]",
 )
-EMBEDDING = recipe({"match": "embedding", "format": "q8_0", "search": "absmax"})
+EMBEDDING = recipe({"match": "embedding", "format": "q8_0", "scale_search": "absmax"})
 SIZES = {
     "vocab_size": 4096,
     "hidden_size": 128,
@@ -186,7 +186,7 @@ def test_quantized_weights_give_near_log_probs(name: str, fmt: str, shared: Path
 @pytest.mark.parametrize("name", ["llama3", "qwen3moe", "gpt-oss"])
 def test_tensor_scales_are_applied_where_plans_allow_them(name: str, shared: Path, tmp_path: Path) -> None:
     source = made(name, shared, tmp_path / name)
-    matrices = recipe({"match": ["attention", "lm_head"], "format": "nvfp4", "search": "absmax"})
+    matrices = recipe({"match": ["attention", "lm_head"], "format": "nvfp4", "scale_search": "absmax"})
     run(source, tmp_path / "out", matrices, "gguf")
     engine = Engine(source, tmp_path / "out")
     assert np.mean([engine.difference(text) for text in TEXTS]) < 0.15
@@ -195,7 +195,7 @@ def test_tensor_scales_are_applied_where_plans_allow_them(name: str, shared: Pat
 @pytest.mark.parametrize("fmt", ["nvfp4_unscaled", "mxfp4", "q4_0", "iq4_nl_g32"])
 def test_quantized_embeddings_load(fmt: str, shared: Path, tmp_path: Path) -> None:
     source = made("llama3", shared, tmp_path / "llama3")
-    run(source, tmp_path / "out", recipe({"match": "embedding", "format": fmt, "search": "absmax"}), "gguf")
+    run(source, tmp_path / "out", recipe({"match": "embedding", "format": fmt, "scale_search": "absmax"}), "gguf")
     engine = Engine(source, tmp_path / "out")
     assert max(map(engine.difference, TEXTS)) < 5e-5
 
@@ -212,7 +212,7 @@ def test_quantized_experts_of_gpt_oss_give_near_log_probs(fmt: str, shared: Path
 @pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4"])
 def test_trained_models_run(model: str, fmt: str, shared: Path, tmp_path: Path) -> None:
     source = shared / "data" / "models" / model
-    run(source, tmp_path / "out", linear(fmt, indivisible="keep"), "gguf")
+    run(source, tmp_path / "out", linear(fmt, if_not_divisible="keep"), "gguf")
     engine = Engine(source, tmp_path / "out")
     assert np.mean([engine.difference(text) for text in TEXTS]) < 0.3
 

@@ -86,7 +86,7 @@ def test_every_model_states_its_pre_tokenizer(model: str, tmp_path: Path) -> Non
 
 def test_sentencepiece_scores_are_the_ranks_of_merges(shared: Path, tmp_path: Path) -> None:
     source = shared / "data" / "models" / "stories260K"
-    run(source, tmp_path / "out", linear("mxfp4", indivisible="keep"), "gguf")
+    run(source, tmp_path / "out", linear("mxfp4", if_not_divisible="keep"), "gguf")
     found = metadata(tmp_path / "out")
     assert found["tokenizer.ggml.model"] == "llama"
     tokens, scores = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"]

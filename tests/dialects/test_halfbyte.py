@@ -25,7 +25,7 @@ def moe(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("fmt", list_formats())
 def test_every_format_is_stored_as_its_arrays_and_read_back(moe: Path, tmp_path: Path, fmt: str) -> None:
-    plan = run(moe, tmp_path / "out", recipe({"match": "experts", "format": fmt, "search": "absmax"}))
+    plan = run(moe, tmp_path / "out", recipe({"match": "experts", "format": fmt, "scale_search": "absmax"}))
     stored = read_file(tmp_path / "out")
     wanted = encode(moe_tensors()[FUSED], fmt, "absmax")
     for part in get_format(fmt).parts(wanted.shape):

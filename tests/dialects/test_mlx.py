@@ -32,9 +32,9 @@ from small_models import (
 
 TEXT = "model.language_model.layers."
 MIXED = recipe(
-    {"match": "linear", "format": "affine8", "search": "absmax"},
-    {"match": "experts", "format": "mxfp4", "search": "absmax"},
-    {"match": "embedding", "format": "affine6", "search": "absmax"},
+    {"match": "linear", "format": "affine8", "scale_search": "absmax"},
+    {"match": "experts", "format": "mxfp4", "scale_search": "absmax"},
+    {"match": "embedding", "format": "affine6", "scale_search": "absmax"},
 )
 
 
@@ -124,7 +124,7 @@ def _stack_output(folder: Path) -> Any:
 @pytest.mark.parametrize("per_expert", [False, True])
 def test_kept_experts_become_stacks_and_are_verified(tmp_path: Path, per_expert: bool) -> None:
     source, out = moe(tmp_path / "source", per_expert), tmp_path / "out"
-    run(source, out, recipe({"match": "experts.down", "format": "affine4", "search": "absmax"}), "mlx")
+    run(source, out, recipe({"match": "experts.down", "format": "affine4", "scale_search": "absmax"}), "mlx")
     before, after = moe_tensors(), read_file(out)
     fused = before[f"{TEXT}0.mlp.experts.gate_up_proj"]
     assert np.array_equal(after[f"{TEXT}0.mlp.switch_mlp.gate_proj.weight"], fused[:, :128])
@@ -241,7 +241,7 @@ def test_the_copy_of_a_tied_embedding_is_left_out(tmp_path: Path) -> None:
 def test_a_tied_lm_head_is_not_quantized(tmp_path: Path) -> None:
     config = {**DENSE_CONFIG, "tie_word_embeddings": True}
     source = write_checkpoint(tmp_path / "source", dense_tensors(tied=True), config)
-    both = recipe({"match": ["embedding", "lm_head"], "format": "affine4", "search": "absmax"})
+    both = recipe({"match": ["embedding", "lm_head"], "format": "affine4", "scale_search": "absmax"})
     with pytest.raises(PlanError, match="drop it by a rule"):
         plan_of(source, both)
 
@@ -259,15 +259,15 @@ def test_what_mlx_cannot_hold_is_refused(tmp_path: Path, fmt: str, match: str, s
     with pytest.raises((PlanError, FormatError), match=said):
         tensors = moe_tensors() | {f"{TEXT}0.linear_attn.conv1d.weight": np.ones((8, 1, 128), np.float32)}
         source = write_checkpoint(tmp_path / "source", tensors, MOE_CONFIG)
-        plan_of(source, recipe({"match": match, "format": fmt, "search": "absmax"}))
+        plan_of(source, recipe({"match": match, "format": fmt, "scale_search": "absmax"}))
 
 
 def test_nvfp4_needs_multiples_of_32(tmp_path: Path) -> None:
     source = moe(tmp_path / "source")
-    rule = {"match": "vision.linear", "format": "nvfp4", "search": "absmax"}
+    rule = {"match": "vision.linear", "format": "nvfp4", "scale_search": "absmax"}
     with pytest.raises(FormatError, match="multiple of 32"):
         plan_of(source, recipe(rule))
-    plan = plan_of(source, recipe({**rule, "indivisible": "keep"}))
+    plan = plan_of(source, recipe({**rule, "if_not_divisible": "keep"}))
     kept = {i.weight.name for i in plan.items if i.action == "keep"}
     assert "model.visual.blocks.0.mlp.linear_fc2.weight" in kept
 

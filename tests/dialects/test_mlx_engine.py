@@ -93,7 +93,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
 
 
 def recipe_of(name: str, tied: bool) -> Any:
-    rules = [{**rule, "search": "absmax"} for rule in RECIPES[name]]
+    rules = [{**rule, "scale_search": "absmax"} for rule in RECIPES[name]]
     for rule in rules:
         if tied and "lm_head" in rule["match"]:
             rule["match"] = "embedding"
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_mlx_lm_made_keeps_its_values_in_other_dialects_and_it
 
 
 def test_published_mxfp4_of_gpt_oss_becomes_mlx_without_requantizing(tmp_path: Path, sources: dict[str, Path]) -> None:
-    experts = recipe({"match": "experts", "format": "mxfp4", "search": "absmax"})
+    experts = recipe({"match": "experts", "format": "mxfp4", "scale_search": "absmax"})
     run(sources["GptOss"], tmp_path / "published", experts, "gpt-oss")
     plan = run(tmp_path / "published", tmp_path / "out", experts, "mlx")
     assert {i.action for i in plan.items} == {"transcode", "keep"}

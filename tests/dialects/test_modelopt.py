@@ -184,8 +184,8 @@ def test_one_format_is_one_algorithm_and_a_list_of_what_is_left_out(moe: Path, t
 
 def test_several_formats_are_a_map_of_modules(moe: Path, tmp_path: Path) -> None:
     rules = recipe(
-        {"match": "linear", "format": "fp8_channel", "search": "absmax"},
-        {"match": "experts", "format": "nvfp4", "search": "absmax"},
+        {"match": "linear", "format": "fp8_channel", "scale_search": "absmax"},
+        {"match": "experts", "format": "nvfp4", "scale_search": "absmax"},
     )
     run(moe, tmp_path / "out", rules, "modelopt")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]

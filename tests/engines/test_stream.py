@@ -60,7 +60,7 @@ def collected(folder: Path, dtype: Any = None, **more: Any) -> dict[str, Any]:
 def test_values_are_those_of_the_checkpoint_under_the_names_of_the_source(
     sources: dict[str, Path], tmp_path: Path, model: str, dialect: str, fmt: str
 ) -> None:
-    run(sources[model], tmp_path / "out", linear(fmt, indivisible="keep"), dialect)
+    run(sources[model], tmp_path / "out", linear(fmt, if_not_divisible="keep"), dialect)
     found = collected(tmp_path / "out")
     plain, packed = (
         Checkpoint.open(sources["per expert" if model == "fused" else model]),

@@ -115,7 +115,7 @@ def decoded(packed: Path, out: Path) -> Path:
 def test_a_checkpoint_gives_the_bits_of_its_decoded_weights_and_its_drafter_arrives(
     load: Any, tmp_path: Path, fmt: str, dialect: str
 ) -> None:
-    chosen = recipe({"match": ["linear", "mtp.experts", "mtp.fc"], "format": fmt, "search": "absmax"})
+    chosen = recipe({"match": ["linear", "mtp.experts", "mtp.fc"], "format": fmt, "scale_search": "absmax"})
     run(DEMO, tmp_path / "packed", chosen, dialect)
     mine, by, drafter = load(tmp_path / "packed", mtp=True)
     assert by == "halfbyte"
@@ -130,9 +130,9 @@ def test_a_checkpoint_gives_the_bits_of_its_decoded_weights_and_its_drafter_arri
 
 def test_rotated_weights_of_compressed_tensors_are_turned_back_on_a_cpu(load: Any, tmp_path: Path) -> None:
     chosen = recipe(
-        {"match": "linear", "format": "mxfp4", "search": "absmax"},
-        {"match": ["attention", "linear_attention"], "format": "int4_g32", "transform": "hadamard", "search": "absmax",
-         "indivisible": "keep"},
+        {"match": "linear", "format": "mxfp4", "scale_search": "absmax"},
+        {"match": ["attention", "linear_attention"], "format": "int4_g32", "transform": "hadamard",
+         "scale_search": "absmax", "if_not_divisible": "keep"},
         {"match": ["linear_attention.a", "linear_attention.b", "linear_attention.conv", "linear_attention.state"],
          "keep": True},
     )  # fmt: skip
@@ -175,7 +175,12 @@ def test_quantized_embeddings_and_heads_load(load: Any, tmp_path: Path) -> None:
 def test_a_checkpoint_that_lacks_a_tensor_does_not_load(load: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    run(DEMO, tmp_path / "packed", recipe({"match": "experts", "format": "mixfp4", "search": "absmax"}), "halfbyte")
+    run(
+        DEMO,
+        tmp_path / "packed",
+        recipe({"match": "experts", "format": "mixfp4", "scale_search": "absmax"}),
+        "halfbyte",
+    )
     tensors = load_file(tmp_path / "packed" / "model.safetensors")
     del tensors[next(n for n in tensors if n.endswith("self_attn.o_proj.weight") and not n.startswith("mtp."))]
     save_file(tensors, tmp_path / "packed" / "model.safetensors")

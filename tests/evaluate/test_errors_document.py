@@ -58,7 +58,7 @@ def by_numpy(out: Path, source: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mixfp4", "mxfp4"])
 def test_every_number_is_that_of_numpy(fmt: str, moe: Path, tmp_path: Path) -> None:
-    run(moe, tmp_path / "out", recipe({"match": "linear", "format": fmt, "search": "sweep"}))
+    run(moe, tmp_path / "out", recipe({"match": "linear", "format": fmt, "scale_search": "sweep"}))
     found, expected = tensor_errors(tmp_path / "out", moe), by_numpy(tmp_path / "out", moe)
     assert {w["name"] for w in found["weights"]} == set(expected)
     for weight in found["weights"]:
@@ -111,7 +111,7 @@ def test_every_format_can_be_measured_and_threads_do_not_matter(tmp_path: Path) 
     source = write_checkpoint(tmp_path / "src", dense_tensors(), DENSE_CONFIG)
     for name in ("hif4", "affine4_g64", "fp8_block128", "fp8_channel", "fp8_tensor", "int4_g32", "iq4_nl", "razer"):
         run(source, tmp_path / name, linear(name))
-        one, four = (tensor_errors(tmp_path / name, source, workers=n) for n in (1, 4))
+        one, four = (tensor_errors(tmp_path / name, source, threads=n) for n in (1, 4))
         assert one["weights"] == four["weights"]
         assert all(0 < w["relmse"] < 0.02 and w["format"] == get_format(name).name for w in one["weights"])
 

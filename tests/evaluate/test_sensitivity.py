@@ -43,7 +43,7 @@ def test_each_group_is_measured_and_all_together(found: dict[str, Any], tmp_path
 def test_one_group_is_what_a_recipe_for_it_alone_gives(found: dict[str, Any], tmp_path: Path) -> None:
     group = next(g for g in found["groups"] if g["group"].endswith("experts"))
     rules = [
-        {"match": f"re:^{name.replace('.', '[.]')}$", "format": "mxfp4", "search": "absmax"}
+        {"match": f"re:^{name.replace('.', '[.]')}$", "format": "mxfp4", "scale_search": "absmax"}
         for name in group["weights"]
     ]
     run(DEMO, tmp_path / "one", recipe(*rules))
@@ -97,7 +97,7 @@ def test_tied_embeddings_that_a_checkpoint_holds_twice_are_one_group(tmp_path: P
     (copy / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     tensors = read_file(copy / "model.safetensors")
     write_file(copy / "model.safetensors", {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
-    ends = recipe({"match": ["embedding", "lm_head"], "format": "mxfp4", "search": "absmax"})
+    ends = recipe({"match": ["embedding", "lm_head"], "format": "mxfp4", "scale_search": "absmax"})
     one, whole = sensitivity(copy, ends, tmp_path / "s.jsonl", length=64, max_tokens=130)["groups"]
     assert one["roles"] == ["embedding", "lm_head"] and one["kl"] == whole["kl"]
 

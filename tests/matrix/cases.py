@@ -13,7 +13,7 @@ from halfbyte.dialects import Dialect, get_dialect, list_dialects
 from halfbyte.formats import BlockFormat, Format, get_format, list_formats
 from halfbyte.models import Piece, Weight
 from halfbyte.plan.build import make_plan
-from halfbyte.plan.transcoding import misfit
+from halfbyte.plan.transcoding import check_shape
 from halfbyte.source.checkpoint import Checkpoint
 from matrix.sources import MODELS, write
 from small_models import recipe
@@ -108,8 +108,12 @@ def make(root: Path, dialect: str, fmt: Format, model: str, other: str | None = 
         names = [w.name for w in matrices if _fits(w.untransposed(), fmt, bound)]
         if names:
             out = root / "out"
-            rule = {"match": [f"re:^{re.escape(name)}$" for name in names], "format": fmt.name, "search": "absmax"}
-            done = convert(make_plan(checkpoint, recipe(rule), dialect), out, workers=1)
+            rule = {
+                "match": [f"re:^{re.escape(name)}$" for name in names],
+                "format": fmt.name,
+                "scale_search": "absmax",
+            }
+            done = convert(make_plan(checkpoint, recipe(rule), dialect), out, threads=1)
             return Made(source, out, {error.name: error.squared_error for error in done.errors})
     raise AssertionError(f"{dialect} holds no weight of the model {model!r} in {fmt.name}")
 
@@ -118,7 +122,7 @@ def _fits(weight: Weight, fmt: Format, dialects: list[Dialect]) -> bool:
     stands = dialects[0].spelling.format_for(weight, fmt)
     return all(
         d.spelling.problem(weight, stands) is None
-        and misfit(weight, stands, d) is None
+        and check_shape(weight, stands, d) is None
         and d.spelling.format_for(weight, stands) is stands
         for d in dialects
     )

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 def test_parameters_are_the_decoded_weights(shared: Path, tmp_path: Path, model: str, dialect: str, fmt: str) -> None:
     from halfbyte.runtime import load
 
-    run(shared / "data" / "models" / model, tmp_path / "out", linear(fmt, indivisible="keep"), dialect)
+    run(shared / "data" / "models" / model, tmp_path / "out", linear(fmt, if_not_divisible="keep"), dialect)
     checkpoint = Checkpoint.open(tmp_path / "out")
     found = dict(load(tmp_path / "out", "float32").named_parameters())
     assert len(checkpoint.formats) > 30

@@ -127,7 +127,7 @@ def test_what_a_source_says_of_activations_stays_where_its_weights_keep_their_fo
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     (stated,) = (g["input_activations"] for g in config["quantization_config"]["config_groups"].values())
     assert stated["dynamic"] is True
-    other = recipe({"match": "mlp", "format": "int4_g32", "search": "absmax"})
+    other = recipe({"match": "mlp", "format": "int4_g32", "scale_search": "absmax"})
     assert sorted(map(str, inputs_of(tmp_path / "a", other))) == sorted(map(str, [stated, None]))
     # requantized weights begin anew
     assert inputs_of(tmp_path / "a", linear("int4_g32")) == [None]

@@ -110,7 +110,7 @@ def test_what_is_left_to_the_nvidia_size_are_the_input_scales_of_modelopt(qwen36
             "unknown format 'nvfp5': did you mean nvfp4",
         ),
         (
-            recipe({"match": "linear", "format": "nvfp4", "search": "swep"}),
+            recipe({"match": "linear", "format": "nvfp4", "scale_search": "swep"}),
             None,
             FormatError,
             "unknown search 'swep': did you mean sweep",
@@ -119,7 +119,7 @@ def test_what_is_left_to_the_nvidia_size_are_the_input_scales_of_modelopt(qwen36
         (recipe({"match": "norm", "format": "nvfp4"}), None, PlanError, "rule 1 .* which is no floating-point matrix"),
         (recipe({"match": "linear", "keep": True}), None, PlanError, "quantizes nothing"),
         (
-            recipe({"match": "linear", "format": "int4_g128", "search": "four_over_six"}),
+            recipe({"match": "linear", "format": "int4_g128", "scale_search": "four_over_six"}),
             None,
             FormatError,
             "four_over_six.* needs E2M1",
@@ -145,8 +145,8 @@ def test_integers_are_not_quantized(tmp_path: Path) -> None:
 
 
 MIXED = recipe(
-    {"match": "experts", "format": "nvfp4", "search": "absmax"},
-    {"match": "attention", "format": "fp8_channel", "search": "absmax"},
+    {"match": "experts", "format": "nvfp4", "scale_search": "absmax"},
+    {"match": "attention", "format": "fp8_channel", "scale_search": "absmax"},
 )
 
 
@@ -155,7 +155,7 @@ def test_what_is_quantized_already_is_kept_byte_for_byte_and_stays_in_the_config
     moe: Path, tmp_path: Path, dialect: str
 ) -> None:
     run(moe, tmp_path / "first", MIXED, dialect)
-    shared_experts = recipe({"match": "shared_expert", "format": "int4_g32", "search": "absmax"})
+    shared_experts = recipe({"match": "shared_expert", "format": "int4_g32", "scale_search": "absmax"})
     run(tmp_path / "first", tmp_path / "second", shared_experts, dialect)
     first, second = Checkpoint.open(tmp_path / "first"), Checkpoint.open(tmp_path / "second")
     assert {n: f.name for n, f in second.formats.items() if "shared_expert" not in n} == {
@@ -181,7 +181,7 @@ def test_a_quantized_checkpoint_can_be_quantized_to_another_format(
 
 
 def test_kept_quantized_weights_that_the_new_dialect_cannot_spell_are_refused(moe: Path, tmp_path: Path) -> None:
-    run(moe, tmp_path / "first", recipe({"match": "linear", "format": "razer", "search": "absmax"}), "halfbyte")
+    run(moe, tmp_path / "first", recipe({"match": "linear", "format": "razer", "scale_search": "absmax"}), "halfbyte")
     with pytest.raises(PlanError, match=r"is razer in the source and kept by the recipe, but .* no spelling for razer"):
         make_plan(
             Checkpoint.open(tmp_path / "first"), recipe({"match": "experts", "format": "mxfp4"}), "compressed-tensors"
@@ -257,10 +257,10 @@ def test_extra_files_replace_side_files_and_are_counted(moe: Path, tmp_path: Pat
 def test_a_vector_of_a_role_that_is_quantized_is_kept_or_refused(tmp_path: Path) -> None:
     tensors = {**dense_tensors(), "model.layers.0.self_attn.q_proj.bias": np.ones(128, np.float32)}
     source = write_checkpoint(tmp_path / "source", tensors, DENSE_CONFIG)
-    what = {"match": "re:q_proj|k_proj|v_proj", "format": "int4_g32", "search": "absmax"}
+    what = {"match": "re:q_proj|k_proj|v_proj", "format": "int4_g32", "scale_search": "absmax"}
     with pytest.raises(PlanError, match=r"q_proj\.bias \(F32 \[128\]\), which is no floating-point matrix"):
         make_plan(Checkpoint.open(source), recipe(what))
-    plan = run(source, tmp_path / "out", recipe(what | {"indivisible": "keep"}))
+    plan = run(source, tmp_path / "out", recipe(what | {"if_not_divisible": "keep"}))
     kept = next(item for item in plan.items if item.weight.name.endswith("q_proj.bias"))
     assert (kept.action, kept.reason, kept.declined) == ("keep", "it is a vector and no matrix", "int4_g32")
     assert verify(tmp_path / "out", source).ok

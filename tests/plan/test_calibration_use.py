@@ -79,41 +79,43 @@ def test_weights_are_weighted_in_the_output(moe: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "weighted", moe).ok
 
 
-def test_weighted_bytes_depend_neither_on_workers_nor_on_memory(moe: Path, tmp_path: Path) -> None:
-    for name, workers, memory in (("a", 1, None), ("b", 3, 1 << 22)):
-        convert(plan_with(moe, SWEEP), tmp_path / name, workers, memory=memory)
+def test_weighted_bytes_depend_neither_on_threads_nor_on_memory(moe: Path, tmp_path: Path) -> None:
+    for name, threads, memory in (("a", 1, None), ("b", 3, 1 << 22)):
+        convert(plan_with(moe, SWEEP), tmp_path / name, threads, memory=memory)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
 def test_a_rule_can_leave_importance_out(moe: Path) -> None:
-    what = recipe({"match": "linear", "format": "nvfp4"}, {"match": "experts", "format": "nvfp4", "weight": "none"})
+    what = recipe(
+        {"match": "linear", "format": "nvfp4"}, {"match": "experts", "format": "nvfp4", "error_weight": "none"}
+    )
     assert weighted(plan_with(moe, what)) and not any("experts." in name for name in weighted(plan_with(moe, what)))
 
 
 def test_a_search_without_a_choice_is_not_weighted(moe: Path) -> None:
     what = recipe(
         {"match": "linear", "format": "nvfp4"},
-        {"match": "attention", "format": "fp8_tensor", "search": "sweep"},
+        {"match": "attention", "format": "fp8_tensor", "scale_search": "sweep"},
         {"match": "linear_attention", "keep": True},
-        {"match": "shared_expert", "format": "nvfp4", "search": "absmax"},
+        {"match": "shared_expert", "format": "nvfp4", "scale_search": "absmax"},
     )
     names = weighted(plan_with(moe, what))
     assert names and all(".mlp.experts." in name for name in names)
 
 
 def test_an_importance_file_that_changes_nothing_is_refused(moe: Path) -> None:
-    with pytest.raises(PlanError, match=r"changes nothing with recipe test.*`search: sweep`"):
+    with pytest.raises(PlanError, match=r"changes nothing with recipe test.*`scale_search: sweep`"):
         plan_with(moe, linear("nvfp4"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("weight", "importance"), ("transform", "awq")])
+@pytest.mark.parametrize(("key", "value"), [("error_weight", "importance"), ("transform", "awq")])
 def test_a_recipe_that_needs_importance_is_refused_without(moe: Path, key: str, value: str) -> None:
     with pytest.raises(RecipeError, match=rf"rule 1 of recipe test says `{key}: {value}`.*--importance FILE"):
         planned(moe, linear("nvfp4", **{key: value}), None)
 
 
 def test_an_optional_wish_is_left_out_and_said(moe: Path) -> None:
-    told = linear("nvfp4", weight="importance", transform="awq").model_dump()
+    told = linear("nvfp4", error_weight="importance", transform="awq").model_dump()
     plan = planned(moe, Recipe.model_validate({**told, "calibration": "optional"}), None)
     assert plan.notes == ["without a calibration AWQ folding and weighting of errors of test are left out"]
 

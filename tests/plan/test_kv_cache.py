@@ -121,7 +121,7 @@ def test_the_fingerprint_depends_on_the_key(known: Path) -> None:
 
 
 def test_a_recipe_whose_searches_have_no_choice_can_ask_for_it(known: Path) -> None:
-    recipe = _recipe(rule="match: linear, format: fp8_channel, search: absmax")
+    recipe = _recipe(rule="match: linear, format: fp8_channel, scale_search: absmax")
     assert halfbyte.plan(MODEL, recipe, dialect=CT, importance=known).tensors
 
 

@@ -138,7 +138,7 @@ def test_nvfp4_goes_into_mlx_requantized_only(made: Path, tmp_path: Path, capsys
 
 def test_a_scale_that_mlx_cannot_store_is_named_although_its_stacks_have_tensor_scales(tmp_path: Path) -> None:
     source = write(tmp_path / "source", "per expert", 32)
-    rule = {"match": "experts", "format": "nvfp4", "search": "absmax"}
+    rule = {"match": "experts", "format": "nvfp4", "scale_search": "absmax"}
     run(source, tmp_path / "experts", recipe(rule), "compressed-tensors")
     with pytest.raises(PlanError, match=r"experts\.gate_up_proj, .* only where they are powers of two"):
         halfbyte.convert(tmp_path / "experts", tmp_path / "out", "mlx")
@@ -165,8 +165,8 @@ def test_a_checkpoint_that_is_in_the_dialect_already_has_nothing_to_convert(made
 def test_only_what_the_dialect_cannot_hold_is_requantized(tmp_path: Path) -> None:
     source = write(tmp_path / "source", "per expert", 32)
     rules = [
-        {"match": "attention", "format": "nvfp4", "search": "absmax"},
-        {"match": "experts", "format": "mixfp4", "search": "absmax"},
+        {"match": "attention", "format": "nvfp4", "scale_search": "absmax"},
+        {"match": "experts", "format": "mixfp4", "scale_search": "absmax"},
     ]
     run(source, tmp_path / "both", recipe(*rules), "compressed-tensors")
     done = halfbyte.convert(tmp_path / "both", tmp_path / "out", "modelopt", requantize="nvfp4")

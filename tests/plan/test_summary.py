@@ -11,8 +11,8 @@ from halfbyte.source.checkpoint import Checkpoint
 from small_models import MOE_CONFIG, linear, moe_tensors, recipe, run, write_checkpoint
 
 RECIPE = recipe(
-    {"match": "experts", "format": "nvfp4", "search": "absmax", "reason": "where the bytes are"},
-    {"match": "vision.linear", "format": "mxfp4", "search": "absmax", "indivisible": "keep"},
+    {"match": "experts", "format": "nvfp4", "scale_search": "absmax", "reason": "where the bytes are"},
+    {"match": "vision.linear", "format": "mxfp4", "scale_search": "absmax", "if_not_divisible": "keep"},
     {"match": "mtp", "drop": True, "reason": "text only"},
 )
 

@@ -44,16 +44,24 @@ def test_a_builtin_is_named_as_its_file_and_described(name: str) -> None:
 def test_a_builtin_names_formats_and_searches_that_go_together(name: str) -> None:
     for rule in load_recipe(name).rules:
         if rule.format is not None:
-            get_search(rule.search, get_format(rule.format))
+            get_search(rule.scale_search, get_format(rule.format))
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"),
-    [("nvfp4-gptq", "in_loop"), ("mixfp4-gptq", "in_loop"), ("int4-gptq", "in_loop"), ("mxfp4-gptq", "static")],
+    ("name", "chosen_by"),
+    [
+        ("nvfp4-gptq", ("gptq_loss", None)),
+        ("mixfp4-gptq", ("gptq_loss", None)),
+        ("int4-gptq", ("gptq_loss", None)),
+        ("mxfp4-gptq", (None, True)),
+    ],
 )
-def test_gptq_chooses_scales_when_it_measured_best_for_the_format(name: str, mode: str) -> None:
+def test_gptq_chooses_scales_when_it_measured_best_for_the_format(
+    name: str, chosen_by: tuple[str | None, bool | None]
+) -> None:
     (rule,) = load_recipe(name).rules
-    assert (rule.method, rule.mode, rule.order, rule.damping) == ("gptq", mode, "act", 0.01)
+    assert (rule.rounding, rule.order, rule.damping) == ("gptq", "act", 0.01)
+    assert (rule.objective, rule.static_groups) == chosen_by
 
 
 @pytest.mark.parametrize("name", list_recipes())

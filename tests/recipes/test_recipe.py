@@ -16,24 +16,33 @@ def rules(*lines: str) -> str:
 
 def test_a_rule_has_defaults() -> None:
     rule = parse_recipe(f"name: mine\n{RULE}", "here").rules[0]
-    assert (rule.match, rule.search, rule.global_scale, rule.indivisible) == (("linear",), "sweep", "amax", "error")
+    assert (rule.match, rule.scale_search, rule.global_scale, rule.if_not_divisible) == (
+        ("linear",),
+        "sweep",
+        "amax",
+        "error",
+    )
     assert rule.action == "quantize" and not rule.optional and rule.reason is None
 
 
 def test_a_rule_may_ask_for_importance_and_folding() -> None:
-    text = "calibration: optional\n" + rules("match: linear, format: nvfp4, weight: importance, transform: awq")
+    text = "calibration: optional\n" + rules("match: linear, format: nvfp4, error_weight: importance, transform: awq")
     recipe = parse_recipe(text, "here")
-    assert (recipe.calibration, recipe.rules[0].weight, recipe.rules[0].transform) == ("optional", "importance", "awq")
-    assert load_recipe("nvfp4").calibration == "required" and load_recipe("nvfp4").rules[0].weight is None
+    assert (recipe.calibration, recipe.rules[0].error_weight, recipe.rules[0].transform) == (
+        "optional",
+        "importance",
+        "awq",
+    )
+    assert load_recipe("nvfp4").calibration == "required" and load_recipe("nvfp4").rules[0].error_weight is None
 
 
-@pytest.mark.parametrize("key", ["weight: importance", "transform: awq"])
+@pytest.mark.parametrize("key", ["error_weight: importance", "transform: awq"])
 def test_a_kept_weight_asks_for_nothing(key: str) -> None:
     with pytest.raises(RecipeError, match=f"`{key.split(':')[0]}` has no meaning without `format`"):
         parse_recipe(rules(f"match: linear, keep: true, {key}"), "here")
 
 
-@pytest.mark.parametrize("key", ["weight: hessian", "transform: rotation"])
+@pytest.mark.parametrize("key", ["error_weight: hessian", "transform: rotation"])
 def test_an_unknown_wish_is_refused(key: str) -> None:
     with pytest.raises(RecipeError, match=f"here, rule 1: {key.split(':')[0]}: Input should be"):
         parse_recipe(rules(f"match: linear, format: nvfp4, {key}"), "here")
@@ -41,7 +50,7 @@ def test_an_unknown_wish_is_refused(key: str) -> None:
 
 def test_importance_of_single_columns_cannot_weigh_rotated_ones() -> None:
     with pytest.raises(RecipeError, match="rule 1: `transform: hadamard` mixes columns"):
-        parse_recipe(rules("match: linear, format: mxfp4, transform: hadamard, weight: importance"), "here")
+        parse_recipe(rules("match: linear, format: mxfp4, transform: hadamard, error_weight: importance"), "here")
 
 
 def test_only_rotations_by_inputs_need_a_calibration() -> None:
@@ -86,13 +95,16 @@ def test_hyphens_underscores_and_aliases_name_a_builtin(name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("match: linear, format: a, serach: sweep", "here, rule 2: unknown key 'serach'; nearest: search"),
+        (
+            "match: linear, format: a, scale_serach: sweep",
+            "here, rule 2: unknown key 'scale_serach'; nearest: scale_search",
+        ),
         ("match: linear", "exactly one of"),
         ("match: linear, format: a, keep: true", "exactly one of"),
         ("match: linear, keep: false", "rule 2: keep"),
         ("match: linear, drop: true", "must give a `reason`"),
         ("match: linear, drop: true, reason: ' '", "must give a `reason`"),
-        ("match: linear, keep: true, search: sweep", "`search` has no meaning without `format`"),
+        ("match: linear, keep: true, scale_search: sweep", "`scale_search` has no meaning without `format`"),
         ("match: linear, format: a, optional: 'yes'", "rule 2: optional"),
         ("match: linear, format: 4", "rule 2: format"),
         ("match: linear, format: a, global_scale: max", "'amax', 'power_of_two' or 'soar'"),
@@ -148,3 +160,19 @@ def test_builtins_are_listed_with_descriptions() -> None:
     recipes = list_recipes()
     assert list(recipes) == sorted(recipes) and {"nvfp4", "mixfp4", "nvidia-nvfp4"} <= set(recipes)
     assert all(text.endswith(".") for text in recipes.values())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("objective: gptq_loss", "`objective: gptq_loss` has no meaning without `rounding: gptq`"),
+        ("static_groups: true", "`static_groups` has no meaning without `rounding: gptq`"),
+        ("rounding: rtn, order: act", "`order` has no meaning without `rounding: gptq`"),
+        ("rounding: gptq, error_weight: importance", "leave `error_weight` out"),
+        ("objective: local_hessian, error_weight: importance", "leave `error_weight` out"),
+        ("rounding: gptq, objective: gptq_loss, static_groups: true", "leave one of them out"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(keys: str, message: str) -> None:
+    with pytest.raises(RecipeError, match="here, rule 1: .*" + message):
+        parse_recipe(rules(f"match: linear, format: nvfp4, {keys}"), "here")

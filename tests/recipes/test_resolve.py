@@ -47,7 +47,7 @@ def chosen(*lines: str) -> list[str]:
 
 
 def test_decisions_are_in_the_order_of_the_weights() -> None:
-    decisions = resolve(recipe("match: experts, format: nvfp4, search: absmax"), MODEL)
+    decisions = resolve(recipe("match: experts, format: nvfp4, scale_search: absmax"), MODEL)
     assert decisions[5] == Decision("quantize", "nvfp4", "absmax", "amax", "error", "rule 1 of mine", 1)
 
 
@@ -143,12 +143,12 @@ def test_a_group_that_is_quantized_only_in_part_is_refused() -> None:
 
 
 def test_a_group_with_searches_of_two_tensor_scales_is_refused() -> None:
-    rules = "match: linear, format: nvfp4", "match: attention.v, format: nvfp4, search: four_over_six"
+    rules = "match: linear, format: nvfp4", "match: attention.v, format: nvfp4, scale_search: four_over_six"
     with pytest.raises(
         RecipeError, match=r"v_proj gets nvfp4 by four_over_six \(rule 2\).*same format and global scale"
     ):
         resolve(recipe(*rules), GROUP)
-    resolve(recipe("match: linear, format: nvfp4", "match: attention.v, format: nvfp4, search: absmax"), GROUP)
+    resolve(recipe("match: linear, format: nvfp4", "match: attention.v, format: nvfp4, scale_search: absmax"), GROUP)
 
 
 def test_a_group_with_two_tensor_scales_is_refused() -> None:
@@ -182,7 +182,7 @@ def test_a_group_with_rotated_and_plain_weights_is_refused() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("format: fp8_channel, search: absmax, transform: hadamard", "rule 1: fp8_channel cannot be rotated"),
+        ("format: fp8_channel, scale_search: absmax, transform: hadamard", "rule 1: fp8_channel cannot be rotated"),
         ("format: mxfp4_hadamard, transform: duquant", "rule 1: mxfp4_hadamard is that of rotated weights already"),
     ],
 )

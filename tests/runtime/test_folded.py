@@ -23,8 +23,8 @@ from small_models import read_file, write_file
 RECIPE = """
 rules:
   - {match: [attention, linear_attention.qkv, linear_attention.z, shared_expert], format: int4_g128,
-     search: absmax, transform: awq, optional: true}
-  - {match: [mlp, experts.down], format: int4_g128, search: absmax, transform: awq, optional: true}
+     scale_search: absmax, transform: awq, optional: true}
+  - {match: [mlp, experts.down], format: int4_g128, scale_search: absmax, transform: awq, optional: true}
 """
 
 

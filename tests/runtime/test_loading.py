@@ -62,7 +62,7 @@ def copy_with(source: Path, target: Path, change: Callable[[dict[str, Any]], Any
 def test_a_model_in_any_format_gives_the_logits_of_its_decoded_weights(
     fmt: str, saved: Saved, quantized: Quantized
 ) -> None:
-    path = quantized(saved("qwen3_moe_wide"), linear(fmt, indivisible="keep"))
+    path = quantized(saved("qwen3_moe_wide"), linear(fmt, if_not_divisible="keep"))
     model = load(path, torch.float32)
     # all attention projections but o_proj, whose K is 64, and the experts
     assert sum(isinstance(module, QuantizedWeights) for module in model.modules()) >= 4
@@ -80,7 +80,7 @@ def test_a_model_in_any_format_gives_the_logits_of_its_decoded_weights(
 def test_architectures_with_other_layouts_load_in_4_bit_and_dense_alike(
     architecture: str, fmt: str, saved: Saved, quantized: Quantized
 ) -> None:
-    path = quantized(saved(architecture), linear(fmt, indivisible="keep"))
+    path = quantized(saved(architecture), linear(fmt, if_not_divisible="keep"))
     torch.testing.assert_close(
         logits(load(path, "float32")), logits(load(path, "float32", dequantize=True)), rtol=0, atol=1e-6
     )
@@ -118,7 +118,7 @@ def test_the_demo_model_loads_and_says_that_its_draft_head_was_left_out(
 
 
 def test_quantized_draft_heads_are_left_out_too(quantized: Quantized, caplog: pytest.LogCaptureFixture) -> None:
-    rule = {"format": "nvfp4", "search": "absmax", "indivisible": "keep"}
+    rule = {"format": "nvfp4", "scale_search": "absmax", "if_not_divisible": "keep"}
     path = quantized(DEMO, recipe({"match": ["linear", "mtp.experts"], **rule}))
     load(path, "float32")
     assert "were left out: mtp (" in caplog.text
@@ -129,7 +129,7 @@ def test_quantized_draft_heads_are_left_out_too(quantized: Quantized, caplog: py
 def test_compressed_tensors_checkpoints_load_with_exactly_the_decoded_weights(
     fmt: str, architecture: str, saved: Saved, quantized: Quantized
 ) -> None:
-    path = quantized(saved(architecture), linear(fmt, indivisible="keep"), "compressed-tensors")
+    path = quantized(saved(architecture), linear(fmt, if_not_divisible="keep"), "compressed-tensors")
     state = load(path, "float32").state_dict()
     ends = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "moe" in architecture else ["mlp.down_proj.weight"]
     for end in [*ends, "self_attn.q_proj.weight"]:
@@ -168,8 +168,8 @@ def test_scales_of_a_kv_cache_are_left_out(
 
 def test_both_dialects_hold_the_same_nvfp4_experts(saved: Saved, quantized: Quantized) -> None:
     source = saved("qwen3_5_moe")
-    ours = load(quantized(source, linear("nvfp4", indivisible="keep")), "float32", dequantize=True)
-    theirs = load(quantized(source, linear("nvfp4", indivisible="keep"), "compressed-tensors"), "float32")
+    ours = load(quantized(source, linear("nvfp4", if_not_divisible="keep")), "float32", dequantize=True)
+    theirs = load(quantized(source, linear("nvfp4", if_not_divisible="keep"), "compressed-tensors"), "float32")
     for name, values in ours.state_dict().items():
         # a reciprocal is stored there, so the products differ by a rounding
         torch.testing.assert_close(theirs.state_dict()[name], values, rtol=3e-7, atol=0)
@@ -190,7 +190,7 @@ def test_a_dtype_that_models_cannot_compute_in_is_refused(dtype: Any, saved: Sav
 
 
 def test_tied_embeddings_are_quantized_once_and_used_twice(saved: Saved, quantized: Quantized) -> None:
-    rule = {"match": ["linear", "embedding"], "format": "int4_g32", "search": "absmax"}
+    rule = {"match": ["linear", "embedding"], "format": "int4_g32", "scale_search": "absmax"}
     path = quantized(saved("llama-tied"), recipe(rule))
     model, dense = load(path, "float32"), load(path, "float32", dequantize=True)
     assert torch.equal(model.lm_head.weight, decoded(path, "embed_tokens.weight"))
@@ -209,7 +209,7 @@ def test_tied_embeddings_that_the_checkpoint_holds_as_its_head_or_twice_are_the_
     if "embedding" not in kept:
         del tensors["model.embed_tokens.weight"]
     write_file(source / "model.safetensors", tensors)
-    path = quantized(source, recipe({"match": kept, "format": "int4_g32", "search": "absmax"}))
+    path = quantized(source, recipe({"match": kept, "format": "int4_g32", "scale_search": "absmax"}))
     model, dense = load(path, "float32"), load(path, "float32", dequantize=True)
     assert torch.equal(model.model.embed_tokens.weight, decoded(path, "lm_head.weight"))
     assert dense.lm_head.weight is dense.model.embed_tokens.weight
@@ -223,7 +223,7 @@ def test_a_model_loads_in_eval_mode_without_gradients_for_quantized_weights(save
 
 
 def test_quantized_models_generate(saved: Saved, quantized: Quantized) -> None:
-    path = quantized(saved("qwen3_moe"), linear("nvfp4", indivisible="keep"))
+    path = quantized(saved("qwen3_moe"), linear("nvfp4", if_not_divisible="keep"))
     kwargs = {"max_new_tokens": 4, "do_sample": False}
     found = load(path, "float32").generate(IDS, **kwargs)
     assert torch.equal(found, load(path, "float32", dequantize=True).generate(IDS, **kwargs))

@@ -55,7 +55,7 @@ def test_a_checkpoint_with_remote_code_loads_exactly_where_halfbyte_is_not_insta
     run(
         source,
         path,
-        linear("mixfp4", indivisible="keep"),
+        linear("mixfp4", if_not_divisible="keep"),
         extra_files=remote_code_files(config),
         extra_config=remote_code_config(),
     )

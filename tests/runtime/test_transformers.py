@@ -27,14 +27,14 @@ def logits(model: Any) -> torch.Tensor:
 def test_an_auto_class_loads_the_dialect_as_halfbyte_load_does(
     architecture: str, saved: Saved, quantized: Quantized
 ) -> None:
-    path = quantized(saved(architecture), linear("mixfp4", indivisible="keep"))
+    path = quantized(saved(architecture), linear("mixfp4", if_not_divisible="keep"))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert any(isinstance(module, QuantizedWeights) for module in model.modules())
     assert torch.equal(logits(model), logits(load(path, torch.float32)))
 
 
 def test_a_model_with_vision_loads_whole_and_as_text_only(saved: Saved, quantized: Quantized) -> None:
-    path = quantized(saved("qwen3_5_moe"), linear("nvfp4", indivisible="keep"))
+    path = quantized(saved("qwen3_5_moe"), linear("nvfp4", if_not_divisible="keep"))
     whole = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     text = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert type(whole).__name__ == "Qwen3_5MoeForConditionalGeneration"

@@ -47,7 +47,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folded(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted in the dialect halfbyte; tests must not change it."""
     out = tmp_path_factory.mktemp("folded") / "out"
-    done = convert(plan_with(moe), out, workers=1)
+    done = convert(plan_with(moe), out, threads=1)
     assert all(entry.alpha > 0 and entry.loss < entry.unfolded for entry in done.smoothings)
     return out
 
@@ -109,7 +109,7 @@ def test_dialects_that_respell_kept_weights_write_the_folded_ones(
     pytest.importorskip("gguf")
     source = shared / "data" / "models" / "qwen3-tiny-wiki"
     some = ["attention.q", "attention.k", "attention.v", "mlp.down"]
-    what = recipe({"match": some, "format": fmt, "search": "absmax", "transform": "awq"})
+    what = recipe({"match": some, "format": fmt, "scale_search": "absmax", "transform": "awq"})
     done = convert(plan_with(source, what, dialect), tmp_path / "out")
     found = verify(tmp_path / "out", source)
     assert found.problems == [] and found.folded == 36 and all(fold.alpha > 0 for fold in done.smoothings)
@@ -125,8 +125,8 @@ def test_both_spellings_of_experts_are_folded_alike(moe: Path, folded: Path, tmp
 
 def test_kept_experts_are_folded_in_the_shape_that_they_have(tmp_path: Path) -> None:
     only_down = recipe(
-        {"match": "shared_expert", "format": "int4_g32", "search": "absmax", "transform": "awq"},
-        {"match": "experts.down", "format": "int4_g32", "search": "absmax", "transform": "awq"},
+        {"match": "shared_expert", "format": "int4_g32", "scale_search": "absmax", "transform": "awq"},
+        {"match": "experts.down", "format": "int4_g32", "scale_search": "absmax", "transform": "awq"},
     )
     for per_expert in (False, True):
         source = write_checkpoint(tmp_path / f"source-{per_expert}", moe_tensors(per_expert), MOE_CONFIG)
@@ -138,8 +138,8 @@ def test_kept_experts_are_folded_in_the_shape_that_they_have(tmp_path: Path) -> 
         assert before[name].shape == after[name].shape and before[name].tobytes() != after[name].tobytes()
 
 
-def test_the_bytes_depend_neither_on_workers_nor_on_memory(moe: Path, folded: Path, tmp_path: Path) -> None:
-    convert(plan_with(moe), tmp_path / "out", workers=3, memory=1 << 22)
+def test_the_bytes_depend_neither_on_threads_nor_on_memory(moe: Path, folded: Path, tmp_path: Path) -> None:
+    convert(plan_with(moe), tmp_path / "out", threads=3, memory=1 << 22)
     assert hashes(tmp_path / "out") == hashes(folded)
 
 
@@ -180,9 +180,9 @@ def test_finished_scales_are_taken_over(moe: Path, tmp_path: Path, monkeypatch: 
 
     plan = plan_with(moe, max_shard_bytes=SHARD_BYTES)
     with pytest.raises(KeyboardInterrupt):
-        convert(plan, tmp_path / "out", workers=1, progress=interrupted)
+        convert(plan, tmp_path / "out", threads=1, progress=interrupted)
     monkeypatch.setattr(import_module("halfbyte.convert.smoothing_search"), "choose_scale", None)
-    done = convert(plan, tmp_path / "out", workers=1)
+    done = convert(plan, tmp_path / "out", threads=1)
     assert len(done.smoothings) == 8 and problems(tmp_path / "out", moe) == []
 
 
@@ -191,7 +191,7 @@ def test_another_importance_file_does_not_continue_a_conversion(moe: Path, tmp_p
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(plan_with(moe), tmp_path / "out", workers=1, progress=interrupted)
+        convert(plan_with(moe), tmp_path / "out", threads=1, progress=interrupted)
     with pytest.raises(OutputError, match="unfinished output of another conversion"):
         convert(plan_with(moe, seed=1), tmp_path / "out")
 

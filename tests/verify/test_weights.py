@@ -254,7 +254,7 @@ def test_a_stray_weight_file_beside_the_index_and_a_wrong_total(moe: Path, tmp_p
 
 
 def test_experts_that_were_left_in_bf16(moe: Path, tmp_path: Path) -> None:
-    run(moe, tmp_path / "out", recipe({"match": "attention", "format": "nvfp4", "search": "absmax"}))
+    run(moe, tmp_path / "out", recipe({"match": "attention", "format": "nvfp4", "scale_search": "absmax"}))
     told = json.loads((tmp_path / "out" / "halfbyte.json").read_text())
     told["recipe"]["rules"][0]["match"] = ["attention", "experts"]
     (tmp_path / "out" / "halfbyte.json").write_text(json.dumps(told))
@@ -271,7 +271,7 @@ def test_a_format_that_the_recipe_does_not_name(moe: Path, tmp_path: Path) -> No
 
 def test_what_the_recipe_drops_is_told_with_its_reason(moe: Path, tmp_path: Path) -> None:
     drop = {"match": ["mtp", "vision"], "drop": True, "reason": "text only"}
-    run(moe, tmp_path / "out", recipe({"match": "experts", "format": "nvfp4", "search": "absmax"}, drop))
+    run(moe, tmp_path / "out", recipe({"match": "experts", "format": "nvfp4", "scale_search": "absmax"}, drop))
     result = verify(tmp_path / "out", moe)
     assert result.ok and result.dropped["mtp.fc.weight"] == "text only"
     assert len(result.dropped) == sum(n.startswith(("mtp.", "model.visual.")) for n in moe_tensors())
@@ -279,7 +279,7 @@ def test_what_the_recipe_drops_is_told_with_its_reason(moe: Path, tmp_path: Path
 
 def test_an_output_with_dropped_tensors_is_not_complete_without_its_recipe(moe: Path, tmp_path: Path) -> None:
     drop = {"match": "mtp", "drop": True, "reason": "not wanted"}
-    run(moe, tmp_path / "out", recipe({"match": "experts", "format": "nvfp4", "search": "absmax"}, drop))
+    run(moe, tmp_path / "out", recipe({"match": "experts", "format": "nvfp4", "scale_search": "absmax"}, drop))
     (tmp_path / "out" / "halfbyte.json").unlink()
     assert "mtp.fc.weight of the source is missing, and no rule of the recipe drops it" in problems(
         tmp_path / "out", moe
@@ -287,7 +287,11 @@ def test_an_output_with_dropped_tensors_is_not_complete_without_its_recipe(moe: 
 
 
 def test_indivisible_weights_that_the_recipe_keeps_are_right(moe: Path, tmp_path: Path) -> None:
-    run(moe, tmp_path / "out", recipe({"match": ["linear", "vision.linear"], "format": "mxfp4", "indivisible": "keep"}))
+    run(
+        moe,
+        tmp_path / "out",
+        recipe({"match": ["linear", "vision.linear"], "format": "mxfp4", "if_not_divisible": "keep"}),
+    )
     assert problems(tmp_path / "out", moe) == []
 
 

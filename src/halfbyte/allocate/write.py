@@ -45,7 +45,7 @@ def recipe_text(
             lines.append("    reason: the bytes that another format would save are better saved elsewhere")
         else:
             lines.append(f"    format: {fmt}")
-            lines.append(f"    search: {searches.get(fmt, 'sweep')}")
+            lines.append(f"    scale_search: {searches.get(fmt, 'sweep')}")
     return "\n".join(lines) + "\n"
 
 

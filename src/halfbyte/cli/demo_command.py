@@ -10,7 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.cli.human import positive, size
+from halfbyte.cli import options
+from halfbyte.cli.human import size
 from halfbyte.cli.logs import prepare_logs
 from halfbyte.cli.output import print_json, say, status, table
 
@@ -27,7 +28,7 @@ EXAMPLES = """\
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     parser.add_argument("--keep", metavar="DIR", help="write the six checkpoints to this folder and keep them")
-    parser.add_argument("--workers", metavar="N", type=positive, help="threads (default: one per core)")
+    options.add_threads(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     place = nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory(prefix="halfbyte-demo-")
     with place as folder:
-        found = run_demo(Path(folder), args.workers, lambda label: status(label, args.json))
+        found = run_demo(Path(folder), args.threads, lambda label: status(label, args.json))
     if args.json:
         print_json(_document(found))
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from halfbyte.cli.human import positive, size
+from halfbyte.cli import options
+from halfbyte.cli.human import size
 from halfbyte.cli.json_files import write_json
 from halfbyte.cli.output import print_json, progress, say, table
 
@@ -26,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--importance", metavar="FILE", help="importance file, also llama.cpp's: weights the error of each column"
     )
     parser.add_argument("--weights", action="store_true", help="a line per weight, the worst first, not per class")
-    parser.add_argument("--workers", metavar="N", type=positive, help="threads (default: one per core)")
+    options.add_threads(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the JSON document to this file")
 
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.evaluate.errors_document import tensor_errors
 
     with progress("comparing", _elements(args.out) if not args.json else 0, args.json) as report:
-        found = tensor_errors(args.out, args.against, args.importance, args.revision, args.workers, report)
+        found = tensor_errors(args.out, args.against, args.importance, args.revision, args.threads, report)
     if args.output:
         write_json(args.output, found)
     if args.json:

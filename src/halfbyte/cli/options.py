@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.human import parse_size, positive
@@ -53,15 +54,29 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def add_resources(parser: argparse.ArgumentParser) -> None:
     """What bounds a conversion and decides no byte of it: --threads, --memory."""
-    parser.add_argument(
-        "--threads", "--workers", metavar="N", dest="threads", type=positive, help="threads (default: one per core)"
-    )
+    add_threads(parser)
     parser.add_argument(
         "--memory",
         metavar="SIZE",
         type=parse_size,
         help="most memory for slices of weights, such as 512MiB (default: 2GiB); the plan says what all takes together",
     )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """--threads, and --workers, its name before 0.2."""
+    parser.add_argument("--threads", metavar="N", type=positive, help="threads (default: one per core)")
+    parser.add_argument("--workers", dest="threads", type=positive, action=_OldName, help=argparse.SUPPRESS)
+
+
+class _OldName(argparse.Action):
+    """Store a value under the option's new name, and say so."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        print(f"halfbyte: {option} is now --{self.dest}; this release reads both", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def limits(args: argparse.Namespace) -> Limits:

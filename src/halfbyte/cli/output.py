@@ -46,6 +46,11 @@ def say(*lines: str) -> None:
         print(clean(line))
 
 
+def warn(message: str) -> None:
+    """Print a note on stderr."""
+    print(f"halfbyte: {clean(message)}", file=sys.stderr)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], last: Sequence[Cell] | None = None) -> None:
     """A table on stdout; ``last`` is a line of totals.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.cli import accuracy, options, plan_command
 from halfbyte.cli.human import exact
-from halfbyte.cli.output import print_json, progress, say
+from halfbyte.cli.output import print_json, progress, say, warn
 
 if TYPE_CHECKING:
     from halfbyte.convert.conversion import Conversion
@@ -58,6 +58,8 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
         else:
             plan_command.show(made, args)
         return 0
+    for note in made.recipe.notes:
+        warn(note)
     total = source_bytes(made)
     with progress(verb, total, args.json) as report:
         done = convert(made, args.out, args.threads, report, memory=args.memory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from halfbyte.cli.output import print_json, say, table
+from halfbyte.cli.output import print_json, say, table, warn
 
 if TYPE_CHECKING:
     from halfbyte.recipes import Recipe
@@ -16,6 +16,8 @@ EXAMPLES = """\
   halfbyte recipes mixfp4
   halfbyte recipes my-recipe.yaml          (checks the file, too)
 """
+
+SHOWN = ("error_weight", "rounding", "objective", "static_groups", "order", "transform")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
             table(("recipe", "~what it does"), list(found.items()))
         return 0
     recipe = load_recipe(args.name)
+    for note in recipe.notes:
+        warn(note)
     if args.json:
         print_json(recipe.model_dump(mode="json", exclude_none=True))
     else:
@@ -58,13 +62,12 @@ def _show(recipe: Recipe) -> None:
                 number,
                 ", ".join(rule.match),
                 rule.format or rule.action,
-                rule.search if rule.format else "",
+                rule.scale_search if rule.format else "",
                 "; ".join(
                     (
-                        *(["keeps what the format cannot hold"] if rule.indivisible == "keep" else []),
+                        *(["keeps what the format cannot hold"] if rule.if_not_divisible == "keep" else []),
                         *(["may match nothing"] if rule.optional else []),
-                        *([f"weight: {rule.weight}"] if rule.weight else []),
-                        *([f"transform: {rule.transform}"] if rule.transform else []),
+                        *(f"{key}: {value}" for key in SHOWN if (value := getattr(rule, key)) is not None),
                         *(["global scales are powers of two"] if rule.global_scale == "power_of_two" else []),
                         *(["global scales are fitted (SOAR)"] if rule.global_scale == "soar" else []),
                         *([rule.reason] if rule.reason else []),

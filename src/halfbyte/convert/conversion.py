@@ -30,6 +30,7 @@ from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.plan.conversion_plan import CONFIG, INDEX, PROVENANCE, Plan
 from halfbyte.plan.resources import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
 from halfbyte.plan.shards import Shard
+from halfbyte.renamed import accepts_old_names
 
 __all__ = ["Conversion", "Progress", "convert", "source_bytes"]
 
@@ -64,18 +65,19 @@ def source_bytes(plan: Plan) -> int:
     return sum(item_bytes(item) for shard in plan.shards for item in shard.items) + sample_bytes(plan)
 
 
+@accepts_old_names(workers="threads")
 def convert(
     plan: Plan,
     out: str | Path,
-    workers: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
     memory: int | None = None,
 ) -> Conversion:
     """Write the plan's output to the folder ``out``, or continue there after an interruption.
 
-    ``workers`` threads (default: one per core; fewer where ``memory``, by default 2 GiB, does not allow so many)
-    work on slices of weights side by side, while finished files are made durable in the background. The bytes
-    written depend on neither. Raises OutputError for an unusable folder or a full disk, CheckpointError for a
+    At most ``threads`` (default: one per core; fewer where ``memory``, by default 2 GiB, does not allow so many) work
+    on slices of weights side by side, while finished files are made durable in the background. The bytes written
+    depend on neither. Raises OutputError for an unusable folder or a full disk, CheckpointError for a
     damaged source.
     """
     began = time.monotonic()
@@ -90,14 +92,14 @@ def convert(
     for shard in plan.shards:
         if shard.name in journal.done:
             report(sum(map(item_bytes, shard.items)))
-    limits = Limits(workers or cores(), memory or MEMORY)
-    threads = plan.resources(limits).threads
+    limits = Limits(threads or cores(), memory or MEMORY)
+    count = plan.resources(limits).threads
     with Reader(inventory) as reader:
-        with ThreadPoolExecutor(min(threads, max(1, limits.memory // FOLD_BYTES))) as pool:
+        with ThreadPoolExecutor(min(count, max(1, limits.memory // FOLD_BYTES))) as pool:
             smoothings, chosen = settle_folds(plan, out, journal, reader, pool, report)
         known = plan.calibration_use.calibration if plan.calibration_use else None
         hessians = Hessians(known, limits.memory // 8) if known and known.statistics else None
-        _write_shards(Context(plan, reader, smoothings, report, limits, hessians), threads, todo, out, journal)
+        _write_shards(Context(plan, reader, smoothings, report, limits, hessians), count, todo, out, journal)
     _finish(plan, out, inventory.root)
     errors: dict[str, TensorError] = {}
     for shard in plan.shards:

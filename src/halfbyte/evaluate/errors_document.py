@@ -10,27 +10,29 @@ from halfbyte.evaluate.results import now
 from halfbyte.evaluate.weight_errors import Progress, WeightError, compare_weights, finite_or_none, ratio
 from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.models import Weight
+from halfbyte.renamed import accepts_old_names
 from halfbyte.source.checkpoint import Checkpoint
 
 VERSION = 1
 
 
+@accepts_old_names(workers="threads")
 def tensor_errors(
     out: str | Path,
     against: str | Path,
     importance: str | Path | None = None,
     revision: str | None = None,
-    workers: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The errors document (docs/evaluation.md) of a quantized checkpoint against its source.
 
     ``importance``: a file that ``read_importance`` reads. What was folded into the output's weights (AWQ) is folded
-    into the source's before they are compared. ``workers`` threads compare slices side by side;
+    into the source's before they are compared. ``threads`` threads compare slices side by side;
     ``progress`` is called with numbers of elements dealt with. CheckpointError where a quantized weight is not in the
     source or has another shape there.
     """
-    pairs = compare_weights(out, against, importance, revision, workers, progress)
+    pairs = compare_weights(out, against, importance, revision, threads, progress)
     found = [error for _, error in pairs]
     ours = Checkpoint.open(out)
     by_class: dict[tuple[str, str], list[WeightError]] = {}

@@ -104,7 +104,7 @@ def compare_weights(
     against: str | Path,
     importance: str | Path | None = None,
     revision: str | None = None,
-    workers: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[Weight, WeightError]]:
     """Every quantized weight of ``out`` with its error; the arguments are those of ``tensor_errors``."""
@@ -127,7 +127,7 @@ def compare_weights(
             if scale is not None:
                 columns[name] = np.asarray(columns[name] / np.square(scale), np.float32)
         job = _Job(ours, source, left, right, columns, smoothings, progress or (lambda _: None))
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             found = list(job.run(pool, [(weight, twins[weight.name]) for weight in chosen]))
     return list(zip(chosen, found, strict=True))
 

@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.calibration import Calibration
 from halfbyte.checkpoint.files import collector_paused
-from halfbyte.dialects import Dialect, OutputTensor, get_dialect, quantization_config_of, unquantized_config
-from halfbyte.errors import FormatError, PlanError
-from halfbyte.formats import get_format
+from halfbyte.dialects import Dialect, get_dialect, quantization_config_of
+from halfbyte.errors import PlanError
+from halfbyte.formats import Format
 from halfbyte.models import Weight
-from halfbyte.plan.activation_scales import calibrated as calibrated_scales
-from halfbyte.plan.activation_scales import choose as choose_activations
-from halfbyte.plan.activation_scales import settled as settled_activations
-from halfbyte.plan.calibration_use import optional_note, settle
-from halfbyte.plan.conversion_plan import PLAN_VERSION, Plan
-from halfbyte.plan.fusion_groups import check_groups, check_tied
-from halfbyte.plan.global_scales import check_fitted, fitted_note
-from halfbyte.plan.kv_cache import settle_caches
-from halfbyte.plan.shards import Item, make_index, make_shards
-from halfbyte.plan.transcoding import claim, misfit, obstacle, respelled, settle_input_scales
+from halfbyte.plan.activation_scales import activation_settings, calibrated_scales, with_wishes
+from halfbyte.plan.assignment import assign
+from halfbyte.plan.calibration_use import CalibrationUse, check_calibration, optional_note, use_calibration
+from halfbyte.plan.configuration import make_config, make_provenance, make_settings
+from halfbyte.plan.conversion_plan import Plan
+from halfbyte.plan.fusion_groups import check_groups, check_tied, requantized_together
+from halfbyte.plan.global_scales import fitted_note
+from halfbyte.plan.kv_cache import add_cache_scales, respell_caches
+from halfbyte.plan.refusal import Refusal, enforce
+from halfbyte.plan.shards import Item, Shard, make_index, make_shards
+from halfbyte.plan.transcoding import respell_input_scales
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
-from halfbyte.search import get_search
-from halfbyte.source.checkpoint import FLOATS, Checkpoint
-from halfbyte.source.smoothing import FOLDS
+from halfbyte.source.checkpoint import Checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is decided so far. Each step of ``make_plan`` takes one and gives another one.
+
+    ``items`` belong to the weights of the source, in order, and ``decisions`` to them; ``scales`` are items for
+    calibrated scales that the source lacks. ``activations`` and ``caches`` are what the configuration will say.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    dialect: Dialect
+    calibration: Calibration | None
+    notes: tuple[str, ...]
+    decisions: tuple[Decision, ...] = ()
+    items: tuple[Item, ...] = ()
+    scales: tuple[Item, ...] = ()
+    activations: Mapping[str, Any] = field(default_factory=dict)
+    caches: Mapping[str, Any] = field(default_factory=dict)
+    use: CalibrationUse | None = None
+
+    @property
+    def all_items(self) -> tuple[Item, ...]:
+        """The items of the source's weights and those of new scales."""
+        return self.items + self.scales
+
+    def stored_formats(self) -> dict[str, Format | None]:
+        """The format of every weight of the output by name: a kept one may be quantized already."""
+        stored = self.checkpoint.formats
+        return {i.weight.name: i.format or stored.get(i.weight.name) for i in self.all_items if i.action != "drop"}
 
 
 @collector_paused()
@@ -47,171 +77,148 @@ def make_plan(
     ``extra_files`` are written beside the weights, ``extra_config`` are further keys of config.json;
     ``calibration`` is an importance file that was matched to this checkpoint.
     """
+    draft = _begin(checkpoint, recipe, dialect, calibration)
+    draft = _assign_formats(draft)
+    draft = _choose_activations(draft)
+    draft = _add_activation_scales(draft)
+    draft = _add_cache_scales(draft)
+    draft = _describe_activations(draft)
+    draft = _use_calibration(draft)
+    if max_shard_bytes is None:
+        max_shard_bytes = sys.maxsize if draft.dialect.package.standalone else MAX_SHARD_BYTES
+    shards = _place(draft, max_shard_bytes)
+    return _finish(draft, shards, max_shard_bytes, extra_files or {}, extra_config)
+
+
+def _begin(
+    checkpoint: Checkpoint, recipe: str | Recipe, dialect: str | Dialect | None, calibration: Calibration | None
+) -> Draft:
+    """Open the recipe and the dialect; refuse sources that cannot be written in any other form."""
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    dialect = get_dialect(dialect or recipe.dialect or "halfbyte")
-    inventory = checkpoint.inventory
+    target = get_dialect(dialect or recipe.dialect or "halfbyte")
+    enforce(check_source(checkpoint))
+    source = checkpoint.dialect
+    target = source if source and source.name == target.name else target.for_model(checkpoint.inventory)
+    family = checkpoint.family.note
+    return Draft(checkpoint, recipe, target, calibration, (*recipe.notes, *([family] if family else [])))
+
+
+def check_source(checkpoint: Checkpoint) -> Refusal | None:
+    """Refuse sources that no dialect reads, and those whose configuration cannot be written in another form."""
+    inventory, dialect = checkpoint.inventory, checkpoint.dialect
     method = quantization_config_of(inventory).get("quant_method")
-    if checkpoint.dialect is None and method:
-        raise PlanError(
+    if dialect is None and method:
+        return Refusal(
             f"{inventory.source} is quantized by {method!r}, which cannot be read; start from another source"
         )
-    if checkpoint.dialect and checkpoint.dialect.package.standalone:
-        raise PlanError(
-            f"{inventory.source} is in the dialect {checkpoint.dialect.name}, which inspect and verify read, but its "
+    if dialect and dialect.package.standalone:
+        return Refusal(
+            f"{inventory.source} is in the dialect {dialect.name}, which inspect and verify read, but its "
             "configuration and tokenizer cannot be written in another form; start from the original checkpoint"
         )
-    source = checkpoint.dialect
-    dialect = source if source and source.name == dialect.name else dialect.for_model(inventory)
-    if max_shard_bytes is None:
-        max_shard_bytes = sys.maxsize if dialect.package.standalone else MAX_SHARD_BYTES
-    weights = [w.untransposed() for w in checkpoint.weights]
-    decisions = resolve(recipe, weights)
-    items = [_item(checkpoint, w, d, dialect) for w, d in zip(weights, decisions, strict=True)]
+    return None
+
+
+def _assign_formats(draft: Draft) -> Draft:
+    """Give every weight its fate, by the last rule that matches it; members of a fusion group stay together."""
+    weights = [w.untransposed() for w in draft.checkpoint.weights]
+    decisions = resolve(draft.recipe, weights)
+    items = [assign(draft.checkpoint, w, d, draft.dialect) for w, d in zip(weights, decisions, strict=True)]
     if not any(item.format for item in items):
-        raise PlanError(f"recipe {recipe.name} quantizes nothing in {inventory.source}; check its rules")
-    check_groups(items)
-    notes = [checkpoint.family.note] if checkpoint.family.note else []
-    choose_activations(items, decisions, dialect)
-    notes += settle_input_scales(checkpoint, items, dialect)
-    more = calibrated_scales(items, dialect, calibration)
-    caches = settle_caches(checkpoint, recipe, items, dialect, calibration)
-    notes += caches.notes
-    more += caches.items
-    activations = settled_activations(checkpoint, [*items, *more], dialect)
-    check_tied(inventory.config, items)
-    calibration_use = settle(checkpoint, recipe, items, decisions, calibration, scales=bool(more))
-    notes += calibration_use.notes() if calibration_use else optional_note(recipe, decisions)
-    notes += fitted_note(items)
-    items += more
-    spelled = [(i.weight, i.format, i.outputs) for i in items if i.outputs]
-    shards = make_shards(items, max_shard_bytes, dialect.package.container(inventory, recipe.name, spelled))
-    # what is kept may be quantized already, and the configuration has to say so
-    formats = {i.weight.name: i.format or checkpoint.formats.get(i.weight.name) for i in items if i.action != "drop"}
-    quantized = [(i.weight, fmt) for i in items if (fmt := formats.get(i.weight.name))]
-    kept = [i.weight for i in items if i.action != "drop" and not formats[i.weight.name]]
-    config = unquantized_config(source.package.original_config(inventory.config) if source else inventory.config)
-    config |= dict(extra_config or {})
-    config["quantization_config"] = settings = dialect.config(quantized, kept, activations)
-    settings |= caches.settings
-    provenance = {
-        "halfbyte": PLAN_VERSION,
-        "source": {
-            "name": inventory.source.rstrip("/").rsplit("/", 1)[-1],
-            "revision": inventory.revision,
-            "fingerprint": inventory.fingerprint,
-        },
-        "dialect": dialect.name,
-        "recipe": _recipe(recipe),
-    }
-    if calibration_use:
-        provenance["importance"] = {
-            "name": calibration_use.calibration.name,
-            "digest": calibration_use.calibration.digest,
-        }
-        provenance["folds"] = FOLDS if calibration_use.smoothings else None
-    if inventory.ignored_files:
-        notes.append(f"not part of the checkpoint, not copied: {', '.join(inventory.ignored_files[:5])}")
-    large = [shard.name for shard in shards if shard.layout.total > max_shard_bytes]
-    if large:
-        notes.append(f"larger than {max_shard_bytes} bytes, as what it holds cannot be divided: {', '.join(large[:5])}")
-    return Plan(
-        checkpoint,
-        recipe,
-        dialect,
-        items,
-        shards,
-        None if dialect.package.standalone else make_index(shards),
-        None if dialect.package.standalone else _json(dialect.package.config_json(config)),
-        _json(provenance),
-        dialect.package.extra_files(settings) | (extra_files or {}),
-        notes + dialect.notes(quantized, kept),
-        calibration_use,
+        source = draft.checkpoint.inventory.source
+        raise PlanError(f"recipe {draft.recipe.name} quantizes nothing in {source}; check its rules")
+    enforce(check_groups(items))
+    return replace(draft, decisions=tuple(decisions), items=requantized_together(items))
+
+
+def _choose_activations(draft: Draft) -> Draft:
+    """Note what the rules ask of activations, and respell or drop the scales that the source has for them."""
+    items = with_wishes(draft.items, draft.decisions, draft.dialect)
+    respelled = respell_input_scales(draft.checkpoint, items, draft.dialect)
+    return replace(draft, items=respelled.items, notes=(*draft.notes, *respelled.notes))
+
+
+def _add_activation_scales(draft: Draft) -> Draft:
+    """Add the scales of activations that rules ask for and the source lacks."""
+    return replace(draft, scales=calibrated_scales(draft.items, draft.dialect, draft.calibration))
+
+
+def _add_cache_scales(draft: Draft) -> Draft:
+    """Respell the source's scales of a KV cache, and add those that the recipe asks for."""
+    inherited = respell_caches(draft.checkpoint, draft.items, draft.dialect)
+    caches = add_cache_scales(draft.checkpoint, draft.recipe, inherited, draft.dialect, draft.calibration)
+    return replace(
+        draft,
+        items=caches.items,
+        scales=draft.scales + caches.added,
+        caches=caches.settings,
+        notes=(*draft.notes, *caches.notes),
     )
 
 
-def _recipe(recipe: Recipe) -> dict[str, Any]:
-    """A recipe that can be parsed again, with the defaults of this release spelled out."""
-    told = recipe.model_dump(mode="json", exclude_none=True)
-    for rule in told["rules"]:
-        if "format" not in rule:
-            for key in ("search", "global_scale", "indivisible"):
-                del rule[key]
-    return told
+def _describe_activations(draft: Draft) -> Draft:
+    """Find out how engines will quantize the inputs of every weight."""
+    return replace(draft, activations=activation_settings(draft.checkpoint, draft.all_items, draft.dialect))
 
 
-def _item(checkpoint: Checkpoint, weight: Weight, decision: Decision, dialect: Dialect) -> Item:
-    if decision.action == "drop":
-        return Item(weight, "drop", decision.reason)
-    if decision.action == "keep":
-        return _kept(checkpoint, weight, decision.reason, dialect)
-    assert decision.format is not None and decision.search is not None
-    fmt = dialect.spelling.format_for(weight, get_format(decision.format))
-    get_search(decision.search, fmt)
-    check_fitted(weight, decision, dialect)
-    problem = misfit(weight, fmt, dialect)
-    if weight.dtype not in FLOATS or (len(weight.shape) < 2 and decision.indivisible == "error"):
-        raise PlanError(
-            f"rule {decision.rule} of the recipe wants to quantize {weight.name} "
-            f"({weight.dtype} {list(weight.shape)}), which is no floating-point matrix; "
-            "narrow the rule or keep this tensor"
-        )
-    if problem and decision.indivisible == "keep":
-        kept = _kept(checkpoint, weight, problem, dialect)
-        kept.declined = fmt.name
-        return kept
-    if problem:
-        raise FormatError(f"{weight.name}: {problem}; say `indivisible: keep` in the rule or choose another format")
-    problem = dialect.spelling.problem(weight, fmt)
-    if problem:
-        raise PlanError(f"{weight.name}: {problem}")
-    power = decision.global_scale == "power_of_two" or dialect.spelling.power_of_two
-    before = checkpoint.formats.get(weight.name)
-    if before:
-        checkpoint.stored(weight)  # a missing part is found now and not in the middle of the conversion
-    said = claim(weight, before, fmt, checkpoint.dialect, dialect) if before and checkpoint.dialect else None
-    outputs = respelled(checkpoint, weight, fmt, dialect) if said else dialect.spelling.outputs(weight, fmt)
-    action, reason = ("transcode", said) if said else ("quantize", decision.reason)
-    fitted = decision.global_scale == "soar"
-    return Item(weight, action, reason, fmt, decision.search, power, outputs, fitted=fitted)
-
-
-def _kept(checkpoint: Checkpoint, weight: Weight, reason: str, dialect: Dialect) -> Item:
-    """A kept weight's tensors as the source has them; in another dialect a quantized one keeps its codes."""
-    tensors = checkpoint.inventory.tensors
-    before, source = checkpoint.formats.get(weight.name), checkpoint.dialect
-    if before is None or source is None:
-        left_out = dialect.unquantized.omitted(weight)
-        if left_out:
-            return Item(weight, "drop", left_out)
-        if source is dialect:
-            found = [tensors[name] for name in checkpoint.tensors_of(weight)]
-            outputs = [OutputTensor(t.name, t.dtype, t.shape, "copy") for t in found]
-            return Item(weight, "keep", reason, outputs=outputs)
-        if checkpoint.tensors_of(weight) != list(weight.sources):
-            return Item(weight, "keep", reason, outputs=dialect.unquantized.outputs(weight, [_original(weight)]))
-        copied = [(tensors[piece.source], piece.expert) for piece in weight.pieces]
-    elif source is dialect:
-        copied = [(tensors[o.name], o.expert) for o in checkpoint.stored(weight)]
+def _use_calibration(draft: Draft) -> Draft:
+    """Decide which searches are weighted, which weights are rounded with Hessians, and which groups are smoothed."""
+    enforce(check_tied(draft.checkpoint.inventory.config, draft.items))
+    items, notes = draft.items, optional_note(draft.recipe, draft.decisions)
+    use = None
+    if draft.calibration is None:
+        enforce(check_calibration(draft.recipe, items, draft.decisions))
     else:
-        problem = obstacle(weight, before, dialect)
-        if problem:
-            raise PlanError(
-                f"{weight.name} is {before.name} in the source and kept by the recipe, but {problem}, "
-                "or give it a rule with a format"
-            )
-        said = claim(weight, before, before, source, dialect) or ""
-        return Item(weight, "transcode", said, before, "absmax", False, respelled(checkpoint, weight, before, dialect))
-    outputs = [OutputTensor(t.name, t.dtype, t.shape, "copy", expert) for t, expert in copied]
-    if before is None:
-        outputs = dialect.unquantized.outputs(weight, outputs)
-    return Item(weight, "keep", reason, outputs=outputs)
+        items, use = use_calibration(
+            draft.checkpoint, draft.recipe, items, draft.decisions, draft.calibration, scales=bool(draft.scales)
+        )
+        notes = use.notes()
+    return replace(draft, items=items, use=use, notes=(*draft.notes, *notes, *fitted_note(items)))
 
 
-def _original(weight: Weight) -> OutputTensor:
-    """A weight that the source spells in its own way, as a plain checkpoint has it."""
-    lying = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2]) if weight.transposed else weight.shape
-    return OutputTensor(weight.sources[0], weight.dtype, lying, "transposed" if weight.transposed else "values")
+def _place(draft: Draft, limit: int) -> list[Shard]:
+    """Distribute all output tensors over files of at most ``limit`` bytes."""
+    spelled = [(i.weight, i.format, list(i.outputs)) for i in draft.all_items if i.outputs]
+    container = draft.dialect.package.container(draft.checkpoint.inventory, draft.recipe.name, spelled)
+    return make_shards(draft.all_items, limit, container)
 
 
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+def _finish(
+    draft: Draft,
+    shards: list[Shard],
+    limit: int,
+    extra_files: dict[str, bytes],
+    extra_config: Mapping[str, Any] | None,
+) -> Plan:
+    """Write configuration and provenance, and collect the notes."""
+    checkpoint, dialect, formats = draft.checkpoint, draft.dialect, draft.stored_formats()
+    quantized = [(i.weight, fmt) for i in draft.all_items if (fmt := formats.get(i.weight.name))]
+    kept: list[Weight] = [i.weight for i in draft.all_items if i.action != "drop" and not formats[i.weight.name]]
+    settings = make_settings(dialect, quantized, kept, draft.activations, draft.caches)
+    return Plan(
+        checkpoint=checkpoint,
+        recipe=draft.recipe,
+        dialect=dialect,
+        items=list(draft.all_items),
+        shards=shards,
+        index=None if dialect.package.standalone else make_index(shards),
+        config=make_config(checkpoint, dialect, settings, extra_config),
+        provenance=make_provenance(checkpoint, draft.recipe, dialect, draft.use),
+        extra_files=dialect.package.extra_files(settings) | extra_files,
+        notes=[
+            *draft.notes,
+            *_file_notes(draft, shards, limit),
+            *dialect.notes(quantized, kept),
+        ],
+        calibration_use=draft.use,
+    )
+
+
+def _file_notes(draft: Draft, shards: list[Shard], limit: int) -> list[str]:
+    notes, ignored = [], draft.checkpoint.inventory.ignored_files
+    if ignored:
+        notes.append(f"not part of the checkpoint, not copied: {', '.join(ignored[:5])}")
+    large = [shard.name for shard in shards if shard.layout.total > limit]
+    if large:
+        notes.append(f"larger than {limit} bytes, as what it holds cannot be divided: {', '.join(large[:5])}")
+    return notes

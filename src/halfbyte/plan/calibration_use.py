@@ -1,22 +1,23 @@
-"""What a recipe makes of an importance file: whose errors it weighs, what is folded, and what is said of both."""
+"""What a recipe makes of a calibration: which errors it weighs, which weights it rounds, rotates and smooths."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from halfbyte.calibration import Calibration
 from halfbyte.calibration.token_counts import MIN_TOKENS, enough
 from halfbyte.checkpoint import Reader
-from halfbyte.errors import CheckpointError, PlanError, RecipeError
+from halfbyte.errors import CheckpointError, RecipeError
 from halfbyte.formats import rotation_of
 from halfbyte.models.name_templates import normalise
 from halfbyte.models.roles import bare_role
 from halfbyte.models.smoothing_groups import SmoothingGroup, find_groups
+from halfbyte.plan.refusal import Refusal, enforce
 from halfbyte.plan.shards import Item
-from halfbyte.recipes import Decision, Recipe
+from halfbyte.recipes import Decision, Method, Recipe
 from halfbyte.search import get_search
 from halfbyte.search.gptq import problem as gptq_problem
 from halfbyte.source.checkpoint import Checkpoint
@@ -29,28 +30,28 @@ UNKNOWN = "the importance file says nothing of it"
 DROPPED = "what comes before it is dropped"
 
 
-@dataclass
+@dataclass(frozen=True)
 class CalibrationUse:
     """How a plan uses what is known of activations.
 
     ``weighted`` and ``unweighted``: names of the quantized weights whose search does, or for want of data does not,
     weigh errors by importance. ``smoothings``: groups whose scales the conversion chooses. ``refused``: reason -> names
-    of the weights that were to be folded and are not. ``rounded``: names of the weights that are rounded with a
+    of the weights that were to be smoothed and are not. ``rounded``: names of the weights that are rounded with a
     Hessian, ``unrounded`` of those that should have been and have none, ``starved`` experts with too few tokens for
-    one: weight -> expert numbers. ``turned``: names of the weights whose rotation is found from their Hessian,
-    ``unturned`` of those that have none and get the Hadamard matrix.
+    one: weight -> expert numbers. ``rotated_by_inputs``: names of the weights whose rotation is found from their
+    Hessian, ``rotated_by_hadamard`` of those that have none.
     """
 
     calibration: Calibration
-    weighted: list[str] = field(default_factory=list)
-    unweighted: list[str] = field(default_factory=list)
-    smoothings: list[SmoothingGroup] = field(default_factory=list)
-    refused: dict[str, list[str]] = field(default_factory=dict)
-    rounded: list[str] = field(default_factory=list)
-    unrounded: list[str] = field(default_factory=list)
-    starved: dict[str, list[int]] = field(default_factory=dict)
-    turned: list[str] = field(default_factory=list)
-    unturned: list[str] = field(default_factory=list)
+    weighted: list[str]
+    unweighted: list[str]
+    smoothings: list[SmoothingGroup]
+    refused: dict[str, list[str]]
+    rounded: list[str]
+    unrounded: list[str]
+    starved: dict[str, list[int]]
+    rotated_by_inputs: list[str]
+    rotated_by_hadamard: list[str]
 
     def notes(self) -> list[str]:
         """What a user should know, one sentence each."""
@@ -60,12 +61,12 @@ class CalibrationUse:
             notes.append(f"{len(self.rounded)} weights are rounded with Hessians")
         if total:
             notes.append(f"importance weighs the errors of {len(self.weighted)} of {total} searches")
-        elif not (self.rounded or self.turned):
+        elif not (self.rounded or self.rotated_by_inputs):
             notes.append("no search of the recipe has a choice, so importance weighs no errors")
-        if self.turned:
-            notes.append(f"blocks of {len(self.turned)} weights are rotated by what their inputs are")
-        if self.unturned:
-            notes.append(f"no Hessian for {_some(self.unturned)}: rotated by the Hadamard matrix")
+        if self.rotated_by_inputs:
+            notes.append(f"blocks of {len(self.rotated_by_inputs)} weights are rotated by what their inputs are")
+        if self.rotated_by_hadamard:
+            notes.append(f"no Hessian for {_some(self.rotated_by_hadamard)}: rotated by the Hadamard matrix")
         if self.unrounded:
             notes.append(f"no Hessian for {_some(self.unrounded)}: rounded to nearest")
         if self.starved:
@@ -78,7 +79,7 @@ class CalibrationUse:
             notes.append(f"no importance for {_some(self.unweighted)}: plain squared error")
         if matched.unmatched:
             notes.append(f"entries of the importance file that fit no weight here: {_some(matched.unmatched)}")
-        empty = {name: found for name, found in matched.no_data.items() if name in matched.values}
+        empty = {name: experts for name, experts in matched.no_data.items() if name in matched.values}
         if empty:
             count = sum(map(len, empty.values()))
             notes.append(f"no token reached {count} experts of {_some(list(empty))}: plain squared error for these")
@@ -103,111 +104,162 @@ class CalibrationUse:
             "rounded_with_hessian": len(self.rounded),
             "without_hessian": self.unrounded,
             "experts_without_hessian": self.starved,
-            "rotated_by_inputs": len(self.turned),
-            "rotated_by_hadamard": self.unturned,
+            "rotated_by_inputs": len(self.rotated_by_inputs),
+            "rotated_by_hadamard": self.rotated_by_hadamard,
             "folds": [group.name for group in self.smoothings],
             "not_folded": [{"reason": why, "weights": names} for why, names in self.refused.items()],
         }
 
 
-def settle(
+def check_calibration(recipe: Recipe, items: Iterable[Item], decisions: Iterable[Decision]) -> Refusal | None:
+    """Refuse a recipe that needs to know activations where nothing is known of them."""
+    chosen = [d for i, d in zip(items, decisions, strict=True) if i.action == "quantize"]
+    asked = next((d for d in chosen if d.error_weight == "importance" or d.transform in NEED or d.method), None)
+    if asked is None or recipe.calibration == "optional":
+        return None
+    file = "" if asked.method else "an importance file (--importance FILE) or "
+    return Refusal(
+        f"rule {asked.rule} of recipe {recipe.name} says `{_wish(asked)}`, but nothing is known of the model's "
+        f"activations; give {file}a text or statistics (--calibration PATH), or say `calibration: optional` in "
+        "the recipe",
+        RecipeError,
+    )
+
+
+def use_calibration(
     checkpoint: Checkpoint,
     recipe: Recipe,
     items: Sequence[Item],
     decisions: Sequence[Decision],
-    calibration: Calibration | None,
+    calibration: Calibration,
     scales: bool = False,
-) -> CalibrationUse | None:
-    """Mark the items whose errors are weighted and find the groups to fold.
+) -> tuple[tuple[Item, ...], CalibrationUse]:
+    """The items with the method and the weighting of each, and what else is made of a calibration.
 
     Where the recipe says nothing, importance weighs every search that has a choice. ``scales``: the plan takes scales
-    of activations from the calibration, whatever else it is good for. RecipeError if the recipe needs
-    an importance file and there is none, PlanError if the one that is given changes nothing.
+    of activations from the calibration, whatever else it is good for. RecipeError where a recipe needs Hessians and
+    none was collected, PlanError if the calibration changes nothing.
     """
     chosen = [(i, d) for i, d in zip(items, decisions, strict=True) if i.action == "quantize"]
-    if calibration is None:
-        asked = next((d for _, d in chosen if d.weight == "importance" or d.transform in NEED or d.method), None)
-        if asked and recipe.calibration == "required":
-            file = "" if asked.method else "an importance file (--importance FILE) or "
-            raise RecipeError(
-                f"rule {asked.rule} of recipe {recipe.name} says `{_wish(asked)}`, but nothing is known of the model's "
-                f"activations; give {file}a text or statistics (--calibration PATH), or say `calibration: optional` in "
-                "the recipe"
-            )
-        return None
-    result = CalibrationUse(calibration)
-    _methods(recipe, chosen, result)
-    _rotations(recipe, chosen, result)
+    hessians = _rounded_with_hessians(recipe, chosen, calibration)
+    rotations = _rotated_by_hessians(recipe, chosen, calibration)
+    weighted = {i.weight.name for i, d in chosen if _may_be_weighted(i, d, hessians)}
     known = calibration.matched.values
-    for item, decision in chosen:
-        assert item.format is not None
-        if bare_role(item.weight.role) == "embedding":  # rows are looked up, so no input meets its columns
+    groups, refused = _smoothings(checkpoint, items, {i.weight.name for i, d in chosen if d.transform == "awq"}, known)
+    use = CalibrationUse(
+        calibration,
+        weighted=[i.weight.name for i, _ in chosen if i.weight.name in weighted and i.weight.name in known],
+        unweighted=[i.weight.name for i, _ in chosen if i.weight.name in weighted and i.weight.name not in known],
+        smoothings=groups,
+        refused=refused,
+        rounded=list(hessians.methods),
+        unrounded=hessians.missing,
+        starved=hessians.starved,
+        rotated_by_inputs=rotations.known,
+        rotated_by_hadamard=rotations.unknown,
+    )
+    enforce(check_useful(recipe, use, scales))
+    informed = set(use.weighted)
+    return tuple(
+        replace(i, method=hessians.methods.get(i.weight.name), weighted=i.weight.name in informed)
+        if i.action == "quantize"
+        else i
+        for i in items
+    ), use
+
+
+def check_useful(recipe: Recipe, use: CalibrationUse, scales: bool) -> Refusal | None:
+    """Refuse a calibration that changes nothing of the output."""
+    if use.weighted or use.smoothings or use.rounded or use.rotated_by_inputs or scales:
+        return None
+    return Refusal(
+        f"the importance file {use.calibration.name} changes nothing with recipe {recipe.name}: no weight that has "
+        "importance is quantized by a search with a choice; leave the file out, or use a recipe with "
+        "`scale_search: sweep`"
+    )
+
+
+class _Hessians(NamedTuple):
+    """By name: methods of weights that have a Hessian, weights that lack one, experts that lack one."""
+
+    methods: dict[str, Method]
+    missing: list[str]
+    starved: dict[str, list[int]]
+
+
+class _Rotations(NamedTuple):
+    """Names of weights whose rotation is found from their Hessian, and of those that have none."""
+
+    known: list[str]
+    unknown: list[str]
+
+
+def _may_be_weighted(item: Item, decision: Decision, hessians: _Hessians) -> bool:
+    """Whether importance is to weigh the errors of the scale search of an item."""
+    assert item.format is not None
+    name = item.weight.name
+    if bare_role(item.weight.role) == "embedding":  # rows are looked up, so no input meets its columns
+        return False
+    if rotation_of(item.format):  # importance is about the same for all of a block then
+        return False
+    if name in hessians.methods and name not in hessians.starved:
+        return False
+    return decision.error_weight != "none" and get_search(item.search).chooses(item.format)
+
+
+def _rounded_with_hessians(
+    recipe: Recipe, chosen: Sequence[tuple[Item, Decision]], calibration: Calibration
+) -> _Hessians:
+    """Which items are rounded with a Hessian; RecipeError where a recipe needs them and none was collected."""
+    result = _Hessians({}, [], {})
+    wanted = [(item, decision) for item, decision in chosen if decision.method]
+    for item, decision in wanted:
+        assert item.format is not None and decision.method is not None
+        name, problem = item.weight.name, gptq_problem(item.format)
+        if problem:
+            raise RecipeError(
+                f"rule {decision.rule} of recipe {recipe.name} says `{_wish(decision)}` for {name}, but "
+                f"{problem}; choose another format or leave it out"
+            )
+        reached = enough(calibration, name)
+        if reached is None or not any(reached):
+            result.missing.append(name)
             continue
-        if rotation_of(item.format):  # importance is about the same for all of a block then
-            continue
-        if item.method and item.weight.name not in result.starved:
-            continue
-        if decision.weight == "none" or not get_search(item.search).chooses(item.format):
-            continue
-        item.weighted = item.weight.name in known
-        (result.weighted if item.weighted else result.unweighted).append(item.weight.name)
-    wanted = {i.weight.name for i, d in chosen if d.transform == "awq"}
-    _folds(checkpoint, items, wanted, result)
-    if not (result.weighted or result.smoothings or result.rounded or result.turned or scales):
-        raise PlanError(
-            f"the importance file {calibration.name} changes nothing with recipe {recipe.name}: no weight that has "
-            "importance is quantized by a search with a choice; leave the file out, or use a recipe with "
-            "`search: sweep`"
+        result.methods[name] = decision.method
+        if not all(reached):
+            result.starved[name] = [expert for expert, has_tokens in enumerate(reached) if not has_tokens]
+    if wanted and not result.methods and recipe.calibration == "required":
+        first = wanted[0][1]
+        raise RecipeError(
+            f"rule {first.rule} of recipe {recipe.name} says `{_wish(first)}`, but {calibration.name} holds no "
+            "Hessians for its weights; collect them with `halfbyte calibrate`"
         )
     return result
 
 
-def _methods(recipe: Recipe, chosen: Sequence[tuple[Item, Decision]], result: CalibrationUse) -> None:
-    """Which items are rounded with a Hessian; RecipeError where a recipe needs them and none was collected."""
-    wanted = [(item, decision) for item, decision in chosen if decision.method]
-    for item, decision in wanted:
-        assert item.format is not None and decision.method is not None
-        problem = gptq_problem(item.format)
-        if problem:
-            raise RecipeError(
-                f"rule {decision.rule} of recipe {recipe.name} says `{_wish(decision)}` for {item.weight.name}, but "
-                f"{problem}; choose another format or leave the method out"
-            )
-        reached = enough(result.calibration, item.weight.name)
-        if reached is None or not any(reached):
-            result.unrounded.append(item.weight.name)
-            continue
-        item.method = decision.method
-        result.rounded.append(item.weight.name)
-        if not all(reached):
-            result.starved[item.weight.name] = [expert for expert, found in enumerate(reached) if not found]
-    if wanted and not result.rounded and recipe.calibration == "required":
-        first = wanted[0][1]
-        raise RecipeError(
-            f"rule {first.rule} of recipe {recipe.name} says `{_wish(first)}`, but {result.calibration.name} holds no "
-            "Hessians for its weights; collect them with `halfbyte calibrate`"
-        )
-
-
-def _rotations(recipe: Recipe, chosen: Sequence[tuple[Item, Decision]], result: CalibrationUse) -> None:
+def _rotated_by_hessians(
+    recipe: Recipe, chosen: Sequence[tuple[Item, Decision]], calibration: Calibration
+) -> _Rotations:
     """Which rotations are found from Hessians; RecipeError where a recipe needs them and none was collected."""
+    result = _Rotations([], [])
     for item, _ in chosen:
         rotation = rotation_of(item.format)
         if rotation and rotation.steps:
-            reached = enough(result.calibration, item.weight.name)
-            (result.turned if reached and any(reached) else result.unturned).append(item.weight.name)
-    if result.unturned and not result.turned and recipe.calibration == "required":
+            reached = enough(calibration, item.weight.name)
+            (result.known if reached and any(reached) else result.unknown).append(item.weight.name)
+    if result.unknown and not result.known and recipe.calibration == "required":
         raise RecipeError(
-            f"recipe {recipe.name} rotates weights by what their inputs are, but {result.calibration.name} holds no "
+            f"recipe {recipe.name} rotates weights by what their inputs are, but {calibration.name} holds no "
             "Hessians for them; collect them with `halfbyte calibrate`, or say `transform: hadamard`"
         )
+    return result
 
 
 def _wish(decision: Decision) -> str:
     """What a rule asks of activations."""
     if decision.method:
-        return "method: gptq" if decision.method.name == "gptq" else "weight: local_hessian"
-    return "weight: importance" if decision.weight == "importance" else f"transform: {decision.transform}"
+        return "rounding: gptq" if decision.method.name == "gptq" else "objective: local_hessian"
+    return "error_weight: importance" if decision.error_weight == "importance" else f"transform: {decision.transform}"
 
 
 def optional_note(recipe: Recipe, decisions: Iterable[Decision]) -> list[str]:
@@ -216,7 +268,7 @@ def optional_note(recipe: Recipe, decisions: Iterable[Decision]) -> list[str]:
     left["rotations by inputs (the Hadamard matrix takes their place)"] = any(
         d.transform == "duquant" for d in decisions
     )
-    left["weighting of errors"] = any(d.weight == "importance" for d in decisions)
+    left["weighting of errors"] = any(d.error_weight == "importance" for d in decisions)
     left["rounding with Hessians"] = any(d.method for d in decisions)
     names = [name for name, asked in left.items() if asked]
     return [f"without a calibration {' and '.join(names)} of {recipe.name} are left out"] if names else []
@@ -248,27 +300,30 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {}))
 
 
-def _folds(checkpoint: Checkpoint, items: Sequence[Item], wanted: set[str], result: CalibrationUse) -> None:
+def _smoothings(
+    checkpoint: Checkpoint, items: Sequence[Item], wanted: set[str], known: Container[str]
+) -> tuple[list[SmoothingGroup], dict[str, list[str]]]:
+    """The groups that are smoothed, and reason -> names of the wanted weights that are not."""
     if not wanted:
-        return
-    known = result.calibration.matched.values
+        return [], {}
+    groups: list[SmoothingGroup] = []
     refused: dict[str, tuple[str, list[str]]] = {}
     dropped = {i.weight.name for i in items if i.action == "drop"}
     fed: set[str] = set()
     for group in groups_of(checkpoint):
-        mine = [w.name for w in group.consumers if w.name in wanted]
-        fed.update(mine)
+        asked = [w.name for w in group.consumers if w.name in wanted]
+        fed.update(asked)
         problem = group.refusal
         if problem is None and any(p.weight.name in dropped for p in group.producers):
             problem = DROPPED
         if problem is None and not any(w.name in known for w in group.consumers):
             problem = UNKNOWN
-        if mine and problem:
-            refused.setdefault(normalise(problem), (problem, []))[1].extend(mine)
-        elif mine:
-            result.smoothings.append(group)
+        if asked and problem:
+            refused.setdefault(normalise(problem), (problem, []))[1].extend(asked)
+        elif asked:
+            groups.append(group)
     unfed = [i.weight.name for i in items if i.weight.name in wanted - fed]
-    result.refused = dict(refused.values()) | ({UNFED: unfed} if unfed else {})
+    return groups, dict(refused.values()) | ({UNFED: unfed} if unfed else {})
 
 
 def _some(names: Sequence[str]) -> str:

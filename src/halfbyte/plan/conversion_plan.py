@@ -11,19 +11,18 @@ from typing import Any
 from halfbyte.dialects import Dialect
 from halfbyte.models.smoothing_groups import SmoothingGroup
 from halfbyte.plan.calibration_use import CalibrationUse
+from halfbyte.plan.configuration import CONFIG, INDEX, PLAN_VERSION, PROVENANCE
 from halfbyte.plan.resources import Limits, Resources, find_resources
 from halfbyte.plan.shards import Item, Shard
-from halfbyte.plan.summary import summarize, to_dict
+from halfbyte.plan.summary import list_outputs, list_sources, summarize_classes, summarize_fates
 from halfbyte.recipes import Recipe
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import FOLDS, layout
 
-CONFIG, INDEX, PROVENANCE = "config.json", "model.safetensors.index.json", "halfbyte.json"
-# part of the fingerprint: raise it when the same plan would give other bytes
-PLAN_VERSION = 2
+__all__ = ["CONFIG", "INDEX", "PLAN_VERSION", "PROVENANCE", "Plan"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """Everything about the output that does not depend on the weights' values."""
 
@@ -131,9 +130,34 @@ class Plan:
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """Sizes and classes of weights; see ``halfbyte.plan.summary.summarize``."""
-        return summarize(self)
+        """Exact sizes and one entry per class (role, action, format, reason) of weights; JSON can hold it.
+
+        ``tensors`` counts source tensors in classes and output tensors in total; bytes are those of the output.
+        """
+        return {
+            "data_bytes": self.data_bytes,
+            "header_bytes": self.shard_bytes - self.data_bytes,
+            "index_bytes": len(self.index or b""),
+            "side_file_bytes": self.side_file_bytes,
+            "repository_bytes": self.repository_bytes,
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "bits_per_weight": self.bits_per_weight,
+            "classes": summarize_classes(self.checkpoint, self.items),
+            **summarize_fates(self.checkpoint, self.items),
+            "fold_bytes": self.smoothing_bytes,
+            "importance": self.calibration_use.to_dict() if self.calibration_use else None,
+            "notes": self.notes,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The summary, every source tensor's fate and every output tensor's place."""
-        return to_dict(self)
+        return {
+            "source": self.checkpoint.inventory.source,
+            "recipe": self.recipe.name,
+            "dialect": self.dialect.name,
+            "fingerprint": self.fingerprint,
+            **self.summary(),
+            "sources": list_sources(self.checkpoint, self.items),
+            "outputs": list_outputs(self.shards),
+        }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from halfbyte.dialects.quantization_config import is_fp8_cache
 from halfbyte.errors import PlanError, RecipeError
 from halfbyte.models import Weight
 from halfbyte.models.cache_modules import attention_of
+from halfbyte.plan.refusal import Refusal, enforce
 from halfbyte.plan.shards import Item
 from halfbyte.recipes import Recipe
 from halfbyte.source.checkpoint import Checkpoint
@@ -33,56 +34,66 @@ _KINDS = ("keys", "values")
 _ROLES = ("quantized.attention.k", "quantized.attention.v")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Caches:
-    """What an output says of its KV cache: ``items`` for scales that the source lacks, ``settings`` of its
-    ``quantization_config``, and notes.
+    """What an output says of its KV cache.
+
+    ``items``: those of the source's weights, scales in the output's spelling; ``added``: items for scales that the
+    source lacks; ``settings`` of its ``quantization_config``; notes.
     """
 
-    items: list[Item] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    items: tuple[Item, ...]
+    added: tuple[Item, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def settle_caches(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    items: Sequence[Item],
-    dialect: Dialect,
-    calibration: Calibration | None,
+def add_cache_scales(
+    checkpoint: Checkpoint, recipe: Recipe, caches: Caches, dialect: Dialect, calibration: Calibration | None
 ) -> Caches:
-    """Keep or respell a source's scales, and add those that the recipe asks for (``kv_cache``) from statistics.
+    """Add the scales that the recipe asks for (``kv_cache``) from statistics, where the source lacks them.
 
     RecipeError where nothing is known of keys and values, PlanError where no engine could use the scales.
     """
-    result = _inherited(checkpoint, items, dialect)
     spelling = dialect.cache_scales
     if recipe.kv_cache is None:
-        return result
-    if spelling is None:
-        raise PlanError(
+        return caches
+    enforce(check_cache_scales(checkpoint, recipe, caches, dialect))
+    assert spelling is not None
+    there = {output.name for item in caches.items for output in item.outputs}
+    weights = [item.weight for item in caches.items if item.outputs]
+    names = [(w, module, i) for w, module in _caching(weights, recipe, checkpoint) for i in range(2)]
+    missing = [entry for entry in names if entry[1] + spelling.endings[entry[2]] not in there]
+    if missing:
+        unknown = check_statistics(recipe, calibration)
+        if unknown and recipe.calibration == "optional":
+            note = f"without a calibration the scales of the KV cache of {recipe.name} are left out"
+            return replace(caches, notes=(*caches.notes, note))
+        enforce(unknown)
+    added = []
+    for weight, module, i in missing:
+        assert calibration is not None
+        added.append(_calibrated(weight, module, i, spelling, calibration))
+    notes = [note for note in caches.notes if note != UNSAID]
+    if any(attention_of(w) and w.role.startswith("mtp.") for w in weights):
+        notes.append(MTP)
+    settings = caches.settings or {"kv_cache_scheme": dict(spelling.scheme)}
+    return replace(caches, added=tuple(added), settings=settings, notes=tuple(notes))
+
+
+def check_cache_scales(checkpoint: Checkpoint, recipe: Recipe, caches: Caches, dialect: Dialect) -> Refusal | None:
+    """Refuse a quantized cache that the dialect has no words for, or that the source quantizes in another way."""
+    if dialect.cache_scales is None:
+        return Refusal(
             f"recipe {recipe.name} says `kv_cache: {recipe.kv_cache}`, but the dialect {dialect.name} has no word for "
             "scales of a KV cache; choose compressed-tensors or modelopt, or leave the key out"
         )
-    if result.settings and not is_fp8_cache(result.settings.get("kv_cache_scheme")):
-        raise PlanError(
+    if caches.settings and not is_fp8_cache(caches.settings.get("kv_cache_scheme")):
+        return Refusal(
             f"recipe {recipe.name} says `kv_cache: {recipe.kv_cache}`, but {checkpoint.inventory.source} quantizes its "
             "KV cache in another way, which is kept; leave the key out"
         )
-    there = {output.name for item in items for output in item.outputs}
-    weights = [item.weight for item in items if item.outputs]
-    names = [(w, module, i) for w, module in _caching(weights, recipe, checkpoint) for i in range(2)]
-    missing = [entry for entry in names if entry[1] + spelling.endings[entry[2]] not in there]
-    if missing and not _known(recipe, calibration, result):
-        return result
-    for weight, module, i in missing:
-        assert calibration is not None
-        result.items.append(_calibrated(weight, module, i, spelling, calibration))
-    result.settings = result.settings or {"kv_cache_scheme": dict(spelling.scheme)}
-    result.notes = [note for note in result.notes if note != UNSAID]
-    if any(attention_of(w) and w.role.startswith("mtp.") for w in weights):
-        result.notes.append(MTP)
-    return result
+    return None
 
 
 def respelled_caches(source: Checkpoint, target: Dialect) -> dict[str, OutputTensor]:
@@ -97,7 +108,7 @@ def respelled_caches(source: Checkpoint, target: Dialect) -> dict[str, OutputTen
         return {}
     new = target.cache_scales
     modules = {module for weight in source.weights if (module := attention_of(weight))}
-    found = {}
+    outputs = {}
     for weight in source.weights:
         for before, after in zip(dialect.cache_scales.endings, new.endings, strict=True):
             module = weight.name.removesuffix(before)
@@ -107,8 +118,8 @@ def respelled_caches(source: Checkpoint, target: Dialect) -> dict[str, OutputTen
                 return {}
             # FP32 holds every scale, BF16 only those that were BF16
             dtype = new.dtype if new.dtype == "F32" else weight.dtype
-            found[weight.name] = OutputTensor(module + after, dtype, new.shape, "same")
-    return found
+            outputs[weight.name] = OutputTensor(module + after, dtype, new.shape, "same")
+    return outputs
 
 
 def check_caches(
@@ -123,45 +134,46 @@ def check_caches(
         return []
     modules = {m for w in source.weights if (m := attention_of(w)) and not w.role.startswith("mtp.")}
     wanted = [module + ending for module in sorted(modules) for ending in spelling.endings]
-    mine = [name for name in wanted if added.pop(name, None)]
+    calibrated = [name for name in wanted if added.pop(name, None)]
     problems = []
-    for name in mine:
+    for name in calibrated:
         value = reader.read(name).astype(np.float32)
         if value.size != 1 or not (np.isfinite(value) & (value > 0)).all():
             problems.append(f"{name}, a scale of the KV cache, is not one positive number")
     there = {weight.name for weight in ours.weights}
     missing = [name for name in wanted if name not in there]
-    if missing and (mine or recipe.get("calibration") != "optional"):
+    if missing and (calibrated or recipe.get("calibration") != "optional"):
         problems.append(f"{missing[0]} is missing, which the recipe wants (`kv_cache`)")
     assert ours.dialect is not None
-    if mine and not is_fp8_cache(ours.dialect.package.inherited(ours.inventory).get("kv_cache_scheme")):
+    if calibrated and not is_fp8_cache(ours.dialect.package.inherited(ours.inventory).get("kv_cache_scheme")):
         problems.append("config.json does not say that the KV cache is FP8, so engines ignore its scales")
     return problems
 
 
-def _inherited(checkpoint: Checkpoint, items: Iterable[Item], dialect: Dialect) -> Caches:
-    """What a source says already; its scales are respelled where the dialect is another."""
+def respell_caches(checkpoint: Checkpoint, items: Sequence[Item], dialect: Dialect) -> Caches:
+    """Keep what a source says of its KV cache; its scales are respelled where the dialect is another."""
     stated = checkpoint.dialect.package.inherited(checkpoint.inventory) if checkpoint.dialect else {}
     if checkpoint.dialect is dialect or not stated:
-        return Caches(settings=stated)
-    found = respelled_caches(checkpoint, dialect)
-    kept = [item for item in items if item.weight.name in found and item.outputs]
-    for item in kept:
-        output = found[item.weight.name]
-        item.outputs, item.nbytes = [output], 2 if output.dtype in ("BF16", "F16") else 4
-        item.action, item.reason = "transcode", RESPELLED
-        item.weight = replace(item.weight, name=output.name, dtype=output.dtype)
-    if not kept or len(kept) < len(found) or dialect.cache_scales is None:
-        return Caches(notes=[UNSAID])
-    return Caches(settings={"kv_cache_scheme": dict(dialect.cache_scales.scheme)})
+        return Caches(tuple(items), settings=stated)
+    outputs = respelled_caches(checkpoint, dialect)
+    kept = {item.weight.name for item in items if item.weight.name in outputs and item.outputs}
+    respelled = tuple(_respelled(i, outputs[i.weight.name]) if i.weight.name in kept else i for i in items)
+    if not kept or len(kept) < len(outputs) or dialect.cache_scales is None:
+        return Caches(respelled, notes=(UNSAID,))
+    return Caches(respelled, settings={"kv_cache_scheme": dict(dialect.cache_scales.scheme)})
+
+
+def _respelled(item: Item, output: OutputTensor) -> Item:
+    weight = replace(item.weight, name=output.name, dtype=output.dtype)
+    return replace(item, weight=weight, action="transcode", reason=RESPELLED, outputs=(output,))
 
 
 def _caching(weights: Sequence[Weight], recipe: Recipe, checkpoint: Checkpoint) -> list[tuple[Weight, str]]:
     """The attention modules of the main model, each with the weight that makes its keys."""
-    found = [(w, m) for w in weights if (m := attention_of(w)) and not w.role.startswith("mtp.")]
+    caching = [(w, m) for w in weights if (m := attention_of(w)) and not w.role.startswith("mtp.")]
     latent = any(w.role == "attention.kv_a" for w in weights)
-    if found and not latent:
-        return found
+    if caching and not latent:
+        return caching
     what = "caches latents (MLA) instead of keys and values" if latent else "has no attention that caches keys"
     raise PlanError(
         f"recipe {recipe.name} says `kv_cache: {recipe.kv_cache}`, but {checkpoint.inventory.source} {what}, for which "
@@ -169,23 +181,21 @@ def _caching(weights: Sequence[Weight], recipe: Recipe, checkpoint: Checkpoint) 
     )
 
 
-def _known(recipe: Recipe, calibration: Calibration | None, result: Caches) -> bool:
-    """Whether there are statistics of keys and values; RecipeError, or a note where the recipe can do without."""
+def check_statistics(recipe: Recipe, calibration: Calibration | None) -> Refusal | None:
+    """Refuse a recipe that needs statistics of keys and values where there are none."""
     statistics = calibration.statistics if calibration else None
     if statistics is not None and statistics.about.get("caches"):
-        return True
-    if recipe.calibration == "optional":
-        result.notes.append(f"without a calibration the scales of the KV cache of {recipe.name} are left out")
-        return False
+        return None
     if calibration is None:
         why = "nothing is known of the model's keys and values; give a text or statistics (--calibration PATH)"
     elif statistics is None:
         why = f"{calibration.name} is an importance file, without keys and values; give a text or statistics instead"
     else:
         why = f"{calibration.name} is of an older halfbyte, without keys and values; calibrate again"
-    raise RecipeError(
+    return Refusal(
         f"recipe {recipe.name} says `kv_cache: {recipe.kv_cache}`, but {why}, or say `calibration: optional` in the "
-        "recipe"
+        "recipe",
+        RecipeError,
     )
 
 
@@ -207,4 +217,4 @@ def _calibrated(weight: Weight, module: str, i: int, spelling: CacheScales, cali
     name = module + spelling.endings[i]
     output = OutputTensor(name, spelling.dtype, spelling.shape, "constant", constant=(number,))
     scale = Weight(name, _ROLES[i], weight.layer, spelling.shape, spelling.dtype, ())
-    return Item(scale, "calibrate", CALIBRATED, outputs=[output])
+    return Item(scale, "calibrate", CALIBRATED, outputs=(output,))

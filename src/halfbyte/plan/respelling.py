@@ -6,7 +6,7 @@ import re
 
 from halfbyte.dialects import Dialect
 from halfbyte.errors import PlanError
-from halfbyte.plan.transcoding import obstacle
+from halfbyte.plan.transcoding import check_transcoding
 from halfbyte.recipes import Recipe, parse_recipe
 from halfbyte.recipes.recipe import Rule
 from halfbyte.source.checkpoint import Checkpoint
@@ -35,7 +35,8 @@ def recipe_for(
     upright = [
         w.untransposed() for w in checkpoint.weights if w.name in checkpoint.formats and not source.package.standalone
     ]
-    problems = {w.name: said for w in upright if (said := obstacle(w, checkpoint.formats[w.name], dialect))}
+    refusals = ((w.name, check_transcoding(w, checkpoint.formats[w.name], dialect)) for w in upright)
+    problems = {name: refusal.reason for name, refusal in refusals if refusal}
     recipe = parse_recipe(f"name: {NAME}\nrules: [{{match: all, keep: true, reason: as in the source}}]", NAME)
     if not problems:
         return recipe

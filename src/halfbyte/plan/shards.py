@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import islice
 from typing import Literal
 
 from halfbyte.checkpoint import Layout, nbytes
@@ -21,15 +22,15 @@ _ENTRY_BYTES = 128
 _nbytes = cache(nbytes)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Item:
-    """One weight's fate: ``quantize``, ``transcode``, ``keep`` or ``drop``, and the output tensors that hold it.
+    """One weight's fate: ``quantize``, ``transcode``, ``keep``, ``drop`` or ``calibrate``, and its output tensors.
 
     ``experts``: the leading indices that these outputs hold, where a stack is spread over several files; None
-    for all. ``offsets``: where each output starts in its file, absolute. ``weighted``: importance weighs the
-    errors of the search; ``method``: it is rounded with a Hessian. ``declined``: the format that the recipe wants
-    and that cannot hold the weight. ``activations``: how the recipe wants the weight's inputs quantized. ``fitted``:
-    the global scale is found by SOAR's alternation.
+    for all. ``offsets``: where each output starts in its file, absolute; () before it has a place. ``weighted``:
+    importance weighs the errors of the search; ``method``: it is rounded with a Hessian. ``declined``: the format that
+    the recipe wants and that cannot hold the weight. ``activations``: how the recipe wants the weight's inputs
+    quantized. ``fitted``: the global scale is found by SOAR's alternation.
     """
 
     weight: Weight
@@ -38,8 +39,8 @@ class Item:
     format: Format | None = None
     search: str = ""
     power_of_two: bool = False
-    outputs: list[OutputTensor] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
+    outputs: tuple[OutputTensor, ...] = ()
+    offsets: tuple[int, ...] = ()
     experts: tuple[int, int] | None = None
     weighted: bool = False
     method: Method | None = None
@@ -50,7 +51,7 @@ class Item:
 
     def __post_init__(self) -> None:
         """Count the bytes of the output tensors once."""
-        self.nbytes = sum([_nbytes(o.dtype, o.shape) for o in self.outputs])
+        object.__setattr__(self, "nbytes", sum([_nbytes(o.dtype, o.shape) for o in self.outputs]))
 
     @property
     def indices(self) -> range:
@@ -142,9 +143,6 @@ def _size(item: Item) -> int:
 
 def _shard(number: int, count: int, units: list[list[Item]], container: Container, total: int) -> Shard:
     layout = container.layout(number, count, [o for unit in units for item in unit for o in item.outputs], total)
-    start = 0
-    for unit in units:
-        for item in unit:
-            item.offsets = layout.offsets[start : start + len(item.outputs)]
-            start += len(item.outputs)
-    return Shard(container.name(number, count), units, layout)
+    offsets = iter(layout.offsets)
+    placed = [[replace(item, offsets=tuple(islice(offsets, len(item.outputs)))) for item in unit] for unit in units]
+    return Shard(container.name(number, count), placed, layout)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from halfbyte.dialects import Dialect, OutputTensor
+from halfbyte.errors import FormatError
 from halfbyte.formats import Format
 from halfbyte.formats.transcode import may_transcode
 from halfbyte.models import Weight
+from halfbyte.plan.refusal import Refusal
 from halfbyte.plan.shards import Item
 from halfbyte.source.checkpoint import Checkpoint
 
@@ -26,7 +29,7 @@ INPUT_SCALE = "a calibrated scale of activations, which this output does not qua
 _HOLDS = {"BF16": ("BF16", "F32"), "F16": ("F16", "F32"), "F32": ("F32",), "F8_E8M0": ("BF16", "F32")}
 
 
-def claim(weight: Weight, before: Format, after: Format, source: Dialect, target: Dialect) -> str | None:
+def describe_transcoding(weight: Weight, before: Format, after: Format, source: Dialect, target: Dialect) -> str | None:
     """What a plan may promise about a quantized weight's values in another spelling; None: it is requantized.
 
     ``LOSSLESS`` is said only where it holds whatever the codes and scales are.
@@ -44,24 +47,27 @@ def claim(weight: Weight, before: Format, after: Format, source: Dialect, target
     return WHERE_SHARED if weight.group or weight.row_parts else LOSSLESS
 
 
-def misfit(weight: Weight, fmt: Format, dialect: Dialect) -> str | None:
-    """Why a weight's shape does not fit a format as the dialect has it; a recipe may keep such a weight."""
+def check_shape(weight: Weight, fmt: Format, dialect: Dialect) -> Refusal | None:
+    """Refuse a weight whose shape does not fit a format as the dialect has it; a recipe may keep such a weight."""
     if len(weight.shape) < 2:
-        return "it is a vector and no matrix"
-    return fmt.problem(weight.shape) or dialect.spelling.shape_problem(weight, fmt)
+        return Refusal("it is a vector and no matrix", FormatError)
+    problem = fmt.problem(weight.shape) or dialect.spelling.shape_problem(weight, fmt)
+    return Refusal(problem, FormatError) if problem else None
 
 
-def obstacle(weight: Weight, fmt: Format, target: Dialect) -> str | None:
-    """Why a quantized weight of another dialect cannot keep its codes and scales in ``target``, or None."""
+def check_transcoding(weight: Weight, fmt: Format, target: Dialect) -> Refusal | None:
+    """Refuse a quantized weight of another dialect that cannot keep its codes and scales in ``target``."""
     problem = target.spelling.problem(weight, fmt)
     if problem:
-        return problem
+        return Refusal(problem)
     stands = target.spelling.format_for(weight, fmt)
     if stands != fmt:
-        return f"its engines read {weight.name} in {stands.name} and not in {fmt.name}"
+        return Refusal(f"its engines read {weight.name} in {stands.name} and not in {fmt.name}")
     if fmt.has_global_scale and target.spelling.power_of_two:
-        return "it stores global scales exactly only where they are powers of two, so that the codes must be made anew"
-    return misfit(weight, fmt, target)
+        return Refusal(
+            "it stores global scales exactly only where they are powers of two, so that the codes must be made anew"
+        )
+    return check_shape(weight, fmt, target)
 
 
 def respelled(checkpoint: Checkpoint, weight: Weight, fmt: Format, dialect: Dialect) -> list[OutputTensor]:
@@ -74,11 +80,11 @@ def respelled(checkpoint: Checkpoint, weight: Weight, fmt: Format, dialect: Dial
     outputs = dialect.spelling.outputs(weight, fmt)
     if checkpoint.formats[weight.name] != fmt or np.dtype(fmt.parts((128, 256))["scales"][0]).itemsize == 1:
         return outputs
-    found: dict[str, set[str]] = {}
+    dtypes: dict[str, set[str]] = {}
     for o in checkpoint.stored(weight):
-        found.setdefault(o.part, set()).add(o.dtype)
+        dtypes.setdefault(o.part, set()).add(o.dtype)
     wide = [part for part, (kind, _) in fmt.parts((128, 256)).items() if np.dtype(kind).itemsize > 1]
-    return [o._replace(dtype=_holding(found[o.part], o.dtype)) if o.part in wide else o for o in outputs]
+    return [o._replace(dtype=_wide_enough(dtypes[o.part], o.dtype)) if o.part in wide else o for o in outputs]
 
 
 def input_scales(
@@ -99,39 +105,52 @@ def input_scales(
         if weight.name in source.formats and formats.get(weight.name) == source.formats[weight.name]
         for piece in weight.pieces
     }
-    found: dict[str, OutputTensor | None] = {}
+    outputs: dict[str, OutputTensor | None] = {}
     for weight in scales:
         module, _, ending = weight.name.rpartition(".")
         fmt = same.get(f"{module}.weight")
         if fmt is None or dialect is not target:
             old, new = (d.activations.scale(fmt) if fmt else None for d in (dialect, target))
             if old is None or new is None or old.ending != f".{ending}":
-                found[weight.name] = None
+                outputs[weight.name] = None
             else:
                 part = "reciprocal" if old.global_scale_inv != new.global_scale_inv else "same"
-                found[weight.name] = OutputTensor(module + new.ending, "F32", new.shape, part)
-    return found
+                outputs[weight.name] = OutputTensor(module + new.ending, "F32", new.shape, part)
+    return outputs
 
 
-def settle_input_scales(checkpoint: Checkpoint, items: Iterable[Item], dialect: Dialect) -> list[str]:
-    """Respell or drop the calibrated scales of activations; the notes that say so."""
-    items = list(items)
+class Respelled(NamedTuple):
+    """All items of a plan, some of them in another spelling, and the notes that say so."""
+
+    items: tuple[Item, ...]
+    notes: list[str]
+
+
+def respell_input_scales(checkpoint: Checkpoint, items: Sequence[Item], dialect: Dialect) -> Respelled:
+    """Respell or drop the calibrated scales of activations."""
     weights_only = ("none", "dynamic")
     formats = {
         i.weight.name: i.format or checkpoint.formats.get(i.weight.name)
         for i in items
         if i.outputs and i.activations not in weights_only
     }
-    found = input_scales(checkpoint, dialect, formats)
-    for item in items:
-        if item.weight.name in found:
-            output = found[item.weight.name]
-            item.outputs, item.nbytes = ([output], 4) if output else ([], 0)
-            item.action, item.reason = ("transcode", RESPELLED_INPUT) if output else ("drop", INPUT_SCALE)
-            item.weight = replace(item.weight, name=output.name) if output else item.weight
-    dropped = sum(output is None for output in found.values())
-    return [f"scales of activations are left out ({dropped}): this output quantizes weights only"] if dropped else []
+    outputs = input_scales(checkpoint, dialect, formats)
+    respelled_items = tuple(
+        _with_input_scale(i, outputs[i.weight.name]) if i.weight.name in outputs else i for i in items
+    )
+    dropped = sum(output is None for output in outputs.values())
+    note = f"scales of activations are left out ({dropped}): this output quantizes weights only"
+    return Respelled(respelled_items, [note] if dropped else [])
 
 
-def _holding(found: Collection[str], ours: str) -> str:
-    return next((kind for kind in (ours, "BF16", "F16", "F32") if all(kind in _HOLDS.get(f, ()) for f in found)), ours)
+def _with_input_scale(item: Item, output: OutputTensor | None) -> Item:
+    if output is None:
+        return replace(item, action="drop", reason=INPUT_SCALE, outputs=())
+    weight = replace(item.weight, name=output.name)
+    return replace(item, weight=weight, action="transcode", reason=RESPELLED_INPUT, outputs=(output,))
+
+
+def _wide_enough(dtypes: Collection[str], preferred: str) -> str:
+    """The first type that holds every scale of these types, the preferred one where it does."""
+    kinds = (preferred, "BF16", "F16", "F32")
+    return next((kind for kind in kinds if all(kind in _HOLDS.get(dtype, ()) for dtype in dtypes)), preferred)

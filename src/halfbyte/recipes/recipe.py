@@ -8,28 +8,50 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from halfbyte.errors import RecipeError
 from halfbyte.formats.rotation import ROTATIONS
 from halfbyte.models.roles import ROLES, is_known
 from halfbyte.models.strict_yaml import load_yaml
+from halfbyte.recipes.old_keys import replace_old_keys
 
 ALIASES = ("linear", "all")
 REGEX = "re:"
-# of recipes written before 0.2; they stay readable for one release
-OLD_KEYS = {"tensor_scale": "global_scale"}
+OF_GPTQ = frozenset({"static_groups", "order", "damping"})
+OF_FORMATS = frozenset(
+    {
+        "scale_search",
+        "global_scale",
+        "if_not_divisible",
+        "error_weight",
+        "rounding",
+        "objective",
+        "transform",
+        "activations",
+    }
+)
 
 
 class Rule(BaseModel):
     """One rule: which weights (`match`) get which fate (`format`, `keep` or `drop`, exactly one of them).
 
     `match` entries are role prefixes (`experts` covers `experts.gate_up`), the aliases `linear` and `all`, or
-    `re:` and a Python regex that is searched in the names of the weight and of its source tensors. `weight` says
-    what weighs a search's errors; None: importance, where a file is given and holds it. `method`: how values are
-    rounded; None: each to the nearest. `mode`, `order` and `damping` are those of GPTQ. `activations`: whether
-    engines quantize what these weights are multiplied by, and how their scales are found; None: as is usual for
-    the format in the dialect.
+    `re:` and a Python regex that is searched in the names of the weight and of its source tensors. `error_weight`
+    weighs the errors of the scale search; None: importance, where a file is given and holds it. `rounding`: each value
+    to the nearest (`rtn`, also None) or with error feedback (`gptq`). `objective`: what the scale search minimises;
+    None: the squared error, or for GPTQ its own loss. `static_groups`, `order` and `damping` are those of GPTQ.
+    `activations`: whether engines quantize what these weights are multiplied by, and how their scales are found; None:
+    as is usual for the format in the dialect. Keys of before 0.2 are read, too (`halfbyte.recipes.old_keys`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -38,18 +60,20 @@ class Rule(BaseModel):
     format: str | None = None
     keep: Literal[True] | None = None
     drop: Literal[True] | None = None
-    search: str = "sweep"
+    scale_search: str = "sweep"
     global_scale: Literal["amax", "power_of_two", "soar"] = "amax"
-    indivisible: Literal["error", "keep"] = "error"
-    weight: Literal["importance", "local_hessian", "none"] | None = None
-    method: Literal["nearest", "gptq"] | None = None
-    mode: Literal["in_loop", "local_hessian", "compensated", "static"] | None = None
+    if_not_divisible: Literal["error", "keep"] = "error"
+    error_weight: Literal["importance", "none"] | None = None
+    rounding: Literal["rtn", "gptq"] | None = None
+    objective: Literal["squared_error", "local_hessian", "gptq_loss"] | None = None
+    static_groups: bool | None = None
     order: Literal["none", "act"] | None = None
     damping: float | None = Field(default=None, ge=0, lt=1)
     transform: Literal["awq", "hadamard", "duquant"] | None = None
     activations: Literal["none", "dynamic", "static"] | None = None
     optional: bool = False
     reason: str | None = None
+    _old_keys: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
     def action(self) -> Literal["quantize", "keep", "drop"]:
@@ -57,7 +81,7 @@ class Rule(BaseModel):
         return "quantize" if self.format else "keep" if self.keep else "drop"
 
     @property
-    def turns(self) -> bool:
+    def rotates(self) -> bool:
         """Whether blocks of columns are rotated."""
         return self.transform in ROTATIONS
 
@@ -79,16 +103,16 @@ class Rule(BaseModel):
                 raise ValueError(f"there is no role {entry!r}{nearest(entry, known_roles())}")
         return entries
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _today(cls, content: Any) -> Any:
-        """Keys of recipes from before 0.2 under the names of today."""
+    def _read_old_keys(cls, content: Any, handler: ModelWrapValidatorHandler[Rule]) -> Rule:
+        """Translate keys of recipes from before 0.2, and remember which ones they were."""
         if not isinstance(content, dict):
-            return content
-        twice = sorted(new for old, new in OLD_KEYS.items() if old in content and new in content)
-        if twice:
-            raise ValueError(f"`{twice[0]}` is given twice, once under its old name")
-        return {OLD_KEYS.get(key, key) if isinstance(key, str) else key: value for key, value in content.items()}
+            return handler(content)
+        renamed = replace_old_keys(content)
+        rule = handler(renamed.content)
+        rule._old_keys = renamed.replaced
+        return rule
 
     @model_validator(mode="after")
     def _one_fate(self) -> Rule:
@@ -96,26 +120,44 @@ class Rule(BaseModel):
             raise ValueError("give exactly one of `format: <name>`, `keep: true`, `drop: true`")
         if self.drop and not (self.reason or "").strip():
             raise ValueError("a rule that drops weights must give a `reason`")
-        of_gptq = {key for key in ("mode", "order", "damping") if getattr(self, key) is not None}
         if not self.format:
-            others = {"search", "global_scale", "indivisible", "weight", "method", "transform", "activations"}
-            useless = others & self.model_fields_set | of_gptq
+            useless = (OF_FORMATS & self.model_fields_set) | self._given(OF_GPTQ)
             if useless:
                 raise ValueError(f"`{sorted(useless)[0]}` has no meaning without `format`")
-        elif self.method != "gptq" and of_gptq:
-            raise ValueError(f"`{sorted(of_gptq)[0]}` has no meaning without `method: gptq`")
-        elif self.turns and self.weight == "importance":
+            return self
+        if self.rotates and self.error_weight == "importance":
             raise ValueError(f"`transform: {self.transform}` mixes columns, so importance of single ones cannot weigh")
-        elif self.method == "gptq" and self.weight is not None:
-            raise ValueError("`method: gptq` judges by its own loss; leave `weight` out, or see `mode`")
+        return self._one_objective()
+
+    def _one_objective(self) -> Rule:
+        """Refuse keys that contradict each other about what the scale search minimises."""
+        if self.rounding != "gptq":
+            useless = self._given(OF_GPTQ)
+            if useless:
+                raise ValueError(f"`{sorted(useless)[0]}` has no meaning without `rounding: gptq`")
+            if self.objective == "gptq_loss":
+                raise ValueError("`objective: gptq_loss` has no meaning without `rounding: gptq`")
+            if self.objective == "local_hessian" and self.error_weight is not None:
+                raise ValueError("`objective: local_hessian` weighs errors itself; leave `error_weight` out")
+        elif self.error_weight is not None:
+            raise ValueError("`rounding: gptq` judges by its own loss; leave `error_weight` out, or see `objective`")
+        elif self.static_groups and self.objective not in (None, "squared_error"):
+            raise ValueError(
+                f"`static_groups: true` chooses scales before the first column is rounded, but `objective: "
+                f"{self.objective}` judges them at their turn; leave one of them out"
+            )
         return self
+
+    def _given(self, keys: frozenset[str]) -> set[str]:
+        return {key for key in keys if getattr(self, key) is not None}
 
 
 class Recipe(BaseModel):
     """Rules in order, the last match wins; weights that no rule matches are kept as they are.
 
     `dialect` is what the recipe is written in when the user names none. `calibration`: whether what rules ask of
-    activations (`weight: importance`, `method: gptq`, `transform: awq`, `duquant`) may be left out if nothing is known.
+    activations (`error_weight: importance`, `rounding: gptq`, `objective: local_hessian`, `transform: awq`, `duquant`)
+    may be left out if nothing is known.
     `kv_cache`: what engines are to keep keys and values in, with calibrated scales; None: as the source has it.
     """
 
@@ -134,10 +176,22 @@ class Recipe(BaseModel):
     def needs_calibration(self) -> bool:
         """Whether nothing can be done without knowing activations."""
         asks = (
-            rule.method == "gptq" or rule.weight not in (None, "none") or rule.transform in ("awq", "duquant")
+            rule.rounding == "gptq"
+            or rule.error_weight == "importance"
+            or rule.objective == "local_hessian"
+            or rule.transform in ("awq", "duquant")
             for rule in self.rules
         )
         return self.calibration == "required" and (self.kv_cache is not None or any(asks))
+
+    @property
+    def notes(self) -> list[str]:
+        """Say which old keys the recipe uses, in at most one sentence."""
+        replaced = dict.fromkeys(pair for rule in self.rules for pair in rule._old_keys.items())
+        if not replaced:
+            return []
+        keys = ", ".join(f"`{old}` is now `{new}`" for old, new in replaced)
+        return [f"recipe {self.name} uses keys that only this release still reads: {keys}"]
 
     @field_validator("rules", "aliases", mode="before")
     @classmethod

@@ -31,7 +31,7 @@ class Decision:
     """What happens to one weight, and why.
 
     `format`, `search` and `global_scale` are None unless the action is `quantize`; `format` is the one in rotated space
-    where the rule rotates. `rule` counts from 1, as the messages do; None means that no rule matched. `weight`,
+    where the rule rotates. `rule` counts from 1, as the messages do; None means that no rule matched. `error_weight`,
     `method` (None for rounding to nearest), `transform` and `activations` are the rule's.
     """
 
@@ -39,15 +39,17 @@ class Decision:
     format: str | None
     search: str | None
     global_scale: str | None
-    indivisible: Literal["error", "keep"]
+    if_not_divisible: Literal["error", "keep"]
     reason: str
     rule: int | None
-    weight: Literal["importance", "local_hessian", "none"] | None = None
+    error_weight: Literal["importance", "none"] | None = None
     method: Method | None = None
     transform: Literal["awq", "hadamard", "duquant"] | None = None
     activations: Literal["none", "dynamic", "static"] | None = None
 
 
+# the search's names for what a block's scale is judged by when its turn comes
+_MODES = {"gptq_loss": "in_loop", "local_hessian": "local_hessian", "squared_error": "compensated"}
 UNMATCHED = Decision("keep", None, None, None, "error", "no rule of the recipe selects it", None)
 
 
@@ -81,12 +83,12 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
     return Decision(
         "quantize",
         _format(rule, number, recipe),
-        rule.search,
+        rule.scale_search,
         rule.global_scale,
-        rule.indivisible,
+        rule.if_not_divisible,
         reason,
         number,
-        rule.weight,
+        rule.error_weight,
         _method(rule),
         rule.transform,
         rule.activations,
@@ -95,7 +97,7 @@ def _decision(rule: Rule, number: int, recipe: str) -> Decision:
 
 def _format(rule: Rule, number: int, recipe: str) -> str | None:
     """The format's name; a rotation is part of what codes mean, and so of the format."""
-    if not rule.turns or rule.format is None or rule.transform is None:
+    if not rule.rotates or rule.format is None or rule.transform is None:
         return rule.format
     try:
         return str(rotated(get_format(rule.format), rule.transform).name)
@@ -104,10 +106,11 @@ def _format(rule: Rule, number: int, recipe: str) -> str | None:
 
 
 def _method(rule: Rule) -> Method | None:
-    if rule.method == "gptq":
-        given: dict[str, Any] = {"mode": rule.mode, "order": rule.order, "damping": rule.damping}
+    if rule.rounding == "gptq":
+        mode = "static" if rule.static_groups else _MODES[rule.objective or "gptq_loss"]
+        given: dict[str, Any] = {"mode": mode, "order": rule.order, "damping": rule.damping}
         return Method("gptq", **{key: value for key, value in given.items() if value is not None})
-    return Method("local_hessian") if rule.weight == "local_hessian" else None
+    return Method("local_hessian") if rule.objective == "local_hessian" else None
 
 
 def _matches(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]], where: str) -> Sequence[int]:

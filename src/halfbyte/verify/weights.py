@@ -21,7 +21,7 @@ from halfbyte.models import Weight
 from halfbyte.plan.calibration_use import stored_folds
 from halfbyte.plan.kv_cache import check_caches, respelled_caches
 from halfbyte.plan.resources import SLICE_BYTES
-from halfbyte.plan.transcoding import INPUT_SCALE, LOSSLESS, claim, input_scales, misfit
+from halfbyte.plan.transcoding import INPUT_SCALE, LOSSLESS, check_shape, describe_transcoding, input_scales
 from halfbyte.recipes import Decision
 from halfbyte.search.blocks import to_blocks
 from halfbyte.source.checkpoint import FLOATS, Checkpoint
@@ -151,7 +151,7 @@ class _Pair:
             stated = get_format(decision.format) if decision.format else None
             wanted = self.ours.dialect.spelling.format_for(weight, stated) if stated else before
             keep = decision.action == "keep"
-            if wanted and misfit(twin, wanted, self.ours.dialect) and decision.indivisible == "keep":
+            if wanted and check_shape(twin, wanted, self.ours.dialect) and decision.if_not_divisible == "keep":
                 wanted, keep = before, True
         if fmt != wanted:
             said = [f.name if f else "unquantized" for f in (fmt, wanted)]
@@ -247,7 +247,7 @@ class _Pair:
 
     def _claim(self, weight: Weight, before: Format, fmt: Format) -> str | None:
         assert self.source.dialect is not None and self.ours.dialect is not None
-        return claim(weight, before, fmt, self.source.dialect, self.ours.dialect)
+        return describe_transcoding(weight, before, fmt, self.source.dialect, self.ours.dialect)
 
     def _judge(self, error: TensorError, what: str, max_relmse: float) -> None:
         if not math.isfinite(error.squared_error):
