@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from halfbyte.checkpoint import Inventory
     from halfbyte.errors import HalfbyteError
     from halfbyte.formats import QuantizedTensor, get_format, list_formats
+    from halfbyte.plugins import load_plugin
     from halfbyte.recipes import list_recipes, load_recipe
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "list_formats",
     "list_recipes",
     "load",
+    "load_plugin",
     "load_recipe",
     "plan",
     "quantize",
@@ -45,7 +47,10 @@ _HOME = {
     "Inventory": "halfbyte.checkpoint",
     **dict.fromkeys(("QuantizedTensor", "get_format", "list_formats"), "halfbyte.formats"),
     **dict.fromkeys(("list_recipes", "load_recipe"), "halfbyte.recipes"),
+    "load_plugin": "halfbyte.plugins",
 }
+# what plugins themselves import, and what does not depend on them
+_WITHOUT_PLUGINS = ("HalfbyteError", "Inventory", "QuantizedTensor", "load_plugin")
 
 
 class _Package(ModuleType):
@@ -59,6 +64,8 @@ class _Package(ModuleType):
         home = _HOME.get(name)
         if home is None:
             raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+        if name not in _WITHOUT_PLUGINS:
+            import_module("halfbyte.plugins").load_installed_with_warnings()
         value = getattr(import_module(home), name)
         super().__setattr__(name, value)
         return value

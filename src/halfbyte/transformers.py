@@ -10,9 +10,11 @@ NVFP4 experts without a word (huggingface/transformers#48371), so load those wit
 
 from __future__ import annotations
 
+from halfbyte.plugins import load_installed_with_warnings
 from halfbyte.runtime import need_torch
 
 need_torch()
+load_installed_with_warnings()
 
 from halfbyte.runtime.remote.halfbyte_quantizer import HalfbyteQuantizationConfig, HalfbyteQuantizer  # noqa: E402
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NoReturn, Protocol
 
-from halfbyte import __version__
+from halfbyte import __version__, plugins
 from halfbyte.cli import (
     allocate_command,
     calibrate_command,
@@ -34,7 +34,7 @@ OK, FOUND_PROBLEMS, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
 
 class Command(Protocol):
-    """A module of this package: SUMMARY is one line, EXAMPLES are shown below the options."""
+    """A module of this package, or an object of a plugin: SUMMARY is one line, EXAMPLES are shown below the options."""
 
     SUMMARY: str
     EXAMPLES: str
@@ -43,7 +43,7 @@ class Command(Protocol):
         """Declare options."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it and give the exit code."""
+        """Carry out the command and return the exit code."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -63,6 +63,14 @@ COMMANDS: dict[str, Command] = {
     "formats": formats_command,
     "demo": demo_command,
 }
+
+
+def register_command(name: str, command: Command) -> None:
+    """Add a command; HalfbyteError where the name is taken."""
+    if name in COMMANDS:
+        raise HalfbyteError(f"there is a command {name!r} already; give the new one another name")
+    COMMANDS[name] = command
+
 
 _EPILOG = """\
 examples:
@@ -103,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"halfbyte {__version__}")
+    _add_plugin(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
@@ -115,7 +124,30 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.arguments(sub)
         sub.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+        _add_plugin(sub)
     return parser
+
+
+def _add_plugin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin",
+        metavar="FILE.py",
+        action="append",
+        default=argparse.SUPPRESS,
+        help="load formats, dialects, recipes, commands, ... from this file first (docs/extending.md)",
+    )
+
+
+def _load_plugins(argv: Sequence[str]) -> None:
+    """Load the plugins of installed packages, and those named in the arguments, before the commands are known."""
+    from halfbyte.cli.output import warn
+
+    for problem in plugins.load_installed():
+        warn(problem)
+    early = _Parser(prog="halfbyte", add_help=False, allow_abbrev=False)
+    _add_plugin(early)
+    for path in getattr(early.parse_known_args(argv)[0], "plugin", []):
+        plugins.load_plugin(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        _load_plugins(sys.argv[1:] if argv is None else argv)
         args = build_parser().parse_args(argv)
+    except HalfbyteError as error:
+        return _fail(str(error), error.exit_code)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:

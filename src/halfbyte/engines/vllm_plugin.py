@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.dialects.quantization_config import is_fp8_cache
+from halfbyte.plugins import load_installed_with_warnings
 
 METHOD = "halfbyte"
 # quantization methods by vLLM's names whose checkpoints halfbyte reads
@@ -28,6 +29,7 @@ def register() -> None:
     from halfbyte.engines.vllm_loader import install
     from halfbyte.engines.vllm_method import HalfbyteConfig
 
+    load_installed_with_warnings()
     register_quantization_config(METHOD)(HalfbyteConfig)
     install()
 

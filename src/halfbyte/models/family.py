@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Protocol
 
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.models import family_schema as schema
 from halfbyte.models.classify import Classifier, Kind
 from halfbyte.models.gather import Gather, TensorLike
@@ -171,6 +171,20 @@ def family_for(config: Mapping[str, Any], names: Iterable[str] = ()) -> Family:
 def families() -> list[Family]:
     """All families but the generic one, sorted by name."""
     return [_family(name) for name in schema.names() if name != "generic"]
+
+
+def register_family(text: str) -> Family:
+    """Add a family, given as YAML (docs/architectures.md has the keys).
+
+    HalfbyteError where it is not valid, or its name, a `model_type` or an architecture belongs to another one.
+    """
+    data = schema.parse(text, "of a plugin")
+    for key in (*data.model_types, *data.architectures):
+        if key in _registry():
+            raise HalfbyteError(f"{key} belongs to the family {_registry()[key]} already; leave it out of {data.name}")
+    schema.add(text)
+    _registry.cache_clear()
+    return _family(data.name)
 
 
 @cache

@@ -100,17 +100,33 @@ def parse(text: str, name: str) -> FamilyFile:
         raise HalfbyteError(f"the family file {name}.yaml is not valid: {error}") from None
 
 
+_ADDED: dict[str, str] = {}
+"""YAML texts of plugins, by name."""
+
+
+def add(text: str) -> FamilyFile:
+    """Add a family, given as YAML; `HalfbyteError` where it is not valid or its name is taken."""
+    data = parse(text, "of a plugin")
+    if data.name in (*names(), "base"):
+        raise HalfbyteError(f"there is a family {data.name!r} already; give the new one another name")
+    if data.extends and data.extends not in (*names(), "base"):
+        raise HalfbyteError(f"the family {data.name} extends {data.extends!r}, which does not exist")
+    _ADDED[data.name] = text
+    names.cache_clear()
+    return read(data.name)
+
+
 @cache
 def read(name: str) -> FamilyFile:
-    """The packaged family file `name`, completed by everything that it extends."""
+    """The family file `name`, completed by everything that it extends."""
     path = resources.files("halfbyte.models") / "families" / f"{name}.yaml"
-    data = parse(path.read_text(encoding="utf-8"), name)
+    data = parse(_ADDED[name] if name in _ADDED else path.read_text(encoding="utf-8"), name)
     return data.extended(read(data.extends)) if data.extends else data
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """All packaged families but `base`, sorted."""
+    """All families but `base`, sorted."""
     folder = resources.files("halfbyte.models") / "families"
     files = (path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
-    return tuple(sorted(name for name in files if name != "base"))
+    return tuple(sorted({*files, *_ADDED} - {"base"}))

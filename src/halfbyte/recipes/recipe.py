@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -213,7 +214,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             raise RecipeError(f"the recipe {path} cannot be read: {reason}") from None
         return parse_recipe(text, str(path), path.stem)
     wanted = str(name_or_path).lower().replace("_", "-")
-    recipes = _builtin()
+    recipes = _all()
     for recipe in recipes:
         if wanted == recipe.name or wanted in recipe.aliases:
             return recipe
@@ -242,7 +243,18 @@ def parse_recipe(text: str, where: str, default_name: str | None = None) -> Reci
 
 def list_recipes() -> dict[str, str]:
     """The built-in recipes: name -> one-line description, sorted by name."""
-    return {recipe.name: recipe.description for recipe in sorted(_builtin(), key=lambda recipe: recipe.name)}
+    return {recipe.name: recipe.description for recipe in sorted(_all(), key=lambda recipe: recipe.name)}
+
+
+def register_recipe(text: str) -> Recipe:
+    """Add a recipe, given as YAML, to the built-in ones; RecipeError where its name or an alias is taken."""
+    recipe = parse_recipe(text, "the recipe of a plugin")
+    taken = {name for known in _all() for name in (known.name, *known.aliases)}
+    for name in (recipe.name, *recipe.aliases):
+        if name in taken:
+            raise RecipeError(f"there is a recipe {name!r} already; give the new one another name")
+    _ADDED.append(recipe)
+    return recipe
 
 
 def known_roles() -> list[str]:
@@ -257,6 +269,14 @@ def nearest(word: str, known: list[str], count: int = 3) -> str:
     return f"; nearest: {', '.join(found)}" if found else ""
 
 
+_ADDED: list[Recipe] = []
+
+
+def _all() -> list[Recipe]:
+    return [*_builtin(), *_ADDED]
+
+
+@cache
 def _builtin() -> list[Recipe]:
     folder = resources.files("halfbyte.recipes") / "builtin"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
