@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import halfbyte
+from halfbyte.checkpoint import write_file_atomic
 from halfbyte.report import bundle, charts, datasets
 from halfbyte.report.provenance import provenance
 from halfbyte.report.read import Inputs, read_inputs
@@ -40,7 +41,6 @@ def write_report(paths: Sequence[str | Path], out: str | Path) -> Inputs:
 
     ReportError where a file is missing or damaged; HalfbyteError without the extra ``report``.
     """
-    from halfbyte.checkpoint import write_file_atomic
 
     bundle.need_charts()
     inputs = read_inputs(paths)
