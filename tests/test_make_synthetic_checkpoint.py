@@ -38,6 +38,7 @@ def inventory(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_names_shapes_and_dtypes_are_those_of_the_inventory(script: Any, inventory: Path, tmp_path: Path) -> None:
     size = script.write(inventory, tmp_path / "out")
     wanted, found = Inventory.from_json(inventory), Inventory.open(tmp_path / "out")
@@ -47,6 +48,7 @@ def test_names_shapes_and_dtypes_are_those_of_the_inventory(script: Any, invento
     assert found.config == wanted.config and size == found.total_bytes
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_others(script: Any, inventory: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         script.write(inventory, tmp_path / name, seed=seed)

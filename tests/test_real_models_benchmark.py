@@ -31,6 +31,7 @@ def source(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "source", moe_tensors(), MOE_CONFIG)
 
 
+@pytest.mark.slow
 def test_a_recipe_without_a_fault_has_no_problem(benchmark: Any, source: Path, tmp_path: Path) -> None:
     row = benchmark.measure(source, tmp_path, "mxfp4")
     apart = sum(name.startswith(("mtp.", "model.visual.")) for name in moe_tensors())
@@ -39,6 +40,7 @@ def test_a_recipe_without_a_fault_has_no_problem(benchmark: Any, source: Path, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_too_much_memory_is_a_problem(
     benchmark: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +49,7 @@ def test_too_much_memory_is_a_problem(
     assert len(problems) == 2 and all("of memory, more than 1000000" in problem for problem in problems)
 
 
+@pytest.mark.slow
 def test_a_source_that_cannot_be_read_is_a_problem(benchmark: Any, tmp_path: Path) -> None:
     tensors = moe_tensors()
     tensors["lm_head.weight"][0, 0] = float("nan")
@@ -66,6 +69,7 @@ def test_one_changed_bit_and_a_lost_tensor_are_found(benchmark: Any, source: Pat
         assert benchmark.identical(source, folder)[1] == [name]
 
 
+@pytest.mark.slow
 def test_tensors_that_a_recipe_drops_are_no_loss(benchmark: Any, source: Path, tmp_path: Path) -> None:
     row = benchmark.measure(source, tmp_path, "makora-mixfp4")
     assert row["problems"] == [] and row["dropped_as_the_recipe_says"] == ["mtp", "vision"]

@@ -44,6 +44,7 @@ def units(demo: Checkpoint) -> list[AllocationUnit]:
 costs = st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1)), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(costs, min_size=1, max_size=5), st.floats(0, 1))
 def test_no_other_choice_within_the_budget_loses_less(table: list[list[tuple[int, float]]], where: float) -> None:
@@ -74,6 +75,7 @@ def test_a_unit_s_bytes_are_those_that_the_plan_gives_it(demo: Checkpoint, units
         assert choice.bytes == sum(by_name[w.name] for w in unit.weights)
 
 
+@pytest.mark.slow
 def test_only_the_weights_of_the_units_are_quantized(demo: Checkpoint, units: list[AllocationUnit]) -> None:
     found = allocate_recipe(demo, HALFBYTE, bits=8.0, formats=FORMATS)
     chosen = {w.name: c.format for u, c in zip(found.units, found.allocation.chosen, strict=True) for w in u.weights}
@@ -81,6 +83,7 @@ def test_only_the_weights_of_the_units_are_quantized(demo: Checkpoint, units: li
         assert (item.format.name if item.format else "keep") == chosen.get(item.weight.name, "keep"), item.weight.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["halfbyte", "compressed-tensors"])
 def test_the_output_has_at_most_the_budget_and_little_less(demo: Checkpoint, dialect: str) -> None:
     budget = 3_600_000
@@ -91,6 +94,7 @@ def test_the_output_has_at_most_the_budget_and_little_less(demo: Checkpoint, dia
     assert {c.format for c in found.allocation.chosen} > {"fp8_channel"}
 
 
+@pytest.mark.slow
 def test_bits_per_weight_are_kept(demo: Checkpoint) -> None:
     found = allocate_recipe(demo, HALFBYTE, bits=9.0, formats=FORMATS)
     assert 8.9 < found.plan.bits_per_weight <= 9.0
@@ -157,6 +161,7 @@ def test_a_budget_that_other_weights_use_up_is_refused(demo: Checkpoint) -> None
         allocate_recipe(demo, HALFBYTE, bits=2.0, formats=FORMATS)
 
 
+@pytest.mark.slow
 def test_the_recipe_that_the_command_writes_quantizes_to_what_it_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +175,7 @@ def test_the_recipe_that_the_command_writes_quantizes_to_what_it_said(
     assert main(["verify", str(tmp_path / "out"), "--against", str(MODEL), "--json"]) == 0
 
 
+@pytest.mark.slow
 def test_without_a_text_the_command_says_what_its_prediction_rests_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +186,7 @@ def test_without_a_text_the_command_says_what_its_prediction_rests_on(
     assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
 
 
+@pytest.mark.slow
 def test_a_text_is_measured_on_and_another_size_uses_the_measurement_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_latent_attention_has_none(tmp_path: Path) -> None:
     assert _watched(save("deepseek_v3", tmp_path / "m"), torch.arange(3, 27).view(1, 24)) == {}
 
 
+@pytest.mark.slow
 def test_a_calibration_collects_them_over_all_samples(collected: Statistics, demo_text: str) -> None:
     samples = make_samples([demo_text], load_tokenizer(MODEL), SAMPLES, LENGTH)
     each = [_of_cache(MODEL, torch.tensor([tokens]))[3] for tokens in samples.tokens]

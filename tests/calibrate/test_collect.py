@@ -43,6 +43,7 @@ def _inputs(module_name: str, text: str) -> torch.Tensor:
     return torch.cat(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["model.layers.0.linear_attn.in_proj_z", "model.layers.3.self_attn.o_proj", "model.layers.2.mlp.gate", "lm_head"],
@@ -80,6 +81,7 @@ def test_shared_inputs_are_stored_once(collected: Statistics) -> None:
     assert len(owner) == 2  # q, k and v see the same; o sees another
 
 
+@pytest.mark.slow
 def test_all_experts_see_all_tokens_where_that_is_wanted(tmp_path: Path, demo_text: str, collected: Statistics) -> None:
     every = collect_statistics(MODEL, tmp_path / "s", [demo_text], SAMPLES, LENGTH, all_experts=True)
     name = next(n for n in every.names if n.endswith("layers.1.mlp.experts.down_proj"))
@@ -99,6 +101,7 @@ def test_experts_whose_hessians_need_too_much_share_one(tmp_path: Path, demo_tex
     np.testing.assert_allclose(together, own.sum(0), rtol=1e-3, atol=1e-3 * own.max())
 
 
+@pytest.mark.slow
 def test_merged_statistics_are_those_of_both_texts(tmp_path: Path, demo_text: str) -> None:
     content = Path(demo_text).read_text(encoding="utf-8")
     for i, part in enumerate((content[:20000], content[20000:40000])):
@@ -112,6 +115,7 @@ def test_merged_statistics_are_those_of_both_texts(tmp_path: Path, demo_text: st
     assert both.about["tokens"] == 6 * LENGTH
 
 
+@pytest.mark.slow
 def test_statistics_collected_in_different_ways_are_not_merged(tmp_path: Path, demo_text: str) -> None:
     collect_statistics(MODEL, tmp_path / "a", [demo_text], 2, LENGTH)
     collect_statistics(MODEL, tmp_path / "b", [demo_text], 2, LENGTH, hessians=False)
@@ -120,6 +124,7 @@ def test_statistics_collected_in_different_ways_are_not_merged(tmp_path: Path, d
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_continues_and_gives_the_same(
     tmp_path: Path, demo_text: str, collected: Statistics
 ) -> None:
@@ -150,6 +155,7 @@ def test_a_killed_calibration_continues_and_gives_the_same(
     assert not (tmp_path / "s" / "work").exists()
 
 
+@pytest.mark.slow
 def test_another_calibration_s_folder_is_left_alone(tmp_path: Path, demo_text: str) -> None:
     collect_statistics(MODEL, tmp_path / "s", [demo_text], 2, LENGTH)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}

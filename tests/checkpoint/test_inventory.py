@@ -159,6 +159,7 @@ def test_an_inventory_can_be_sent_to_another_process(sharded: Path) -> None:
     assert pickle.loads(pickle.dumps(inventory)).tensors == inventory.tensors
 
 
+@pytest.mark.slow
 def test_125000_tensors_are_read_within_a_second_or_two(tmp_path: Path) -> None:
     names = [f"model.layers.{i // 2000}.mlp.experts.{i}.gate_proj.weight_packed" for i in range(125_000)]
     layout = build_header([(name, "U8", (1, i % 3)) for i, name in enumerate(names)])
@@ -224,6 +225,7 @@ def test_a_missing_inventory_file_is_refused(tmp_path: Path) -> None:
         Inventory.from_json(tmp_path / "none.json")
 
 
+@pytest.mark.slow
 def test_real_inventories_have_the_published_sizes(shared: Path) -> None:
     paths = sorted((shared / "inventories").glob("*.json"))
     assert len(paths) >= 5
@@ -233,6 +235,7 @@ def test_real_inventories_have_the_published_sizes(shared: Path) -> None:
         assert len(inventory.tensors) == inventory.meta.get("tensor_count", len(inventory.tensors))
 
 
+@pytest.mark.slow
 def test_kimi_with_208215_tensors_loads_fast(shared: Path) -> None:
     inventory = within(2, lambda: Inventory.from_json(shared / "inventories" / "kimi_k2_thinking.patterns.json"))
     assert len(inventory.tensors) == 208_215

@@ -19,6 +19,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(halfbyte.demo, "RECIPES", ("mxfp4", "nvfp4-absmax"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_rows_compare_size_error_perplexity_and_divergence(run_json: Callable[..., Any]) -> None:
     pytest.importorskip("torch")
@@ -53,6 +54,7 @@ def test_outputs_can_be_kept(monkeypatch: pytest.MonkeyPatch, run_text: Callable
     assert (tmp_path / "kept" / "mxfp4" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_each_recipe_has_a_smaller_error_than_the_one_before(
     monkeypatch: pytest.MonkeyPatch, run_json: Callable[..., Any]
 ) -> None:

@@ -21,6 +21,7 @@ def text(demo_model: str, tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_rows_have_perplexity_and_divergence_from_the_source(
     run_json: Callable[..., Any], demo_model: str, quantized: str, text: str
 ) -> None:
@@ -36,6 +37,7 @@ def test_rows_have_perplexity_and_divergence_from_the_source(
     assert row["recipe"] == "mxfp4" and row["contains"][0]["storage"] in ("mxfp4", "BF16")
 
 
+@pytest.mark.slow
 def test_text_output_is_a_table_and_states_the_protocol(
     run_text: Callable[..., str], demo_model: str, text: str
 ) -> None:
@@ -46,6 +48,7 @@ def test_text_output_is_a_table_and_states_the_protocol(
     assert lines[-1].startswith("short.txt: 98 tokens scored in 2 windows of 64")
 
 
+@pytest.mark.slow
 def test_a_file_gets_the_same_document_and_the_table_names_the_noise_floor(
     run_text: Callable[..., str], demo_model: str, quantized: str, text: str, tmp_path: Path
 ) -> None:
@@ -61,6 +64,7 @@ def test_a_file_gets_the_same_document_and_the_table_names_the_noise_floor(
     assert "noise floor: the source in bfloat16 against itself in float32" in shown
 
 
+@pytest.mark.slow
 def test_presets_settle_the_windows(run_json: Callable[..., Any], demo_model: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     rows = tmp_path / "rows.raw"
@@ -124,6 +128,7 @@ def test_errors_need_no_torch(
     assert run_json("errors", quantized, "--against", demo_model)["total"]["relmse"] > 0
 
 
+@pytest.mark.slow
 def test_sensitivity_lists_the_worst_group_first_and_names_its_file(
     run_text: Callable[..., str], demo_model: str, text: str, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def importance(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> str
     return str(path)
 
 
+@pytest.mark.slow
 def test_an_importance_file_weighs_and_folds(
     run_json: Callable[..., Any], demo_model: str, importance: str, tmp_path: Path
 ) -> None:
@@ -107,6 +108,7 @@ def test_an_importance_file_weighs_and_folds(
     assert done["repository_bytes"] == sum(map(len, files(tmp_path / "out").values()))
 
 
+@pytest.mark.slow
 def test_folding_is_reported_in_words(
     run_text: Callable[..., str], demo_model: str, importance: str, tmp_path: Path
 ) -> None:

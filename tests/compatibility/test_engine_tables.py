@@ -27,12 +27,14 @@ def tables() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["docs/engines.md", "README.md"])
 def test_the_tables_are_current(tables: ModuleType, path: str) -> None:
     text = (REPOSITORY / path).read_text(encoding="utf-8")
     assert text == tables.current(path, text), "run python scripts/engine_tables.py"
 
 
+@pytest.mark.slow
 def test_a_table_that_changed_is_noticed(tables: ModuleType) -> None:
     text = (REPOSITORY / "docs/engines.md").read_text(encoding="utf-8")
     changed = text.replace("| MixFP4 |", "| MixFP5 |")

@@ -65,6 +65,7 @@ def test_one_worker_and_many_give_the_same_bytes(moe: Path, tmp_path: Path, dial
     assert hashes(tmp_path / "1") == hashes(tmp_path / "5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("fmt", ["nvfp4", "int4_g32", "int4_asym_g32", "fp8_tensor", "fp8_channel", "fp8_block128"])
 def test_the_size_of_slices_does_not_change_a_byte(

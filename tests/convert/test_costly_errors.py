@@ -157,6 +157,7 @@ def test_a_rule_for_mtp_layers_that_misses_them(rule: str, qwen36: Checkpoint) -
     assert len(quantized) == 2 and all(name.startswith("mtp.") for name in quantized)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_conv1d_taken_for_experts(qwen36: Checkpoint, dialect: str) -> None:
     plan = make_plan(qwen36, recipe({"match": "experts", "format": "nvfp4"}), dialect)

@@ -117,6 +117,7 @@ def test_no_group_is_worse_than_with_the_scale_of_amax(moe: Path, tmp_path: Path
     assert sum(fitted.values()) < sum(plain.values()) or search == "sweep"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["halfbyte", "compressed-tensors"])
 def test_the_bytes_depend_neither_on_threads_nor_on_memory(
     moe: Path, tmp_path: Path, dialect: str, monkeypatch: pytest.MonkeyPatch
@@ -170,6 +171,7 @@ def test_groups_that_have_importance_only_in_part_are_fitted_without(dense: Path
     assert {float(t.global_scale) for t in tensors(tmp_path / "out", names)} == {float(found.global_scale)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [1, 1 << 30])
 def test_folded_weights_are_fitted_as_they_are_folded(
     moe: Path, tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch

@@ -41,6 +41,7 @@ def quantized(statistics: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+@pytest.mark.slow
 def test_the_conversion_gives_what_the_function_gives(quantized: Path, statistics: Path) -> None:
     source, out = Checkpoint.open(MODEL), Checkpoint.open(quantized)
     known = halfbyte.plan(MODEL, NVFP4, importance=statistics).calibration_use
@@ -57,6 +58,7 @@ def test_the_conversion_gives_what_the_function_gives(quantized: Path, statistic
             np.testing.assert_array_equal(mine.scales, expected.scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["rounding: gptq", "objective: local_hessian"])
 def test_a_fitted_tensor_scale_is_given_to_the_rounding(statistics: Path, tmp_path: Path, asked: str) -> None:
     rule = f"{{match: linear, format: nvfp4, scale_search: absmax, global_scale: soar, {asked}}}"
@@ -165,6 +167,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
         halfbyte.plan(MODEL, NVFP4, importance=folder)
 
 
+@pytest.mark.slow
 def test_one_command_calibrates_and_quantizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -177,6 +180,7 @@ def test_one_command_calibrates_and_quantizes(tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "out.statistics" / "statistics.json").is_file()
 
 
+@pytest.mark.slow
 def test_weights_that_errors_were_fed_back_to_may_be_further_from_their_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def uninterrupted(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 POINTS = [(k + random.Random(7).random()) / 8 for k in range(8)] + [0.985, 0.995, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_conversion_continues_to_the_same_bytes(
     moe: Path, tmp_path: Path, uninterrupted: tuple[dict[str, str], int], point: float
@@ -85,6 +86,7 @@ def test_a_killed_conversion_continues_to_the_same_bytes(
     assert len(done.errors) == sum(item.format is not None for item in plan.items)
 
 
+@pytest.mark.slow
 def test_killed_from_outside_again_and_again_it_still_gets_there(
     moe: Path, tmp_path: Path, uninterrupted: tuple[dict[str, str], int]
 ) -> None:
@@ -103,6 +105,7 @@ def test_killed_from_outside_again_and_again_it_still_gets_there(
     assert hashes(out) == uninterrupted[0]
 
 
+@pytest.mark.slow
 def test_an_unfinished_output_of_another_plan_is_not_continued(moe: Path, tmp_path: Path) -> None:
     child = start(moe, tmp_path / "out", 40)
     child.communicate()
@@ -111,6 +114,7 @@ def test_an_unfinished_output_of_another_plan_is_not_continued(moe: Path, tmp_pa
         convert(other, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_finished_file_that_was_cut_meanwhile_is_written_again(
     moe: Path, tmp_path: Path, uninterrupted: tuple[dict[str, str], int]
 ) -> None:

@@ -97,6 +97,7 @@ def measured(source: Path, out: Path, fmt: str, threads: int, memory: int, **mor
     return peak, stated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fmt", "threads", "memory"),
     [("nvfp4", 4, 2048), ("nvfp4", 2, 64), ("fp8_tensor", 2, 4096), ("keep", 2, 2048)],
@@ -109,12 +110,14 @@ def test_a_dense_model_takes_the_memory_that_the_plan_states(
     assert stated / 2 < peak <= stated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threads", "memory"), [(1, 2048), (4, 2048), (4, 64)])
 def test_experts_take_the_memory_that_the_plan_states(tmp_path: Path, threads: int, memory: int) -> None:
     peak, stated = measured(experts(tmp_path / "source"), tmp_path / "out", "mixfp4", threads, memory * MIB)
     assert stated / 2 < peak <= stated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [2048, 64])
 def test_fitting_tensor_scales_takes_the_memory_that_the_plan_states(shared: Path, tmp_path: Path, memory: int) -> None:
     source = dense(tmp_path / "source", shared)
@@ -122,11 +125,13 @@ def test_fitting_tensor_scales_takes_the_memory_that_the_plan_states(shared: Pat
     assert stated / 2 < peak <= stated
 
 
+@pytest.mark.slow
 def test_many_tensors_take_the_memory_that_the_plan_states(tmp_path: Path) -> None:
     peak, stated = measured(many(tmp_path / "source", 60), tmp_path / "out", "nvfp4", 2, 2048 * MIB)
     assert stated / 2 < peak <= stated
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_size_of_a_model(tmp_path: Path) -> None:
     few = measured(experts(tmp_path / "few", 8), tmp_path / "a", "nvfp4", 2, 2048 * MIB)
     more = measured(experts(tmp_path / "more", 32), tmp_path / "b", "nvfp4", 2, 2048 * MIB)

@@ -53,6 +53,7 @@ def test_a_hadamard_rotation_needs_no_calibration_and_reads_back_upright(fmt: st
         assert np.array_equal(out.read(written, weight), expected.decode())
 
 
+@pytest.mark.slow
 def test_duquant_rotations_are_found_from_each_weights_own_hessian(statistics: Path, tmp_path: Path) -> None:
     plan = halfbyte.plan(MODEL, asking("duquant"), importance=statistics)
     convert(plan, tmp_path / "out")
@@ -75,6 +76,7 @@ def test_duquant_rotations_are_found_from_each_weights_own_hessian(statistics: P
     assert halfbyte.verify(tmp_path / "out", MODEL).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["hadamard", "duquant"])
 def test_gptq_rounds_in_rotated_space(transform: str, statistics: Path, tmp_path: Path) -> None:
     plan = halfbyte.plan(
@@ -92,6 +94,7 @@ def test_gptq_rounds_in_rotated_space(transform: str, statistics: Path, tmp_path
     assert halfbyte.verify(tmp_path / "out", MODEL).ok
 
 
+@pytest.mark.slow
 def test_the_bytes_depend_on_neither_threads_nor_memory(statistics: Path, tmp_path: Path) -> None:
     plan = halfbyte.plan(MODEL, asking("duquant", more=", rounding: gptq"), importance=statistics)
     convert(plan, tmp_path / "a", threads=2)
@@ -175,6 +178,7 @@ def test_rotated_weights_keep_their_codes_in_another_dialect_and_come_back(tmp_p
     assert first.keys() == last.keys() and all(first[n].tobytes() == last[n].tobytes() for n in first)
 
 
+@pytest.mark.slow
 def test_a_damaged_rotation_is_found(statistics: Path, tmp_path: Path) -> None:
     convert(halfbyte.plan(MODEL, asking("duquant"), importance=statistics), tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")

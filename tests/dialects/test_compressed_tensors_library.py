@@ -145,6 +145,7 @@ INT4_IN_HALF_OF_THE_LAYERS = recipe(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inventory", "what"),
     [

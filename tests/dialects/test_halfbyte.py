@@ -23,6 +23,7 @@ def moe(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "moe", moe_tensors(), MOE_CONFIG)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", list_formats())
 def test_every_format_is_stored_as_its_arrays_and_read_back(moe: Path, tmp_path: Path, fmt: str) -> None:
     plan = run(moe, tmp_path / "out", recipe({"match": "experts", "format": fmt, "scale_search": "absmax"}))

@@ -189,6 +189,7 @@ def test_checkpoints_that_mlx_lm_makes_are_read(
     assert close(logits(tmp_path / "theirs"), our_logits(tmp_path / "theirs"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_mlx_lm_made_keeps_its_values_in_other_dialects_and_its_own(
     tmp_path: Path, sources: dict[str, Path]
 ) -> None:
@@ -225,6 +226,7 @@ def test_text_is_generated_as_by_the_decoded_model(tmp_path: Path, sources: dict
     assert said and said == tokenizer.decode(ours[0, tokens.shape[1] :].tolist())
 
 
+@pytest.mark.slow
 def test_the_server_answers(tmp_path: Path) -> None:
     run(MODEL, tmp_path / "out", recipe({"match": "linear", "format": "affine4"}), "mlx")
     with socket.socket() as free:

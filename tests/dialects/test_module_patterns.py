@@ -95,6 +95,7 @@ NAMES = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(st.sets(NAMES), st.sets(NAMES))
 def test_all_chosen_names_match_and_no_other_does(chosen: set[str], others: set[str]) -> None:
     others -= chosen

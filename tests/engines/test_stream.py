@@ -31,6 +31,8 @@ from small_models import (
 torch = pytest.importorskip("torch")
 from halfbyte.engines import stream  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SPELLED = [("halfbyte", name) for name in list_formats()]
 SPELLED += [("compressed-tensors", name) for name in SCHEMES]
 SPELLED += [("modelopt", name) for name in ("nvfp4", "fp8_channel")]

@@ -76,6 +76,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(shared: Path, chats: Pat
         conversations_of(chats, load_tokenizer(shared / "data/models/tiny1m"), "float32")
 
 
+@pytest.mark.slow
 def test_divergence_is_measured_on_conversations_and_perplexity_on_the_text(
     model: Path, chats: Path, shared: Path, tmp_path: Path
 ) -> None:

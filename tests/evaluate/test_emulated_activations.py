@@ -79,6 +79,7 @@ def test_inputs_of_linear_layers_and_of_both_products_of_experts_are_rounded(
     assert {config.hidden_size, config.moe_intermediate_size} <= set(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_the_narrower_the_activations_the_larger_the_divergence(w4: Path, dequantize: bool) -> None:
     kl = {}

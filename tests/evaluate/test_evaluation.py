@@ -45,6 +45,7 @@ def recipe_of_transformers(path: Path, text: str, length: int, stride: int, toke
     return math.exp(total / counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [64, 24])
 def test_perplexity_equals_the_recipe_of_transformers(stride: int) -> None:
     (row,) = evaluate(DEMO, length=64, stride=stride, max_tokens=333)
@@ -52,12 +53,14 @@ def test_perplexity_equals_the_recipe_of_transformers(stride: int) -> None:
     assert row["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_source_has_no_divergence_from_itself(nvfp4: Path) -> None:
     rows = evaluate([DEMO, nvfp4], against=DEMO, length=64, max_tokens=256)
     assert [row["name"] for row in rows] == ["demo_model", "nvfp4"]
     assert rows[0]["kl"] == {"mean": 0.0, "median": 0.0, "p90": 0.0, "p99": 0.0, "top1": 1.0}
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_source_loaded_on_its_own_has_none_either(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(DEMO / name)
@@ -65,6 +68,7 @@ def test_a_copy_of_the_source_loaded_on_its_own_has_none_either(tmp_path: Path) 
     assert row["kl"] == {"mean": 0.0, "median": 0.0, "p90": 0.0, "p99": 0.0, "top1": 1.0}
 
 
+@pytest.mark.slow
 def test_a_row_tells_all_about_a_quantized_checkpoint(nvfp4: Path) -> None:
     source, row = evaluate(nvfp4, against=DEMO, length=64, max_tokens=1000)
     plan = halfbyte.plan(DEMO, linear("nvfp4"))
@@ -79,6 +83,7 @@ def test_a_row_tells_all_about_a_quantized_checkpoint(nvfp4: Path) -> None:
     assert row["kl_protocol"] == row["protocol"] == source["protocol"]
 
 
+@pytest.mark.slow
 def test_decoding_once_instead_of_in_every_pass_changes_nothing(nvfp4: Path) -> None:
     settings: dict[str, Any] = {"against": DEMO, "length": 64, "max_tokens": 256}
     kept, dense = (evaluate(nvfp4, dequantize=d, **settings)[1] for d in (False, True))
@@ -86,6 +91,7 @@ def test_decoding_once_instead_of_in_every_pass_changes_nothing(nvfp4: Path) -> 
     assert kept["kl"] == pytest.approx(dense["kl"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_size_of_a_batch_does_not_matter(nvfp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"against": DEMO, "length": 64, "max_tokens": 300}
     many = evaluate(nvfp4, **settings)[1]
@@ -95,18 +101,21 @@ def test_the_size_of_a_batch_does_not_matter(nvfp4: Path, monkeypatch: pytest.Mo
     assert many["kl"] == pytest.approx(one["kl"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_progress_is_reported_in_windows() -> None:
     calls: list[tuple[int, int]] = []
     evaluate(DEMO, length=64, max_tokens=200, progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (4, 4)
 
 
+@pytest.mark.slow
 def test_a_trained_model_has_its_published_perplexity(shared: Path) -> None:
     model, text = shared / "data/models/qwen35moe-tiny-wiki", shared / "data/text/enwiki2015/valid.txt"
     (row,) = evaluate(model, text=text, max_tokens=24 * 512)
     assert row["perplexity"] == pytest.approx(74.9, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_dense_model_of_another_family_agrees_with_the_recipe_of_transformers(shared: Path) -> None:
     model, text = shared / "data/models/qwen3-tiny-wiki", shared / "data/text/enwiki2015/valid.txt"
     (row,) = evaluate(model, text=text, max_tokens=3 * 512)
@@ -120,6 +129,7 @@ def test_checkpoints_of_other_models_are_refused(shared: Path) -> None:
         evaluate(other, against=DEMO, length=64, max_tokens=128)
 
 
+@pytest.mark.slow
 def test_windows_longer_than_the_model_can_read_are_refused() -> None:
     with pytest.raises(HalfbyteError, match="2048 positions, so windows of 4096"):
         evaluate(DEMO, length=4096)
@@ -142,6 +152,7 @@ def test_a_quantization_that_neither_reads_is_refused_in_one_sentence(method: st
         evaluate(tmp_path, length=64, max_tokens=64)
 
 
+@pytest.mark.slow
 def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     for parent in ("a", "b"):
         run(DEMO, tmp_path / parent / "out", linear("mxfp4"))
@@ -151,6 +162,7 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> No
         evaluate([tmp_path / "a" / "out"] * 2, DEMO, length=64, max_tokens=64)
 
 
+@pytest.mark.slow
 def test_a_row_says_what_its_size_consists_of(nvfp4: Path) -> None:
     source, row = evaluate(nvfp4, DEMO, length=64, max_tokens=64)
     assert [c["storage"] for c in source["contains"]] == ["BF16"] and source["mtp"] and not source["vision"]

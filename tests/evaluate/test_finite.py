@@ -59,6 +59,7 @@ def settings(text: Path, **more: Any) -> Settings:
     return Settings(text, None, 64, None, 512, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [NAN, INFINITY])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_source_that_is_not_finite_ends_the_measurement_and_the_layer_is_named(
@@ -84,6 +85,7 @@ def test_a_checkpoint_that_is_not_finite_is_a_row_that_is_not_valid_beside_other
     assert fine["indistinguishable"]["kl"] == [] and document["noise_floor"]["invalid"] is None
 
 
+@pytest.mark.slow
 def test_without_a_source_every_checkpoint_is_judged_by_itself(source: Path, text: Path, tmp_path: Path) -> None:
     bad = broken(source, tmp_path / "bad", NAN)
     row, fine = measure([bad, source], None, settings(text))["rows"]
@@ -91,6 +93,7 @@ def test_without_a_source_every_checkpoint_is_judged_by_itself(source: Path, tex
     assert fine["invalid"] is None and fine["perplexity"] > 1
 
 
+@pytest.mark.slow
 def test_numbers_that_leave_the_range_of_the_type_are_told_from_damaged_weights(
     source: Path, good: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +113,7 @@ def scaled(source: Path, out: Path, largest: float) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_1_where_a_row_is_not_valid_and_says_so(
     source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +140,7 @@ def test_stored_scores_that_are_not_finite_are_measured_again(tmp_path: Path) ->
     assert cache.find_scores({"a": 1}) is None
 
 
+@pytest.mark.slow
 def test_tasks_of_a_checkpoint_that_is_not_finite_have_no_accuracy(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     questions = tmp_path / "q.jsonl"
@@ -145,6 +150,7 @@ def test_tasks_of_a_checkpoint_that_is_not_finite_have_no_accuracy(source: Path,
     assert document["rows"][0]["tasks"] == {} and document["rows"][0]["invalid"]
 
 
+@pytest.mark.slow
 def test_the_sensitivity_of_a_source_that_is_not_finite_is_an_error(source: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(MeasurementError, match=r"model\.layers\.1\.mlp\.down_proj"):
         sensitivity(scaled(source, tmp_path / "loud", 3e38), linear("nvfp4"), tmp_path / "s.jsonl", text, length=64)

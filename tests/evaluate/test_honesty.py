@@ -57,6 +57,7 @@ def swap_experts(name: str, content: Any) -> None:
         content[[0, 1, 2, 3]] = content[[1, 0, 3, 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "times"), [(zero_a_layer, 10), (swap_experts, 2)])
 def test_a_damaged_checkpoint_is_flagged_by_verify_by_its_errors_and_by_its_divergence(
     change: Callable[..., None], times: int, source: Path, good: Path, text: Path, tmp_path: Path
@@ -80,6 +81,7 @@ def test_the_expert_that_is_wrong_is_named(source: Path, good: Path, tmp_path: P
     assert [i for i, relmse in enumerate(experts) if relmse > 1] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_noise_floor_lies_between_nothing_and_quantization(source: Path, good: Path, text: Path) -> None:
     found = measure(good, source, Settings(text=text, noise_floor=True, **MEASURE))
     original, row = found["rows"]
@@ -88,6 +90,7 @@ def test_the_noise_floor_lies_between_nothing_and_quantization(source: Path, goo
     assert row["indistinguishable"]["noise"] is False
 
 
+@pytest.mark.slow
 def test_a_difference_within_noise_is_called_that(source: Path, good: Path, text: Path, tmp_path: Path) -> None:
     twin = Path(shutil.copytree(good, tmp_path / "twin"))
     run(source, tmp_path / "fp8", linear("fp8_channel"))

@@ -141,6 +141,7 @@ def nvfp4(tmp_path: Path) -> Path:
     return tmp_path / "nvfp4"
 
 
+@pytest.mark.slow
 def test_the_source_runs_once_for_all_evaluations_on_a_text(
     nvfp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_the_source_runs_once_for_all_evaluations_on_a_text(
     assert loaded[4:] == ["demo_model", "nvfp4"]
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_run_again_under_the_same_name(nvfp4: Path, tmp_path: Path) -> None:
     source, cache = tmp_path / "source", tmp_path / "cache"
     source.mkdir()

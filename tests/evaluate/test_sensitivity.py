@@ -25,6 +25,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return sensitivity(DEMO, linear("mxfp4"), tmp_path_factory.mktemp("sensitivity") / "s.jsonl", **MEASURE)
 
 
+@pytest.mark.slow
 def test_each_group_is_measured_and_all_together(found: dict[str, Any], tmp_path: Path) -> None:
     run(DEMO, tmp_path / "out", linear("mxfp4"))
     quantized = Checkpoint.open(tmp_path / "out")
@@ -40,6 +41,7 @@ def test_each_group_is_measured_and_all_together(found: dict[str, Any], tmp_path
     assert whole["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_one_group_is_what_a_recipe_for_it_alone_gives(found: dict[str, Any], tmp_path: Path) -> None:
     group = next(g for g in found["groups"] if g["group"].endswith("experts"))
     rules = [
@@ -51,6 +53,7 @@ def test_one_group_is_what_a_recipe_for_it_alone_gives(found: dict[str, Any], tm
     assert group["kl"]["mean"] == pytest.approx(row["kl"]["mean"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_where_it_stopped(
     found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +86,7 @@ def test_a_file_of_another_measurement_is_not_continued(tmp_path: Path) -> None:
         sensitivity(DEMO, linear("mxfp4"), path, **MEASURE)
 
 
+@pytest.mark.slow
 def test_the_source_is_as_it_was_after_a_group(tmp_path: Path) -> None:
     copy = shutil.copytree(DEMO, tmp_path / "model")
     sensitivity(copy, linear("mxfp4"), tmp_path / "s.jsonl", by="role", length=64, max_tokens=130)
@@ -91,6 +95,7 @@ def test_the_source_is_as_it_was_after_a_group(tmp_path: Path) -> None:
             assert np.array_equal(one.read(name), other.read(name))
 
 
+@pytest.mark.slow
 def test_tied_embeddings_that_a_checkpoint_holds_twice_are_one_group(tmp_path: Path) -> None:
     copy = shutil.copytree(DEMO, tmp_path / "model")
     config = json.loads((copy / "config.json").read_text())

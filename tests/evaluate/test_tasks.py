@@ -56,6 +56,7 @@ def likeliest(model: Any, path: Path, item: dict[str, Any]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
+@pytest.mark.slow
 def test_answers_are_scored_as_the_model_s_own_probabilities_say(
     model: Any, model_path: Path, questions: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_answers_are_scored_as_the_model_s_own_probabilities_say(
     assert "no reasoning" in found["protocol"] and "chat template" in found["protocol"]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_compared_question_by_question(
     model_path: Path, questions: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -102,6 +104,7 @@ def test_the_harness_finds_the_loader_by_name(model_path: Path) -> None:
     assert type(lm.model).__name__ == "Qwen3ForCausalLM" and lm.tokenizer.vocab_size == 4096
 
 
+@pytest.mark.slow
 def test_prompts_beyond_the_model_s_positions_are_counted(questions: list[dict[str, Any]], tmp_path: Path) -> None:
     demo = Path(halfbyte.__file__).parent / "demo_model"
     two = {"options": ["yes", "no"], "answer_index": 0}
@@ -126,6 +129,7 @@ def test_files_that_hold_no_questions_are_refused(line: str, message: str, tmp_p
         read_questions(tmp_path / "q.jsonl")
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(HalfbyteError, match="--questions FILE"):
         prepare(["mmlu_pro"], None)

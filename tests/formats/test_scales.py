@@ -37,6 +37,7 @@ def test_values_are_those_of_ml_dtypes_for_every_code(kind: ScaleType, theirs: t
     assert np.array_equal(kind.to_value(codes), codes.view(theirs).astype(np.float32), equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "definition"), [(scales.E3M3, e3m3), (scales.E6M2, e6m2)])
 def test_values_follow_the_definition_bit_by_bit(kind: ScaleType, definition: Callable[[int], Fraction]) -> None:
     codes = all_codes(kind)

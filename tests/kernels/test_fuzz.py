@@ -27,6 +27,7 @@ def guarded(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> tuple[NDArr
     return array, [memory[:start], memory[start + count :]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NATIVE, reason="no native kernels here")
 @settings(max_examples=120, deadline=None)
 @given(st.data())

@@ -32,6 +32,7 @@ def reference(*arguments, **options):
         return gptq(*arguments, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NATIVE, reason="no native kernels here")
 @pytest.mark.parametrize(("name", "search"), CASES)
 def test_every_instruction_set_rounds_as_the_reference(name: str, search: str) -> None:
@@ -48,6 +49,7 @@ def test_every_instruction_set_rounds_as_the_reference(name: str, search: str) -
                 assert not differences(gptq(x, fmt, search, prepared), expected), (mode, isa)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NATIVE, reason="no native kernels here")
 @settings(max_examples=60, deadline=None)
 @given(st.data())

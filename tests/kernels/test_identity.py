@@ -23,6 +23,7 @@ from kernels.cases import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "search"), QUICK_KERNEL_CASES)
 def test_every_instruction_set_encodes_as_the_reference(name: str, search: str) -> None:
     fmt = get_format(name)
@@ -88,6 +89,7 @@ def test_weights_beyond_the_given_tensor_scale_are_encoded_as_the_reference(name
                     assert not differences(encode(x, fmt, search, global_scale=scale), expected), (size, scale, isa)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_weights_with_any_options_are_encoded_as_the_reference(data: st.DataObject) -> None:
@@ -110,6 +112,7 @@ def test_any_weights_with_any_options_are_encoded_as_the_reference(data: st.Data
             assert not differences(encode(x, fmt, search, importance, **options), expected), isa
 
 
+@pytest.mark.slow
 def test_real_weights_and_edges_are_encoded_as_the_reference(shared: Path) -> None:
     vectors = np.load(shared / "data" / "golden" / "fp4_vectors.npz")
     rows = {name.split("/")[0]: vectors[name] for name in vectors.files if name.endswith("/input")}

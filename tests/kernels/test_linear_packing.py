@@ -38,6 +38,7 @@ def test_unpacking_gives_the_bytes_that_were_packed(name: str, lead: int, n: int
         )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(n=st.integers(1, 70), k=st.integers(1, 300), batch=st.integers(1, 70), seed=st.integers(0, 99))
 def test_products_of_any_shape(n: int, k: int, batch: int, seed: int) -> None:

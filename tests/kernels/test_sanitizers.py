@@ -45,6 +45,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.mark.slow
 def test_no_kernel_reads_or_writes_beside_its_arrays_or_has_undefined_behaviour(sanitized: Path) -> None:
     runtime = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = {

@@ -12,6 +12,7 @@ from halfbyte.search import encode
 from kernels.cases import NATIVE, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "search"), QUICK)
 def test_errors_measured_while_encoding_are_those_of_the_decoded_values(name: str, search: str) -> None:
     fmt = get_format(name)

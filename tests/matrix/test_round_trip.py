@@ -24,6 +24,8 @@ from matrix.judges import JUDGES, Stored
 from matrix.names import modules
 from small_models import read_file
 
+pytestmark = pytest.mark.slow
+
 ids = " / ".join
 
 

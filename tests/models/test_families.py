@@ -74,6 +74,7 @@ def test_no_router_norm_or_embedding_is_linear(weights: list[Weight]) -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_the_generic_family_is_no_less_careful(checkpoint: Inventory) -> None:
     generic = family_for({})
     for weight in generic.weights(checkpoint):

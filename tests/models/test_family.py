@@ -151,6 +151,7 @@ def test_an_fp8_weight_is_marked_as_quantized() -> None:
     assert weight.role == "quantized.mlp.up" and weight.group is None
 
 
+@pytest.mark.slow
 def test_200_000_names_are_classified_in_about_a_second(shared: Path) -> None:
     checkpoint = Inventory.from_json(shared / "inventories" / "kimi_k2_thinking.patterns.json")
     weights = within(5, lambda: family_for(checkpoint.config).weights(checkpoint))  # about 0.7 s when nothing else runs

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ def test_numbers_at_either_end_are_found() -> None:
     assert normalise("0.weight.7") == "#.weight.#"
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(["layers", "12", "w1", "0", "weight", "conv1d"]), min_size=1))
 def test_split_and_normalise_agree_for_any_name(components: list[str]) -> None:
     name = ".".join(components)

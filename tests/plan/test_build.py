@@ -50,6 +50,7 @@ def outputs(plan: Plan) -> dict[str, str]:
 # Sizes that were published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dialect", "gib"),
     [
@@ -65,6 +66,7 @@ def test_published_repository_sizes_are_met_to_a_hundredth(
     assert abs(plan.repository_bytes / 2**30 - gib) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dialect"),
     [("makora-mixfp4", "halfbyte"), ("nvidia-nvfp4", "compressed-tensors"), ("nvfp4-fp8", "compressed-tensors")],
@@ -76,6 +78,7 @@ def test_a_published_recipe_is_written_in_its_own_dialect_unless_told_otherwise(
     assert make_plan(qwen36, name, "halfbyte").dialect.name == "halfbyte"
 
 
+@pytest.mark.slow
 def test_what_is_left_to_the_nvidia_size_are_the_input_scales_of_modelopt(qwen36: Checkpoint) -> None:
     plan = make_plan(qwen36, "nvidia-nvfp4", "compressed-tensors")
     weight_map: dict[str, str] = {}
@@ -202,6 +205,7 @@ def test_every_recipe_survives_its_way_through_the_provenance_file(moe: Path, na
 # Time and determinism
 
 
+@pytest.mark.slow
 def test_125_000_tensors_are_planned_in_two_seconds_from_headers_alone(tmp_path: Path) -> None:
     layers, experts = 162, 256
     entries = [

@@ -90,6 +90,7 @@ def refused(out: Path, *argv: object) -> None:
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["modelopt", "fp8", "mlx"])
 def test_a_refusal_has_exit_code_2_names_weights_and_ways_out_and_writes_nothing(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dialect: str

@@ -30,6 +30,7 @@ def test_files_stay_below_the_limit_with_their_headers(moe: Path, limit: int, di
     assert len(plan.shards) > 1 or limit > 1_000_000
 
 
+@pytest.mark.slow
 def test_the_limit_of_five_gigabytes_holds_for_a_stack_that_is_larger(shared: Path) -> None:
     checkpoint = Checkpoint(Inventory.from_json(shared / "inventories" / "kimi_k2_thinking.patterns.json"))
     plan = make_plan(checkpoint, "nvfp4", "compressed-tensors")

@@ -57,6 +57,7 @@ def test_scales_of_experts_in_different_types_are_an_error(tmp_path: Path) -> No
         carried(source, tmp_path / "out", recipe(EXPERTS_INT4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["halfbyte", "compressed-tensors"])
 @pytest.mark.parametrize(("name", "action"), [("int4-g32", "transcode"), ("nvfp4", "quantize")])
 def test_kimi_k2_is_planned_within_five_seconds_of_one_core(shared: Path, name: str, action: str, target: str) -> None:
@@ -70,6 +71,7 @@ def test_kimi_k2_is_planned_within_five_seconds_of_one_core(shared: Path, name: 
     assert len(checkpoint.inventory.tensors) == 208_215
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss_20b.json", "kimi_k2_thinking.patterns.json"])
 def test_the_plan_counts_every_tensor_of_a_quantized_source_once(shared: Path, name: str) -> None:
     checkpoint = Checkpoint(Inventory.from_json(shared / "inventories" / name))

@@ -63,6 +63,7 @@ def charts_of(path: Path) -> dict[str, Any]:
     return json.loads(unpacked(Page(path).text_of("script", id="charts")[0]))
 
 
+@pytest.mark.slow
 def test_the_page_has_no_error_of_html(real_page: Path) -> None:
     html5lib = pytest.importorskip("html5lib")
     html5lib.HTMLParser(strict=True).parse(real_page.read_text(encoding="utf-8"))

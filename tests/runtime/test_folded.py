@@ -42,6 +42,7 @@ def logits(model: Any) -> Any:
         return model(input_ids=torch.arange(100, 356)[None], use_cache=False).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("qwen3-tiny-wiki", 12), ("qwen35moe-tiny-wiki", 12)])
 def test_folded_weights_give_the_logits_of_the_source(shared: Path, tmp_path: Path, name: str, least: int) -> None:
     source = in_fp32(shared / "data" / "models" / name, tmp_path / "source")

@@ -43,6 +43,7 @@ np.save(out, logits.numpy())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "auto_class"),
     [("qwen3_moe", "AutoModelForCausalLM"), ("qwen3_5_moe", "AutoModelForImageTextToText")],

@@ -44,12 +44,14 @@ def test_fp8_weights_are_the_same(model: str, shared: Path, quantized: Quantized
         assert torch.equal(theirs[name], values), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["mxfp4", "int4_g32"])
 def test_experts_without_a_global_scale_have_the_same_logits(fmt: str, shared: Path, quantized: Quantized) -> None:
     path = quantized(shared / "data" / "models" / "qwen35moe-tiny-wiki", linear(fmt), "compressed-tensors")
     assert torch.equal(logits(load(path, "bfloat16")), logits(stock(path)))
 
 
+@pytest.mark.slow
 def test_halfbyte_is_right_about_nvfp4_experts_whose_global_scale_transformers_ignores(
     shared: Path, quantized: Quantized
 ) -> None:

@@ -120,6 +120,7 @@ def test_a_folded_model_computes_the_same(tmp_path: Path, name: str, monkeypatch
     assert float((before - after).abs().max()) < 1e-4 * max(1.0, float(before.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3-tiny-wiki", "qwen35moe-tiny-wiki"])
 def test_a_trained_model_computes_the_same(shared: Path, tmp_path: Path, name: str) -> None:
     source = shared / "data" / "models" / name

@@ -58,6 +58,7 @@ def test_a_single_element_among_zeros_leaves_them_zero(name: str, search: str, v
     assert np.abs(rest).max() <= (abs(value) / 100 if near_zero else 0)
 
 
+@pytest.mark.slow
 @quick_case
 @pytest.mark.parametrize("size", [1e-40, 1e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 3e38])
 def test_any_size_stays_finite_and_no_worse_than_zeros(name: str, search: str, size: float) -> None:

@@ -27,6 +27,8 @@ from halfbyte.formats import BlockFormat, QuantizedTensor, get_format
 from halfbyte.formats.packing import unpack_nibbles
 from halfbyte.search import SEARCHES, encode
 
+pytestmark = pytest.mark.slow
+
 few = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 every_case = pytest.mark.parametrize(("name", "search"), QUICK)
 

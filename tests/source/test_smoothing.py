@@ -102,6 +102,7 @@ def test_verify_accepts_it_without_the_importance_file(tmp_path: Path, dialect: 
     assert written == plan.repository_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dialect", "fmt"), [("mlx", "affine4_g32"), ("gguf", "q4_0")])
 def test_dialects_that_respell_kept_weights_write_the_folded_ones(
     shared: Path, tmp_path: Path, dialect: str, fmt: str
@@ -123,6 +124,7 @@ def test_both_spellings_of_experts_are_folded_alike(moe: Path, folded: Path, tmp
     assert sum("experts" in name for name in one if name in other) > 10
 
 
+@pytest.mark.slow
 def test_kept_experts_are_folded_in_the_shape_that_they_have(tmp_path: Path) -> None:
     only_down = recipe(
         {"match": "shared_expert", "format": "int4_g32", "scale_search": "absmax", "transform": "awq"},
@@ -160,6 +162,7 @@ def uninterrupted(moe: Path, importance: Path, tmp_path_factory: pytest.TempPath
 
 
 # the first calls write the scales
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [2, 5, 9, 14, 17, 30])
 def test_a_killed_conversion_continues_to_the_same_bytes(
     moe: Path, tmp_path: Path, importance: Path, uninterrupted: tuple[dict[str, str], int], call: int
