@@ -25,6 +25,9 @@ DEMO = Path(__file__).parents[2] / "src" / "halfbyte" / "demo_model"
 TOKENS = list(range(40, 72))
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 
+# without it vLLM-CPU has no kernel for INT4 weights
+needs_avx512 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's kernel for INT4 needs AVX-512")
+
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -143,6 +146,7 @@ def test_rotated_weights_of_compressed_tensors_are_turned_back_on_a_cpu(load: An
     assert np.array_equal(mine, control)
 
 
+@needs_avx512
 def test_vllm_itself_rotates_inputs_as_the_configuration_says(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +208,7 @@ def test_the_plugin_refuses_what_is_not_quantized(load: Any) -> None:
 @pytest.mark.parametrize(
     ("dialect", "fmt", "method"),
     [
-        ("compressed-tensors", "int4_g32", "compressed-tensors"),
+        pytest.param("compressed-tensors", "int4_g32", "compressed-tensors", marks=needs_avx512),
         ("modelopt", "fp8_channel", "modelopt"),
         ("compressed-tensors", "nvfp4", "halfbyte"),
         ("modelopt", "nvfp4", "halfbyte"),
