@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration import Importance, calibration_of
+from halfbyte.calibration import Importance, calibration_for
 from halfbyte.checkpoint import Inventory
 from halfbyte.checkpoint.files import collector_paused
 from halfbyte.convert.conversion import Conversion, Progress
@@ -44,6 +44,7 @@ def plan(
     max_shard_bytes: int | None = None,
     remote_code: bool = False,
     importance: str | Path | Importance | None = None,
+    calibration_of_base: bool = False,
 ) -> Plan:
     """Decide every tensor's fate and every output byte's place without reading a weight.
 
@@ -51,11 +52,12 @@ def plan(
     ``halfbyte``, ``compressed-tensors``, ... (None: the recipe's own). ``remote_code`` puts the code beside the weights
     that lets transformers load the dialect ``halfbyte`` with ``trust_remote_code=True``, without halfbyte installed.
     ``importance`` is a file of halfbyte or llama.cpp (``halfbyte.calibration.read_importance``): it weighs the errors
-    of every search unless the recipe says otherwise, and AWQ folding needs it. Raises RecipeError, FormatError or
-    PlanError for what cannot be done, before any work.
+    of every search unless the recipe says otherwise, and AWQ folding needs it. Statistics of another model are refused
+    unless ``calibration_of_base`` says that this one is a fine-tune of it. Raises RecipeError, FormatError or PlanError
+    for what cannot be done, before any work.
     """
     checkpoint = _open(source, revision)
-    known = None if importance is None else calibration_of(importance, checkpoint.weights, checkpoint.inventory.config)
+    known = None if importance is None else calibration_for(importance, checkpoint, calibration_of_base)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     spelling = get_dialect(dialect or loaded.dialect or HALFBYTE)
     if not remote_code:
@@ -79,6 +81,7 @@ def quantize(
     max_shard_bytes: int | None = None,
     remote_code: bool = False,
     importance: str | Path | Importance | None = None,
+    calibration_of_base: bool = False,
     threads: int | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
@@ -100,6 +103,7 @@ def quantize(
             max_shard_bytes=max_shard_bytes,
             remote_code=remote_code,
             importance=importance,
+            calibration_of_base=calibration_of_base,
         )
     elif recipe is not None or dialect is not None or remote_code or importance is not None:
         raise TypeError("quantize(plan, out): recipe, dialect, remote code and importance are part of the plan")

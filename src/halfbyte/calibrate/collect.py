@@ -23,6 +23,7 @@ from halfbyte.calibrate.layerwise import Arguments, LayerwiseModel, as_numpy, en
 from halfbyte.calibrate.observe import Observer, Sums
 from halfbyte.calibrate.samples import Samples, make_samples
 from halfbyte.calibrate.states import States, release_memory
+from halfbyte.calibration.model_identity import identity_of
 from halfbyte.calibration.statistics import Part, Statistics, new_about, read_about, write_about, write_part
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import MeasurementError, OutputError
@@ -66,7 +67,7 @@ def collect_statistics(
         parts = [*(f"layer-{i:05d}" for i in range(len(blocks.layers))), "head"]
         about = new_about(
             source={"name": checkpoint.inventory.source.rstrip("/").rsplit("/", 1)[-1],
-                    "fingerprint": checkpoint.inventory.fingerprint},
+                    "fingerprint": checkpoint.inventory.fingerprint, "identity": identity_of(checkpoint)},
             texts=list(drawn.texts), tokens_sha256=drawn.fingerprint, samples=len(drawn.tokens), tokens=drawn.total,
             length=length, dtype=str(kind).removeprefix("torch."), hessians=hessian_bytes if hessians else 0,
             all_experts=all_experts, caches=True, parts=parts, done=0,

@@ -1,6 +1,6 @@
 """What activations say about weights: importance of input columns, from halfbyte's and llama.cpp's files."""
 
-from halfbyte.calibration.calibration import Activations, Calibration, calibration_of
+from halfbyte.calibration.calibration import Activations, Calibration, calibration_for, calibration_of
 from halfbyte.calibration.importance import Importance, Matched, match_importance, read_importance, write_importance
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Calibration",
     "Importance",
     "Matched",
+    "calibration_for",
     "calibration_of",
     "match_importance",
     "read_importance",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.calibration.importance import Floats, Importance, Matched, match_importance, read_importance
-from halfbyte.calibration.statistics import Statistics
+from halfbyte.calibration.model_identity import check_identity
+from halfbyte.calibration.statistics import Statistics, read_about
 from halfbyte.errors import PlanError
 from halfbyte.formats.rotation import Swaps
 from halfbyte.models import Weight
 from halfbyte.search.gptq import Prepared
+from halfbyte.source.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Calibration:
     entries: int
     matched: Matched
     statistics: Statistics | None = None
+    notes: tuple[str, ...] = ()
 
     def tokens(self, weight: str) -> NDArray[np.int64] | None:
         """How many tokens a weight's Hessian was summed over, [] or [E]; None where there is no Hessian."""
@@ -103,6 +106,18 @@ def calibration_of(
     if statistics is not None:
         sha = hashlib.sha256((sha + json.dumps(statistics.about, sort_keys=True)).encode()).hexdigest()
     return Calibration(name, sha, len(importance.values), matched, statistics)
+
+
+def calibration_for(given: str | Path | Importance, checkpoint: Checkpoint, of_base: bool = False) -> Calibration:
+    """``calibration_of`` for a checkpoint; PlanError for statistics of another model that is not said to be its base.
+
+    What cannot be checked, or was waived by ``of_base``, is one of the result's ``notes``.
+    """
+    if not isinstance(given, Importance) and Path(given).is_dir():
+        notes = check_identity(read_about(Path(given)), checkpoint, of_base)
+    else:
+        notes = []
+    return replace(calibration_of(given, checkpoint.weights, checkpoint.inventory.config), notes=tuple(notes))
 
 
 def digest(importance: Importance) -> str:

@@ -42,6 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", metavar="F", nargs="+", help="formats to choose from; `keep` leaves as it is")
     parser.add_argument("--roles", metavar="R", nargs="+", default=["linear"], help="roles to decide (default linear)")
     parser.add_argument("--importance", metavar="FILE", help="importance of columns: errors become those of outputs")
+    options.add_calibration_of_base(parser)
     mattering = parser.add_mutually_exclusive_group()
     mattering.add_argument("--sensitivity", metavar="FILE", help="what `halfbyte sensitivity` measured")
     mattering.add_argument(
@@ -57,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Allocate, write the recipe and say what it comes to."""
     from halfbyte.allocate import FORMATS, allocate_recipe
-    from halfbyte.calibration import calibration_of
+    from halfbyte.calibration import calibration_for
     from halfbyte.checkpoint import write_file_atomic
     from halfbyte.dialects import get_dialect
 
@@ -66,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise HalfbyteError(f"{out} should end in .yaml, as recipes do")
     checkpoint = options.open_checkpoint(args)
     dialect = get_dialect(args.dialect).for_model(checkpoint.inventory)
-    config = checkpoint.inventory.config
-    known = calibration_of(args.importance, checkpoint.weights, config) if args.importance else None
+    known = calibration_for(args.importance, checkpoint, args.calibration_of_base) if args.importance else None
     if args.text is None and any((args.max_tokens, args.length, args.device, args.dtype)):
         raise HalfbyteError("--max-tokens, --length, --device and --dtype say how to measure; give a --text as well")
     formats = args.formats or FORMATS

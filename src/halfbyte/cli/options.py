@@ -100,8 +100,18 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="what `halfbyte calibrate` wrote; or texts, with which it is done first, into the folder OUT.statistics",
     )
+    add_calibration_of_base(parser)
     parser.add_argument("--samples", metavar="N", type=positive, default=128, help="pieces of the texts (default 128)")
     parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens in each (default 512)")
+
+
+def add_calibration_of_base(parser: argparse.ArgumentParser) -> None:
+    """--calibration-of-base."""
+    parser.add_argument(
+        "--calibration-of-base",
+        action="store_true",
+        help="the statistics are of the model that this one is a fine-tune of; else those of another are refused",
+    )
 
 
 def activations_of(args: argparse.Namespace) -> str | None:
@@ -153,4 +163,5 @@ def plan_of(args: argparse.Namespace) -> Plan:
         max_shard_bytes=args.max_shard_size,
         remote_code=args.remote_code,
         importance=activations_of(args),
+        calibration_of_base=args.calibration_of_base,
     )

@@ -67,7 +67,7 @@ def describe(path: str | Path, checkpoint: Checkpoint) -> dict[str, Any]:
         "name": name_of(path),
         "path": str(path),
         "revision": inventory.revision,
-        "recipe": (made.get("recipe") or {}).get("name"),
+        "recipe": _recipe(made),
         "dialect": checkpoint.dialect.name if checkpoint.dialect else None,
         "source": made.get("source"),
         "bytes": size,
@@ -116,6 +116,15 @@ def _provenance(root: Path | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _recipe(made: dict[str, Any]) -> str | None:
+    """The recipe's name, and how much of its rounding could be done."""
+    name = (made.get("recipe") or {}).get("name")
+    part = made.get("rounded_with_hessian")
+    if name and isinstance(part, dict):
+        return f"{name} ({part.get('weights')} of {part.get('of')} weights rounded with Hessians)"
+    return name
 
 
 def _size(path: Path) -> int:

@@ -56,7 +56,7 @@ class CalibrationUse:
     def notes(self) -> list[str]:
         """What a user should know, one sentence each."""
         matched, total = self.calibration.matched, len(self.weighted) + len(self.unweighted)
-        notes = []
+        notes = list(self.calibration.notes)
         if self.rounded:
             notes.append(f"{len(self.rounded)} weights are rounded with Hessians")
         if total:
@@ -68,7 +68,11 @@ class CalibrationUse:
         if self.rotated_by_hadamard:
             notes.append(f"no Hessian for {_some(self.rotated_by_hadamard)}: rotated by the Hadamard matrix")
         if self.unrounded:
-            notes.append(f"no Hessian for {_some(self.unrounded)}: rounded to nearest")
+            wanted = len(self.rounded) + len(self.unrounded)
+            notes.append(
+                f"{len(self.unrounded)} of {wanted} weights ({len(self.unrounded) / wanted:.0%}) that the recipe wants "
+                f"rounded with Hessians have none, such as {self.unrounded[0]}: rounded to nearest"
+            )
         if self.starved:
             count = sum(map(len, self.starved.values()))
             notes.append(
@@ -89,6 +93,17 @@ class CalibrationUse:
                 "the scales are chosen while quantizing"
             )
         return notes + [f"AWQ: {_some(names)} not folded: {why}" for why, names in self.refused.items()]
+
+    def provenance(self) -> dict[str, Any]:
+        """What halfbyte.json says of the calibration, and how much of what the recipe asks of it was done."""
+        entry: dict[str, Any] = {"importance": {"name": self.calibration.name, "digest": self.calibration.digest}}
+        entry["folds"] = FOLDS if self.smoothings else None
+        if self.unrounded:
+            entry["rounded_with_hessian"] = {
+                "weights": len(self.rounded),
+                "of": len(self.rounded) + len(self.unrounded),
+            }
+        return entry
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON."""

@@ -232,6 +232,10 @@ def _provenance(made: dict[str, Any], measured: list[tuple[Study, Row]]) -> Iter
     if importance := made.get("importance"):
         digest = code(importance.get("digest") or "")
         lines.append(f"- importance: {escape(importance.get('name') or '')}, digest `{digest}`")
+    if part := made.get("rounded_with_hessian"):
+        lines.append(
+            f"- rounded with Hessians: {part.get('weights')} of the {part.get('of')} weights that the recipe names"
+        )
     commands = dict.fromkeys(public_command(document) for study, _ in measured for document in study.results)
     lines += [f"- measured by `{code(command)}`" for command in commands]
     lines.append(f"- card written by halfbyte {halfbyte.__version__}")
