@@ -7,7 +7,7 @@ from typing import Any
 
 def test_json_states_sizes_tensors_and_bits(run_json: Callable[..., Any], demo_model: str) -> None:
     made = run_json("plan", demo_model, "--recipe", "nvfp4")
-    assert made["recipe"] == "nvfp4" and made["dialect"] == "halfbyte"
+    assert made["recipe"] == "nvfp4" and made["dialect"] == "compressed-tensors"
     assert made["data_bytes"] == sum(c["bytes"] for c in made["classes"])
     assert made["tensors"] == sum(c["output_tensors"] for c in made["classes"])
     assert abs(made["bits_per_weight"] - 8 * made["data_bytes"] / made["parameters"]) < 1e-9
@@ -29,7 +29,7 @@ def test_an_inventory_file_is_planned_without_weights(run_json: Callable[..., An
 
 
 def test_dialect_decides_names_and_number_of_tensors(run_json: Callable[..., Any], demo_model: str) -> None:
-    fused = run_json("plan", demo_model, "--recipe", "nvfp4")
+    fused = run_json("plan", demo_model, "--recipe", "nvfp4", "--dialect", "halfbyte")
     split = run_json("plan", demo_model, "--recipe", "nvfp4", "--dialect", "compressed-tensors")
     assert split["dialect"] == "compressed-tensors"
     assert split["tensors"] > fused["tensors"]
@@ -42,7 +42,7 @@ def test_shard_size_decides_the_number_of_files(run_json: Callable[..., Any], de
 
 
 def test_text_shows_fates_reasons_totals(run_text: Callable[..., str], demo_model: str) -> None:
-    text = run_text("plan", demo_model, "--recipe", "nvfp4")
+    text = run_text("plan", demo_model, "--recipe", "nvfp4", "--dialect", "halfbyte")
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert lines["experts.down"][1:5] == ["nvfp4", "4", "->", "12"]
     assert lines["router"][1:4] == ["kept", "BF16", "4"]
@@ -85,7 +85,7 @@ def test_tensors_adds_every_fate_and_place(run_json: Callable[..., Any], demo_mo
 def test_remote_code_is_part_of_the_planned_repository(
     run_json: Callable[..., Any], run_text: Callable[..., str], demo_model: str
 ) -> None:
-    command = ("plan", demo_model, "--recipe", "nvfp4")
+    command = ("plan", demo_model, "--recipe", "nvfp4", "--dialect", "halfbyte")
     with_code = run_json(*command, "--remote-code")["repository_bytes"]
     assert with_code > run_json(*command)["repository_bytes"] + 5000
     assert "halfbyte_modules.py" in run_text(*command, "--remote-code")

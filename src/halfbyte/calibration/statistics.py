@@ -106,7 +106,7 @@ class Statistics:
         if info is None:
             return None
         values = np.memmap(self.folder / info.file, numpy_dtype(info.dtype), "r", info.offset, info.shape)
-        if kind != "hessian" and not (np.isfinite(values).all() and (values >= 0).all()):
+        if kind in ("count", "squares", "amax") and not (np.isfinite(values).all() and (values >= 0).all()):
             raise MeasurementError(
                 f"{kind} of {weight} in {self.folder} is negative or not finite, so it says nothing; calibrate again"
             )

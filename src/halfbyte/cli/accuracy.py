@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.output import table
@@ -21,7 +22,8 @@ def by_role(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
     rows = []
     for (role, fmt), members in groups.items():
         squares = sum(e.squares for e in members)
-        counts = [sum(column) for column in zip(*(e.codebook_blocks for e in members), strict=True)]
+        # what is carried over with other global scales counts no blocks
+        counts = [sum(column) for column in zip_longest(*(e.codebook_blocks for e in members), fillvalue=0)]
         known = get_format(fmt)
         tables = [t.name for t in known.codebooks]
         rows.append(

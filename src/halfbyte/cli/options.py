@@ -36,7 +36,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dialect",
         metavar="D",
-        help="spelling of the output, see `halfbyte formats` (default: the recipe's, else halfbyte)",
+        help="spelling of the output, see `halfbyte formats` (default: the recipe's, else what most engines load)",
+    )
+    parser.add_argument(
+        "--for",
+        dest="engine",
+        choices=("vllm", "transformers", "mlx", "llama.cpp", "sglang"),
+        help="the engine that is to load the output; chooses the dialect",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -152,16 +158,50 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     return Checkpoint.open(args.source, args.revision)
 
 
+def dialect_of(args: argparse.Namespace) -> str | None:
+    """The dialect that is asked for, by its name or by that of an engine, or the one that most engines load."""
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.plan.dialect_choice import best_dialect, suggestion
+    from halfbyte.recipes import load_recipe
+
+    if args.dialect and args.engine:
+        raise HalfbyteError("--dialect and --for both choose the dialect; leave one out")
+    if args.dialect and (advice := suggestion(args.dialect)):
+        raise HalfbyteError(f"there is no dialect {args.dialect!r}: {advice}")
+    recipe = load_recipe(args.recipe)
+    if args.dialect or (recipe.dialect and not args.engine):
+        return args.dialect or recipe.dialect
+    return "halfbyte" if args.remote_code else best_dialect(recipe, args.engine)
+
+
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that the options describe."""
     from halfbyte.api import plan
+    from halfbyte.errors import FormatError, HalfbyteError, PlanError
+    from halfbyte.plan.dialect_choice import OWN
+    from halfbyte.recipes import load_recipe
 
-    return plan(
-        open_checkpoint(args),
-        args.recipe,
-        dialect=args.dialect,
-        max_shard_bytes=args.max_shard_size,
-        remote_code=args.remote_code,
-        importance=activations_of(args),
-        calibration_of_base=args.calibration_of_base,
-    )
+    checkpoint, chosen, known = open_checkpoint(args), dialect_of(args), activations_of(args)
+
+    def make(dialect: str | None) -> Plan:
+        return plan(
+            checkpoint,
+            args.recipe,
+            dialect=dialect,
+            max_shard_bytes=args.max_shard_size,
+            remote_code=args.remote_code,
+            importance=known,
+            calibration_of_base=args.calibration_of_base,
+        )
+
+    try:
+        return make(chosen)
+    except (PlanError, FormatError) as error:
+        if chosen == OWN or args.dialect or args.engine or load_recipe(args.recipe).dialect:
+            raise
+        try:
+            made = make(OWN)
+        except HalfbyteError:
+            raise error from None
+        made.notes.append(f"written in the dialect {OWN}, since {chosen} cannot hold it ({error})")
+        return made

@@ -31,6 +31,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
     options.add_revision(parser)
     add_execution(parser)
+    parser.add_argument(
+        "--allow-unrecognised",
+        action="store_true",
+        help="go on where more than a tenth of the parameters is in matrices that no role was found for",
+    )
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +50,12 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, report, and verify if asked to."""
-    return carry_out(options.plan_of(args), args)
+    from halfbyte.plan.unrecognised import check_recognised
+
+    made = options.plan_of(args)
+    if not (args.allow_unrecognised or args.dry_run):
+        check_recognised(made.items)
+    return carry_out(made, args)
 
 
 def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") -> int:
@@ -84,7 +94,12 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
         ],
         "accuracy": accuracy.by_role(done.errors),
     }
+    loads = usage_of(args.out)
+    report_json["loads"] = [{"engine": engine, "command": command} for engine, command in loads]
     if not args.json:
+        for note in made.notes:
+            if note not in made.recipe.notes:
+                say(f"note        {note}")
         accuracy.show(done.errors, done.relmse)
         _say_more(made, done)
         resumed = f", {done.resumed_shards} weight file(s) taken over" if done.resumed_shards else ""
@@ -92,6 +107,7 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
             "",
             f"{done.out}: {exact(made.repository_bytes)}, {made.bits_per_weight:.3f} bits per weight",
             f"{done.seconds:.1f} s, {total / 1e6 / max(done.seconds, 1e-9):,.0f} MB/s{resumed}",
+            *(f"loads in    {engine}: {command}" for engine, command in loads),
         )
     code = 0
     if args.verify:
@@ -105,6 +121,23 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
     if args.json:
         print_json(report_json)
     return code
+
+
+def usage_of(out: str) -> list[tuple[str, str]]:
+    """Engines that load a checkpoint, the most general first, and the command of each in one line."""
+    from halfbyte.report import serve
+    from halfbyte.source.checkpoint import Checkpoint
+    from halfbyte.source.overview import overview
+
+    path = out if out.startswith(("/", ".", "~")) else f"./{out}"
+    snippets = serve.usage(overview(Checkpoint.open(serve.file_of(out))), path)
+    return [(engine, _one_line(snippet)) for engine, _, snippet in snippets]
+
+
+def _one_line(snippet: str) -> str:
+    """A snippet without comments, its statements one after the other."""
+    lines = [line.partition("  # ")[0].partition("    # ")[0].strip() for line in snippet.splitlines()]
+    return "; ".join(line for line in lines if line)
 
 
 def _say_more(made: Plan, done: Conversion) -> None:

@@ -9,6 +9,10 @@ from halfbyte.checkpoint import Inventory
 
 # the second is an older name, the third MLX's
 _SETTINGS = ("quantization_config", "compression_config", "quantization")
+OWN = "halfbyte"
+STOP = {"transformers_weights": "nothing that it can read alone: pip install halfbyte and import halfbyte.transformers"}
+"""In config.json of the dialect halfbyte: without halfbyte, transformers would fill the model with random numbers and
+warn once. With this it refuses to load, since the name is no safetensors file's, and its error shows the text."""
 
 
 def quantization_config_of(inventory: Inventory) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def quantization_config_of(inventory: Inventory) -> dict[str, Any]:
 
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without its ``quantization_config``, wherever it stands."""
-    plain = {key: value for key, value in config.items() if key not in _SETTINGS}
+    plain = {key: value for key, value in config.items() if key not in _SETTINGS and STOP.get(key) != value}
     text = plain.get("text_config")
     if isinstance(text, dict):
         plain["text_config"] = {key: value for key, value in text.items() if key not in _SETTINGS}

@@ -24,6 +24,7 @@ from halfbyte.plan.kv_cache import add_cache_scales, respell_caches
 from halfbyte.plan.refusal import Refusal, enforce
 from halfbyte.plan.shards import Item, Shard, make_index, make_shards
 from halfbyte.plan.transcoding import respell_input_scales
+from halfbyte.plan.unrecognised import notes_on_reach
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.source.checkpoint import Checkpoint
 
@@ -207,6 +208,7 @@ def _finish(
         extra_files=dialect.package.extra_files(settings) | extra_files,
         notes=[
             *draft.notes,
+            *notes_on_reach(draft.recipe, draft.items),
             *_file_notes(draft, shards, limit),
             *dialect.notes(quantized, kept),
         ],

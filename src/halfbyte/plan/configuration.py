@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.dialects import Dialect, unquantized_config
+from halfbyte.dialects.quantization_config import OWN, STOP
 from halfbyte.formats import Format
 from halfbyte.models import Weight
 from halfbyte.plan.calibration_use import CalibrationUse
 from halfbyte.recipes import Recipe
 from halfbyte.source.checkpoint import Checkpoint
-from halfbyte.source.smoothing import FOLDS
 
 CONFIG, INDEX, PROVENANCE = "config.json", "model.safetensors.index.json", "halfbyte.json"
 # part of the fingerprint: raise it when the same plan would give other bytes
@@ -37,6 +37,8 @@ def make_config(
     source, config = checkpoint.dialect, checkpoint.inventory.config
     config = unquantized_config(source.package.original_config(config) if source else config) | dict(extra or {})
     config["quantization_config"] = settings
+    if dialect.name == OWN:
+        config |= STOP
     return None if dialect.package.standalone else json_bytes(dialect.package.config_json(config))
 
 
@@ -54,8 +56,7 @@ def make_provenance(checkpoint: Checkpoint, recipe: Recipe, dialect: Dialect, us
         "recipe": _spelled_out(recipe),
     }
     if use:
-        provenance["importance"] = {"name": use.calibration.name, "digest": use.calibration.digest}
-        provenance["folds"] = FOLDS if use.smoothings else None
+        provenance |= use.provenance()
     return json_bytes(provenance)
 
 

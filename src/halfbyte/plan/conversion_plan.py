@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import Any
 
 from halfbyte.dialects import Dialect
@@ -96,6 +97,22 @@ class Plan:
     def bits_per_weight(self) -> float:
         """8 x data bytes / parameters, over everything that the output holds."""
         return 8 * self.data_bytes / max(self.parameters, 1)
+
+    def __repr__(self) -> str:
+        """One line: source, recipe, dialect, size."""
+        return (
+            f"<Plan {self.checkpoint.inventory.source}: {self.recipe.name} in {self.dialect.name}, "
+            f"{self.repository_bytes:,} bytes, {self.bits_per_weight:.3f} bits per weight>"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table of the classes of weights, for notebooks."""
+        columns = ("role", "format", "tensors", "parameters", "bytes", "reason")
+        classes = self.summary()["classes"]
+        rows = [["" if entry[key] is None else str(entry[key]) for key in columns] for entry in classes]
+        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return f"<p>{escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>"
 
     @property
     def tensors(self) -> int:

@@ -21,6 +21,14 @@ NATIVE = {
 """Dialects that an engine runs without converting them, in the order in which a card names the engines."""
 
 
+def file_of(out: str) -> str:
+    """What to open of an output: the folder, or the only weight file in it where that holds everything (GGUF)."""
+    from pathlib import Path
+
+    files = sorted(Path(out).glob("*.gguf"))
+    return str(files[0]) if files and not (Path(out) / "config.json").is_file() else out
+
+
 def library_of(found: Overview) -> str | None:
     """The hub's ``library_name``: the first library that is known to load it right; None where nothing is quantized."""
     if found.dialect == "gguf":

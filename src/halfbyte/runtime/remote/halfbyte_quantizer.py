@@ -64,6 +64,12 @@ class HalfbyteQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take away what stops transformers where this quantizer is not there; the weights have their usual names."""
+        if not str(getattr(config, "transformers_weights", None) or ".safetensors").endswith((".safetensors", ".json")):
+            config.transformers_weights = None
+        return super().update_attn_implementation(config)
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
