@@ -27,8 +27,9 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {"kernels": "compiled code", "dialects": "engines' layouts", "compatibility": "facts about engines"},
     {"search": "numbers to codes"},
-    {"recipes": "rules", "source": "a checkpoint as weights", "calibration": "files of statistics"},
-    {"plan": "fate and place of all tensors", "runtime": "torch modules"},
+    {"recipes": "rules", "source": "a checkpoint as weights"},
+    {"calibration": "files of statistics", "runtime": "torch modules"},
+    {"plan": "fate and place of all tensors"},
     {
         "verify": "files against source",
         "convert": "plan to files",

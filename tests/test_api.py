@@ -72,6 +72,11 @@ def test_quantize_takes_a_plan_and_reports_every_source_byte(tmp_path: Path) -> 
 def test_quantize_needs_a_recipe_exactly_where_there_is_no_plan(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="recipe is missing"):
         halfbyte.quantize(str(MODEL), tmp_path / "out")
+    with pytest.raises(
+        TypeError, match="max_shard_bytes, remote_code cannot be given, since they are part of the plan"
+    ):
+        made = halfbyte.plan(MODEL, "mxfp4")
+        halfbyte.quantize(made, tmp_path / "out", max_shard_bytes=1 << 20, remote_code=True)
     with pytest.raises(TypeError, match="part of the plan"):
         halfbyte.quantize(halfbyte.plan(str(MODEL), "mxfp4"), tmp_path / "out", "nvfp4")
 

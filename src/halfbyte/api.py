@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,22 @@ from halfbyte.verify.weights import verify as verify_output
 
 Source = str | Path | Inventory | Checkpoint
 """A local folder, a ``.safetensors`` file, a hub id ``owner/name``, or one of these already opened."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What decides an output beside source and recipe; ``plan`` explains the fields."""
+
+    dialect: str | None = None
+    revision: str | None = None
+    max_shard_bytes: int | None = None
+    remote_code: bool = False
+    importance: str | Path | Importance | None = None
+    calibration_of_base: bool = False
+
+    def given(self) -> list[str]:
+        """Name the options that differ from their defaults."""
+        return [option.name for option in fields(self) if getattr(self, option.name) is not option.default]
 
 
 def inspect(source: Source, *, revision: str | None = None) -> Overview:
@@ -56,18 +73,9 @@ def plan(
     unless ``calibration_of_base`` says that this one is a fine-tune of it. Raises RecipeError, FormatError or PlanError
     for what cannot be done, before any work.
     """
-    checkpoint = _open(source, revision)
-    known = None if importance is None else calibration_for(importance, checkpoint, calibration_of_base)
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    spelling = get_dialect(dialect or loaded.dialect or HALFBYTE)
-    if not remote_code:
-        return make_plan(checkpoint, loaded, spelling, max_shard_bytes, calibration=known)
-    if spelling is not HALFBYTE:
-        raise PlanError(f"remote code is for the dialect halfbyte; engines read {spelling.name} by themselves")
-    from halfbyte.runtime.remote_code import remote_code_config, remote_code_files
-
-    files = remote_code_files(checkpoint.inventory.config)
-    return make_plan(checkpoint, loaded, spelling, max_shard_bytes, files, remote_code_config(), known)
+    return _plan(
+        source, recipe, PlanOptions(dialect, revision, max_shard_bytes, remote_code, importance, calibration_of_base)
+    )
 
 
 @accepts_old_names(workers="threads")
@@ -92,22 +100,15 @@ def quantize(
     ``threads`` (default: one per core) hold slices of ``memory`` bytes at most, default 2 GiB;
     ``progress`` is called with numbers of source bytes dealt with.
     """
-    if not isinstance(source, Plan):
-        if recipe is None:
-            raise TypeError("quantize(source, out, recipe): the recipe is missing")
-        source = plan(
-            source,
-            recipe,
-            dialect=dialect,
-            revision=revision,
-            max_shard_bytes=max_shard_bytes,
-            remote_code=remote_code,
-            importance=importance,
-            calibration_of_base=calibration_of_base,
-        )
-    elif recipe is not None or dialect is not None or remote_code or importance is not None:
-        raise TypeError("quantize(plan, out): recipe, dialect, remote code and importance are part of the plan")
-    return run_conversion(source, out, threads, progress, memory)
+    options = PlanOptions(dialect, revision, max_shard_bytes, remote_code, importance, calibration_of_base)
+    if isinstance(source, Plan):
+        given = (["recipe"] if recipe is not None else []) + options.given()
+        if given:
+            raise TypeError(f"quantize(plan, out): {', '.join(given)} cannot be given, since they are part of the plan")
+        return run_conversion(source, out, threads, progress, memory)
+    if recipe is None:
+        raise TypeError("quantize(source, out, recipe): the recipe is missing")
+    return run_conversion(_plan(source, recipe, options), out, threads, progress, memory)
 
 
 @accepts_old_names(workers="threads")
@@ -137,7 +138,7 @@ def respelling(
     revision: str | None = None,
     max_shard_bytes: int | None = None,
 ) -> Plan:
-    """The plan of ``convert``."""
+    """Make the plan that ``convert`` carries out."""
     checkpoint = _open(source, revision)
     spelling = get_dialect(dialect).for_model(checkpoint.inventory)
     return make_plan(checkpoint, recipe_for(checkpoint, spelling, requantize), spelling, max_shard_bytes)
@@ -199,6 +200,23 @@ def load(
     from halfbyte.runtime import load as run
 
     return run(path, dtype, dequantize, device, revision)
+
+
+def _plan(source: Source, recipe: str | Path | Recipe, options: PlanOptions) -> Plan:
+    checkpoint = _open(source, options.revision)
+    known = None
+    if options.importance is not None:
+        known = calibration_for(options.importance, checkpoint, options.calibration_of_base)
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    dialect = get_dialect(options.dialect or loaded.dialect or HALFBYTE)
+    if not options.remote_code:
+        return make_plan(checkpoint, loaded, dialect, options.max_shard_bytes, calibration=known)
+    if dialect is not HALFBYTE:
+        raise PlanError(f"remote code is for the dialect halfbyte; engines read {dialect.name} by themselves")
+    from halfbyte.runtime.remote_code import remote_code_config, remote_code_files
+
+    files = remote_code_files(checkpoint.inventory.config)
+    return make_plan(checkpoint, loaded, dialect, options.max_shard_bytes, files, remote_code_config(), known)
 
 
 def _open(source: Source, revision: str | None) -> Checkpoint:

@@ -54,7 +54,7 @@ class CalibrationUse:
     rotated_by_hadamard: list[str]
 
     def notes(self) -> list[str]:
-        """What a user should know, one sentence each."""
+        """Say what a user should know, in one sentence each."""
         matched, total = self.calibration.matched, len(self.weighted) + len(self.unweighted)
         notes = list(self.calibration.notes)
         if self.rounded:
@@ -106,7 +106,7 @@ class CalibrationUse:
         return entry
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
+        """Return what ``notes`` says, as JSON holds it."""
         matched = self.calibration.matched
         return {
             "importance": self.calibration.name,

@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def tensors(self) -> int:
-        """Number of output tensors."""
+        """The number of tensors that the output has."""
         return sum(len(item.outputs) for item in self.items)
 
     def resources(self, limits: Limits | None = None) -> Resources:

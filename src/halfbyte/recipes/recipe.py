@@ -265,8 +265,8 @@ def known_roles() -> list[str]:
 
 def nearest(word: str, known: list[str], count: int = 3) -> str:
     """`; nearest: a, b` with the most similar of `known`, or nothing if none is similar."""
-    found = difflib.get_close_matches(word, known, n=count, cutoff=0.5)
-    return f"; nearest: {', '.join(found)}" if found else ""
+    matches = difflib.get_close_matches(word, known, n=count, cutoff=0.5)
+    return f"; nearest: {', '.join(matches)}" if matches else ""
 
 
 _ADDED: list[Recipe] = []
