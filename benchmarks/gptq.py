@@ -29,12 +29,20 @@ from halfbyte.formats import QuantizedTensor
 from halfbyte.models.roles import LINEAR, is_under
 from halfbyte.search import encode
 from halfbyte.search.gptq import gptq
-from halfbyte.search.hessian import output_error
-from halfbyte.search.local_hessian import encode_local
+from halfbyte.search.local_hessian import prepare_local
 from halfbyte.source.checkpoint import Checkpoint
 
 LENGTH = 512
 Method = Callable[..., QuantizedTensor]
+
+
+def output_error(weight: Any, decoded: Any, hessian: Any) -> float:
+    """Relative output error of a quantized weight: trace(E H E^T) / trace(W H W^T), [..., N, K] and [..., K, K]."""
+    w = np.asarray(weight).astype(np.float64)
+    e = np.asarray(decoded).astype(np.float64) - w
+    h = np.asarray(hessian, dtype=np.float64)
+    energy = float(np.sum((w @ h) * w))
+    return float(np.sum((e @ h) * e)) / energy if energy else 0.0
 
 
 def _rtn(search: str, weighted: bool = False) -> Method:
@@ -45,7 +53,11 @@ def _rtn(search: str, weighted: bool = False) -> Method:
 
 
 def _local(codes: Any) -> Method:
-    return lambda w, fmt, h, amax: encode_local(w, fmt, "sweep", h, codes=codes, amax=amax)
+    def method(w: Any, fmt: str, h: Any, amax: Any) -> QuantizedTensor:
+        each = np.reshape(h, (-1, *np.shape(h)[-2:]))
+        return gptq(w, fmt, "sweep", [prepare_local(one, fmt, codes=codes) for one in each], amax=amax)
+
+    return method
 
 
 def _gptq(search: str, mode: Any, order: Any = "none", damping: float = 0.01) -> Method:

@@ -26,7 +26,8 @@ from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.formats.rotation import hadamard_matrix
 from halfbyte.search import encode
 from halfbyte.search.gptq import gptq
-from halfbyte.search.rotated_space import duquant_swaps, fold_values, rotate_columns, rotation_matrices
+from halfbyte.search.rotated_space import duquant_swaps
+from rotations import fold_values, rotate_columns, rotation_matrices
 
 LENGTH, WINDOWS = 512, 4
 ROTATIONS = ("none", "Hadamard", "DuQuant")

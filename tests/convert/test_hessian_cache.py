@@ -19,11 +19,11 @@ from halfbyte.demo import MODEL
 from halfbyte.errors import PlanError, RecipeError
 from halfbyte.recipes import parse_recipe
 from halfbyte.search.gptq import gptq, prepare
-from halfbyte.search.hessian import output_error
 from halfbyte.search.local_hessian import prepare_local
 from halfbyte.search.soar import soar_global_scale
 from halfbyte.source.checkpoint import Checkpoint
 from invented import invented_statistics, part_of
+from search.hessians import output_error
 
 NVFP4 = parse_recipe("rules: [{match: linear, format: nvfp4, rounding: gptq}]", "t", "t")
 NEAREST = parse_recipe("rules: [{match: linear, format: nvfp4}]", "t", "t")

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from halfbyte.errors import FormatError
-from halfbyte.formats import BlockFormat, get_format, list_formats, register, scales
+from halfbyte.formats import BlockFormat, get_format, list_formats, register, registry, scales
 from halfbyte.formats import codebooks as codebooks
-from halfbyte.formats import format as registry
 from halfbyte.search import SEARCHES, encode
 
 REQUIRED = {

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from halfbyte import kernels
 from halfbyte.errors import FormatError
-from halfbyte.formats import get_format, list_formats
-from halfbyte.formats.rotation import END, ROTATIONS, hadamard_matrix, plain_swaps, rotate_reference, rotated
+from halfbyte.formats import get_format, list_formats, rotated
+from halfbyte.formats.rotation import END, ROTATIONS, hadamard_matrix, plain_swaps, rotate_reference
 from halfbyte.search import encode
-from halfbyte.search.rotated_space import rotation_matrices
+from search.test_rotated_space import rotation_matrices
 
 SIZES = {16: "nvfp4", 32: "mxfp4", 64: "int4_g64", 128: "int4_g128"}
 
@@ -33,7 +33,7 @@ def test_every_backend_rotates_to_the_same_bits(size: int, name: str, inverse: b
     for backend in kernels.backends():
         found = x.copy()
         with kernels.use_backend(backend):
-            kernels.rotate(found, fmt, steps, inverse)
+            fmt.rotate_in_place(found, steps, inverse)
         assert found.tobytes() == expected.tobytes(), backend
 
 
@@ -43,10 +43,10 @@ def test_a_rotation_is_the_product_with_its_matrix_and_is_undone(size: int) -> N
     fmt, steps = get_format(f"{SIZES[size]}_duquant"), swaps(rng, 2, size=size)
     x = rng.standard_normal((5, 2 * size)).astype(np.float32)
     turned = x.copy()
-    kernels.rotate(turned, fmt, steps)
+    fmt.rotate_in_place(turned, steps)
     each = [part @ matrix for part, matrix in zip(np.split(x, 2, axis=1), rotation_matrices(size, steps), strict=True)]
     assert np.allclose(turned, np.concatenate(each, axis=1), atol=1e-5)
-    kernels.rotate(turned, fmt, steps, inverse=True)
+    fmt.rotate_in_place(turned, steps, inverse=True)
     assert np.allclose(turned, x, atol=1e-5)
 
 
@@ -72,11 +72,11 @@ def test_codes_are_those_of_the_rotated_weight_in_the_plain_format(name: str) ->
     x = rng.standard_t(4, (3, 8, 128)).astype(np.float32)
     steps = swaps(rng, 3, 128 // fmt.block[1], size=fmt.block[1]) if fmt.rotation.steps else None
     turned = x.copy()
-    kernels.rotate(turned, fmt, steps)
+    fmt.rotate_in_place(turned, steps)
     tensor, plain = encode(x, fmt, rotation=steps), encode(turned, fmt.plain)
     assert np.array_equal(tensor.codes, plain.codes) and np.array_equal(tensor.scales, plain.scales)
     restored = plain.decode()
-    kernels.rotate(restored, fmt, steps, inverse=True)
+    fmt.rotate_in_place(restored, steps, inverse=True)
     assert tensor.decode().tobytes() == restored.tobytes() == tensor.format.decode(tensor).tobytes()
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from formats.cases import FORMATS, draw
 from halfbyte import kernels
 from halfbyte.errors import FormatError
-from halfbyte.formats import get_format
+from halfbyte.formats import QuantizedTensor, get_format
 from halfbyte.kernels import ErrorStats
 from halfbyte.search import encode, get_search
 from kernels.cases import NATIVE, QUICK_KERNEL_CASES, TYPES, WITH_KERNELS, differences, reference, width
@@ -50,7 +50,7 @@ def test_kernels_write_their_arrays_and_nothing_beside_them(data: st.DataObject)
     isa = data.draw(st.sampled_from(NATIVE))
     with kernels.use_backend(isa):
         stats = ErrorStats()
-        assert kernels.encode_into(x, fmt, get_search(search, fmt), weights=weights, stats=stats, **arrays)
+        assert kernels.encode_into(QuantizedTensor(fmt, shape, **arrays), x, get_search(search, fmt), weights, stats)
     expected = reference(np.array(x), fmt, search, *([] if weights is None else [weights[0]]), **_same(arrays))
     for part, array in arrays.items():
         assert array.tobytes() == getattr(expected, part).tobytes(), part

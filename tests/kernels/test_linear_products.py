@@ -6,7 +6,7 @@ import pytest
 
 from halfbyte.errors import FormatError
 from halfbyte.formats import get_format
-from halfbyte.kernels import linear, rotate, use_backend
+from halfbyte.kernels import linear, use_backend
 from halfbyte.kernels.linear import NoKernelError, PackedDense, PackedLinear
 from halfbyte.search import encode
 from kernels.linear_cases import (
@@ -57,7 +57,7 @@ def test_int8_products_are_those_of_rounded_activations(name: str, isa: str) -> 
         x = activations(batch, packed.k)
         turned = x.copy()
         if plain.format is not tensor.format:
-            rotate(turned, tensor.format, tensor.rotation)
+            tensor.format.rotate_in_place(turned, tensor.rotation)
         assert miss(packed(x, "int8"), expected(rounded_to_int8(turned), plain)) <= INT8_SUMS
 
 

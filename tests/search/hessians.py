@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from halfbyte.formats import QuantizedTensor
+from halfbyte.search.gptq import gptq
+from halfbyte.search.local_hessian import Codes, prepare_local
 
 
 def inputs(k: int, count: int, seed: int = 0) -> NDArray[np.float64]:
@@ -24,3 +30,20 @@ def hessian(k: int, count: int = 1024, seed: int = 0) -> NDArray[np.float64]:
 def weight(*shape: int, seed: int = 0) -> NDArray[np.float32]:
     """Gaussian weights of the usual size."""
     return (np.random.RandomState(seed).standard_normal(shape) * 0.02).astype(np.float32)
+
+
+def output_error(weight: ArrayLike, decoded: ArrayLike, hessian: ArrayLike) -> float:
+    """Relative output error of a quantized weight: trace(E H E^T) / trace(W H W^T), [..., N, K] and [..., K, K]."""
+    w = np.asarray(weight).astype(np.float64)
+    e = np.asarray(decoded).astype(np.float64) - w
+    h = np.asarray(hessian, dtype=np.float64)
+    energy = float(np.sum((w @ h) * w))
+    return float(np.sum((e @ h) * e)) / energy if energy else 0.0
+
+
+def encode_local(
+    weight: NDArray[Any], name: str, search: str, hessian: ArrayLike, codes: Codes = "nearest", damping: float = 0.01
+) -> QuantizedTensor:
+    """Quantize with the blocks along the diagonal of one Hessian, or of one for each expert."""
+    each = np.reshape(hessian, (-1, *np.shape(hessian)[-2:]))
+    return gptq(weight, name, search, [prepare_local(one, name, codes=codes, damping=damping) for one in each])

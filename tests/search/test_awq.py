@@ -15,15 +15,13 @@ from halfbyte.formats import get_format
 from halfbyte.search import encode
 from halfbyte.search.awq import (
     Consumer,
-    FoldChoice,
-    apply,
     choose_scale,
     fold_columns,
-    fold_rows,
     scale_from,
     smooth_norm,
     weighted_error,
 )
+from halfbyte.source.smoothing import Smoothing
 
 BF16 = ml_dtypes.bfloat16
 K = 128
@@ -179,7 +177,8 @@ def test_up_times_down_stays_what_it_was() -> None:
     rng = np.random.default_rng(4)
     gate_up, down = rng.normal(size=(3, 16, 6)).astype(np.float32), rng.normal(size=(3, 6, 8)).astype(np.float32)
     scale = np.exp2(rng.uniform(-3, 3, (3, 8))).astype(np.float32)
-    new_up, new_down = fold_rows(gate_up, scale, (8, 16)), fold_columns(down, scale)
+    rows = np.concatenate([np.ones((3, 8), np.float32), scale], axis=1)
+    new_up, new_down = Smoothing(rows=rows).apply(gate_up), Smoothing(columns=scale).apply(down)
     x = rng.normal(size=(3, 5, 6))
 
     def mlp(first: Any, second: Any) -> Any:
@@ -191,17 +190,9 @@ def test_up_times_down_stays_what_it_was() -> None:
 
 
 def test_a_matrix_can_be_scaled_on_both_sides() -> None:
-    up, down = np.ones((4, 3), np.float32), np.ones((2, 4), np.float32)
-    norm = FoldChoice(0.5, np.float32([2, 2, 2]), {0.0: 1, 0.5: 0}, np.float32([0.5] * 3))
-    rows = FoldChoice(0.5, np.float32([4] * 4), {0.0: 1, 0.5: 0})
-    arrays: dict[str, Any] = {"n": np.ones(3, np.float32), "up": up, "up.bias": np.ones(4, np.float32), "down": down}
-    arrays.update(apply(arrays, norm, [("n", "norm", None)], ["up"]))
-    arrays.update(apply(arrays, rows, [("up", "rows", None), ("up.bias", "bias", None)], ["down"]))
-    assert (arrays["up"] == 0.5).all() and (arrays["down"] == 4).all() and (arrays["up.bias"] == 0.25).all()
-
-
-def test_no_folding_changes_no_array() -> None:
-    assert apply({}, FoldChoice(0.0, None, {0.0: 1.0}), [("n", "norm", None)], ["w"]) == {}
+    up, bias = np.ones((4, 3), np.float32), np.ones(4, np.float32)
+    smoothing = Smoothing(columns=np.float32([2, 2, 2]), rows=np.float32([4] * 4))
+    assert (smoothing.apply(up) == 0.5).all() and (Smoothing(rows=smoothing.rows).apply(bias) == 0.25).all()
 
 
 def test_the_weighted_error_is_the_outputs_error_for_independent_inputs() -> None:

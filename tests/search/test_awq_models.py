@@ -13,8 +13,8 @@ import pytest
 from halfbyte.checkpoint import Reader, ShardWriter, build_header
 from halfbyte.models import Weight
 from halfbyte.models.smoothing_groups import find_groups
-from halfbyte.search.awq import FoldChoice, apply, smooth_norm
 from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.smoothing import Smoothing, make_smoothings
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -65,20 +65,17 @@ FOLDED = {"gpt_oss": 5, "qwen3_5_moe": 9, "llama": 7, "llama-tied": 6, "phi3": 7
 def fold(source: Path, out: Path) -> int:
     """Write a copy in FP32 with all groups folded; the number of groups."""
     checkpoint = Checkpoint.open(source)
-    with Reader(checkpoint.inventory) as reader:
-        arrays: dict[str, Any] = {w.name: checkpoint.read(reader, w).astype(np.float32) for w in checkpoint.weights}
     tied = bool(checkpoint.inventory.config.get("tie_word_embeddings"))
     groups = [g for g in find_groups(checkpoint.weights, checkpoint.family, tied=tied) if g.refusal is None]
     rng = np.random.default_rng(5)
-    for group in groups:
-        shape = (group.channels,) if group.experts is None else (group.experts, group.channels)
-        scale, norm = np.exp2(rng.uniform(-2, 2, shape)).astype(np.float32), None
-        first = group.producers[0]
-        if first.kind != "rows":
-            norm, scale = smooth_norm(arrays[first.weight.name], scale, first.kind == "zero_centred")
-        producers = [(p.weight.name, p.kind, p.rows) for p in group.producers]
-        choice = FoldChoice(0.5, scale, {0.0: 1.0, 0.5: 0.0}, norm)
-        arrays.update(apply(arrays, choice, producers, [c.name for c in group.consumers]))
+    shapes = {g.name: (g.channels,) if g.experts is None else (g.experts, g.channels) for g in groups}
+    scales = {name: np.exp2(rng.uniform(-2, 2, shape)).astype(np.float32) for name, shape in shapes.items()}
+    with Reader(checkpoint.inventory) as reader:
+        smoothings = make_smoothings(checkpoint, reader, groups, scales)
+        arrays: dict[str, Any] = {
+            w.name: smoothings.get(w.name, Smoothing()).apply(checkpoint.read(reader, w)).astype(np.float32)
+            for w in checkpoint.weights
+        }
     out.mkdir()
     shutil.copy(source / "config.json", out)
     config = json.loads((out / "config.json").read_text())

@@ -10,8 +10,8 @@ from halfbyte.formats.packing import unpack_codes
 from halfbyte.kernels import ErrorStats
 from halfbyte.search import encode
 from halfbyte.search.gptq import gptq, prepare, problem
-from halfbyte.search.hessian import checked, damped, output_error
-from search.hessians import hessian, weight
+from halfbyte.search.hessian import checked, damped
+from search.hessians import hessian, output_error, weight
 
 MODES = ("in_loop", "local_hessian", "compensated", "static")
 FORMATS = (

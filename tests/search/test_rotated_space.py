@@ -5,18 +5,9 @@ import pytest
 
 from halfbyte.errors import FormatError
 from halfbyte.formats import get_format
-from halfbyte.formats.rotation import END, hadamard_matrix
+from halfbyte.formats.rotation import END, hadamard_matrix, rotate_reference
 from halfbyte.search import encode
-from halfbyte.search.rotated_space import (
-    block_diagonal,
-    duquant_swaps,
-    fold_values,
-    rotate_columns,
-    rotate_rows,
-    rotated_hessian,
-    rotation_matrices,
-    unrotate_columns,
-)
+from halfbyte.search.rotated_space import duquant_swaps, rotated_hessian
 from search.hessians import inputs, weight
 
 
@@ -31,6 +22,19 @@ def with_outliers(count: int = 200) -> np.ndarray:
 def test_hadamard_matrices_are_orthogonal_and_flat(size: int) -> None:
     h = hadamard_matrix(size)
     assert np.allclose(h @ h.T, np.eye(size)) and np.allclose(np.abs(h), size**-0.5)
+
+
+def rotation_matrices(size: int, swaps: np.ndarray) -> np.ndarray:
+    """The rotations [blocks, size, size] that steps [blocks, steps] stand for."""
+    matrices = np.tile(np.eye(size), (len(swaps), 1, 1))
+    rotate_reference(matrices, size, swaps[:, None])
+    return matrices
+
+
+def rotate_columns(x: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Each block of columns times its rotation, or the one for all."""
+    blocks = x.reshape(*x.shape[:-1], -1, r.shape[-1])
+    return np.matmul(blocks[..., None, :], r)[..., 0, :].reshape(x.shape)
 
 
 def turning(x: np.ndarray, size: int = 32) -> np.ndarray:
@@ -70,18 +74,13 @@ def test_a_layer_computes_the_same_with_both_sides_rotated() -> None:
         assert np.allclose(
             rotate_columns(x, r) @ np.swapaxes(rotate_columns(w, r), 1, 2), x @ np.swapaxes(w, 1, 2), atol=1e-4
         )
-        assert np.allclose(unrotate_columns(rotate_columns(w, r), r), w, atol=1e-7)
-
-
-def test_rows_are_rotated_as_outputs_are() -> None:
-    w, x, r = weight(64, 32), inputs(32, 10), turning(with_outliers())
-    assert np.allclose(x @ rotate_rows(w, r).T, rotate_columns(x @ w.T, r), atol=1e-5)
+        assert np.allclose(rotate_columns(rotate_columns(w, r), np.swapaxes(r, -1, -2)), w, atol=1e-7)
 
 
 def test_hessians_are_those_of_rotated_inputs() -> None:
     x, fmt = with_outliers(), get_format("mxfp4_duquant")
     swaps = duquant_swaps(x.T @ x)
-    turned = x @ block_diagonal(rotation_matrices(32, swaps), 64)
+    turned = rotate_columns(x, rotation_matrices(32, swaps))
     assert np.allclose(rotated_hessian(x.T @ x, fmt, swaps), turned.T @ turned)
 
 
@@ -94,35 +93,11 @@ def test_rotated_activations_with_outliers_lose_less_in_mxfp4() -> None:
     assert error(rotate_columns(x, turning(x))) < error(x)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-def test_values_and_output_are_rotated_without_changing_attention(queries: int) -> None:
-    heads, size, k, tokens = 2, 32, 48, 6
-    r = np.random.RandomState(0)
-    x, v, bias = r.standard_normal((tokens, k)), r.standard_normal((heads * size, k)), r.standard_normal(heads * size)
-    o = r.standard_normal((10, heads * queries * size))
-    mixing = r.dirichlet(np.ones(tokens), (heads * queries, tokens))
-
-    def attention(v: np.ndarray, o: np.ndarray, bias: np.ndarray) -> np.ndarray:
-        values = (x @ v.T + bias).reshape(tokens, heads, size).repeat(queries, axis=1)
-        return np.einsum("hts,shd->thd", mixing, values).reshape(tokens, -1) @ o.T
-
-    for rotation in (hadamard_matrix(32), hadamard_matrix(16), turning(x @ v.T + bias)):
-        turned = fold_values(v, o, rotation, size, bias)
-        assert turned[2] is not None and not np.allclose(turned[0], v, atol=0.1)
-        assert np.allclose(attention(*turned), attention(v, o, bias), atol=1e-4)
-    assert fold_values(v, o, hadamard_matrix(32), size)[2] is None
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: hadamard_matrix(24), "power of two, not blocks of 24"),
         (lambda: duquant_swaps(np.full((32, 32), np.nan)), "NaN or infinity"),
-        (lambda: rotate_columns(weight(4, 40), hadamard_matrix(32)), "40 channels are not a multiple of the 32"),
-        (lambda: rotate_columns(weight(4, 64), np.ones((32, 32))), "must be orthogonal"),
-        (lambda: rotate_columns(weight(4, 64), np.stack([np.eye(16)] * 3)), "do not fit 64 channels"),
-        (lambda: fold_values(weight(64, 8), weight(8, 96), hadamard_matrix(32), 32), "do not fit heads of 32"),
-        (lambda: fold_values(weight(64, 8), weight(8, 64), hadamard_matrix(32), 16), "do not fit heads of 16"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message: str) -> None:

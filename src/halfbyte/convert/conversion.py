@@ -26,6 +26,7 @@ from halfbyte.convert.pipeline import Pipeline, Stages
 from halfbyte.convert.smoothing_search import FOLD_BYTES, FoldReport, sample_bytes, settle_folds
 from halfbyte.convert.work_unit import WorkUnit
 from halfbyte.errors import OutputError, PlanError
+from halfbyte.kernels import backend, use_backend_here
 from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.plan.conversion_plan import CONFIG, INDEX, PROVENANCE, Plan
 from halfbyte.plan.resources import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
@@ -95,7 +96,9 @@ def convert(
     limits = Limits(threads or cores(), memory or MEMORY)
     count = plan.resources(limits).threads
     with Reader(inventory) as reader:
-        with ThreadPoolExecutor(min(count, max(1, limits.memory // FOLD_BYTES))) as pool:
+        with ThreadPoolExecutor(
+            min(count, max(1, limits.memory // FOLD_BYTES)), "halfbyte-smoothing", use_backend_here, (backend(),)
+        ) as pool:
             smoothings, chosen = settle_folds(plan, out, journal, reader, pool, report)
         known = plan.calibration_use.calibration if plan.calibration_use else None
         hessians = Hessians(known, limits.memory // 8) if known and known.statistics else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from halfbyte.checkpoint import Reader
 from halfbyte.convert.hessian_cache import Hessians
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats import Format, QuantizedTensor, rotation_of, stacked
-from halfbyte.formats.rotation import Swaps, check_swaps
-from halfbyte.kernels import ErrorStats, rotate
+from halfbyte.formats.rotation import Swaps
+from halfbyte.kernels import ErrorStats
 from halfbyte.kernels import amax as largest
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.resources import Limits
@@ -55,21 +55,23 @@ def read_slice(context: Context, item: Item, first: int, stop: int) -> tuple[Arr
     """The same, in the space in which it is encoded: rotated where its format is that of rotated weights."""
     fold, fmt = context.smoothings.get(item.weight.name), item.format
     array = _folded(context.plan, context.reader, item, first, stop, fold)
-    if fmt is not None and rotation_of(fmt):
-        array = array.astype(np.float32)
-        rotate(array, fmt, _rotation(context, item, first, stop))  # what is not finite stays so
+    if fmt is not None:
+        try:
+            array, _ = fmt.rotate(array, _rotation(context, item, first, stop))
+        except FormatError as error:
+            raise not_finite(item.weight.name) from error
     return array, _largest(array, item)
 
 
 def known_of(context: Context, item: Item, first: int, stop: int) -> Activations | None:
     """What is known of the inputs of part of a weight, divided as its columns are multiplied."""
-    turned = rotation_of(item.format) is not None
-    if context.plan.calibration_use is None or not (item.weighted or item.method or turned):
+    rotated = rotation_of(item.format) is not None
+    if context.plan.calibration_use is None or not (item.weighted or item.method or rotated):
         return None
     prepared = None
     if item.method and context.hessians:
         prepared = context.hessians.slice(item, first, stop, _columns(context, item))
-    swaps = _rotation(context, item, first, stop) if turned else None
+    swaps = _rotation(context, item, first, stop) if rotated else None
     return Activations(importance_of(context, item, first, stop), prepared, swaps)
 
 
@@ -96,12 +98,8 @@ def encode_slice(
     matrices that share it, while each expert's is found here. For a format in rotated space all of it is that of
     the rotated weight.
     """
-    fmt = item.format
-    assert fmt is not None
-    if fmt.rotation:
-        swaps = check_swaps(known.rotation if known else None, fmt.rotation, array.shape, fmt.block[1])
-        tensor = encode_slice(plan, replace(item, format=fmt.plain), array, amax, stats, known, fitted)
-        return replace(tensor, format=fmt, rotation=swaps)
+    assert item.format is not None
+    fmt = item.format.plain
     weights = known.importance if known else None
     scales: dict[str, Any] = {"amax": amax}
     if fmt.has_global_scale:
@@ -115,7 +113,8 @@ def encode_slice(
     prepared = known.prepared if known else None
     try:
         if prepared is None or len(array.shape) < 3:
-            return _encode(fmt, item.search, array, weights, prepared[0] if prepared else None, scales, stats)
+            tensor = _encode(fmt, item.search, array, weights, prepared[0] if prepared else None, scales, stats)
+            return item.format.from_plain(tensor, known.rotation if known else None)
         each = [
             _encode(
                 fmt,
@@ -128,7 +127,7 @@ def encode_slice(
             )
             for i, one in enumerate(prepared)
         ]
-        return stacked(each)
+        return item.format.from_plain(stacked(each), known.rotation if known else None)
     except FormatError as error:
         raise CheckpointError(f"{item.weight.name}: {error}") from error
 

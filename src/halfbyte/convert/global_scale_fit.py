@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.convert.pipeline import Task
+from halfbyte.formats.arrays import Doubles
 from halfbyte.plan.shards import Item
 from halfbyte.search import get_search, global_scale
-from halfbyte.search.soar import Doubles, Fit, row_sums
+from halfbyte.search.soar import Fit, row_sums
 
 Floats = NDArray[np.float32]
 Piece = tuple[int, int, int]

@@ -124,9 +124,8 @@ class Hessians:
         hessian: ArrayLike = self.calibration.hessian(item.weight.name, expert, scale)
         method, fmt = item.method, item.format
         with _named(item, expert):
-            if fmt.rotation:
-                swaps = self._swaps(item, expert, scale) if fmt.rotation.steps else None
-                hessian, fmt = rotated_hessian(hessian, fmt, swaps), fmt.plain
+            steps = self._swaps(item, expert, scale) if fmt.rotation and fmt.rotation.steps else None
+            hessian, fmt = rotated_hessian(hessian, fmt, steps), fmt.plain
             if method.name == "local_hessian":
                 return prepare_local(hessian, fmt, damping=method.damping)
             return prepare(hessian, fmt, mode=method.mode, order=method.order, damping=method.damping)

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
+from halfbyte.kernels import backend, use_backend_here
+
 Task = Callable[[], None]
 Stages = Iterator[list[Task]]
 """The tasks of one list may run side by side; the next list is asked for when all of them are done."""
@@ -29,8 +31,8 @@ class Pipeline:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "halfbyte")
-        self._behind = ThreadPoolExecutor(1, "halfbyte-commit")
+        self._pool = ThreadPoolExecutor(threads, "halfbyte", use_backend_here, (backend(),))
+        self._behind = ThreadPoolExecutor(1, "halfbyte-commit", use_backend_here, (backend(),))
         self._changed = threading.Condition()
         self._unfinished = self._pending = 0
         self._failure: BaseException | None = None

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from halfbyte.dialects.module_patterns import compact
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import Format, get_format
-from halfbyte.formats.rotation import rotated
+from halfbyte.formats import Format, get_format, rotated
 
 # the library version whose configuration this is; its loaders read the field but do not compare it
 VERSION = "0.20.0"

@@ -18,7 +18,7 @@ from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
 from halfbyte.errors import CheckpointError, MeasurementError
 from halfbyte.formats import Format, QuantizedTensor, get_format
-from halfbyte.kernels import amax, in_rotated_space
+from halfbyte.kernels import amax, backend, use_backend_here
 from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.models import Weight
 from halfbyte.plan.calibration_use import stored_folds
@@ -127,7 +127,9 @@ def compare_weights(
             if scale is not None:
                 columns[name] = np.asarray(columns[name] / np.square(scale), np.float32)
         job = _Job(ours, source, left, right, columns, smoothings, progress or (lambda _: None))
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(
+            threads or os.cpu_count() or 1, "halfbyte-errors", use_backend_here, (backend(),)
+        ) as pool:
             found = list(job.run(pool, [(weight, twins[weight.name]) for weight in chosen]))
     return list(zip(chosen, found, strict=True))
 
@@ -181,7 +183,7 @@ class _Job:
                     f"{weight.name} has shape {list(tensor.shape)}, but {list(dense.shape)} in the source"
                 )
             found.error.add(dense, tensor)
-            _count_blocks(found, fmt, *in_rotated_space(tensor, dense))
+            _count_blocks(found, fmt.plain, *fmt.in_block_space(tensor, dense))
             if weight.name in self.importance:
                 self._weighted(found, weight, dense, tensor.decode(), first)
         if not math.isfinite(found.error.squared_error + found.error.squares + sum(found.weighted or ())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,9 +10,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats.format import Format, register
+from halfbyte.formats.arrays import Array, Codes, Floats
+from halfbyte.formats.format import ColumnChoice, Encoded, Format, QuantizedTensor, ScaleSearch
+from halfbyte.formats.losses import SMALLEST, loss_of, unit_of
 from halfbyte.formats.packing import unpack_codes
-from halfbyte.formats.tensor import QuantizedTensor
+from halfbyte.formats.registry import register
+
+_END = np.float32(2.0**127 * (1 - 2.0**-6))  # levels * scale + bias must not overflow in wider groups
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,102 @@ class AffineFormat(Format):
         offsets = tensor.offsets.astype(np.float32)[..., None]
         values = grouped * scales + offsets if self.offset == "bias" else (grouped - offsets) * scales
         return np.asarray(values.reshape(tensor.shape), dtype=np.float32)
+
+    def encode_reference(
+        self, x: Floats, search: ScaleSearch, global_scale: Floats | None, weight: Floats | None
+    ) -> Encoded:
+        """Groups by NumPy: both ends of a group's range are shrunk by every pair of the search's factors."""
+        low, high = x.min(axis=1), x.max(axis=1)
+        wide = high / 2 - low / 2 > _END
+        if wide.any():
+            x = np.where(wide[:, None], np.clip(x, -_END, _END), x)
+            low, high = x.min(axis=1), x.max(axis=1)
+        n = len(x)
+        best = np.full(n, np.inf, dtype=np.float32)
+        codes = np.zeros(x.shape, dtype=np.uint8)
+        scales = np.zeros(n, dtype=ml_dtypes.bfloat16)
+        offsets = np.zeros(n, dtype=ml_dtypes.bfloat16 if self.offset == "bias" else np.uint8)
+        # a power of two changes no bit of the result; it keeps the squares of huge and tiny weights in range
+        unit = unit_of(np.maximum(np.abs(low), np.abs(high)) + SMALLEST)[:, None]
+        for shrink_low in search.shrink:
+            for shrink_high in search.shrink:
+                scale, offset = solve_range(low * np.float32(shrink_low), high * np.float32(shrink_high), self)
+                q = numbers(x, scale[:, None], offset[:, None], self)
+                loss = loss_of((values(q, scale[:, None], offset[:, None], self) - x) * unit, weight, "sse")
+                better = loss < best
+                best[better], codes[better] = loss[better], q[better]
+                scales[better], offsets[better] = scale[better], offset[better]
+        return Encoded(codes, scales, offsets)
+
+    @property
+    def rounds_columns(self) -> bool:
+        """GPTQ knows these formats."""
+        return True
+
+    def column_choices(self, y: Floats, search: ScaleSearch) -> Iterator[tuple[ColumnChoice, bool]]:
+        """Both ends of a group's range, shrunk by every pair of the search's factors."""
+        none = np.zeros(y.shape[1], dtype=np.float32)
+        low, high = y.min(axis=0), y.max(axis=0)
+        for shrink_low in search.shrink:
+            for shrink_high in search.shrink:
+                scale, offset = solve_range(low * np.float32(shrink_low), high * np.float32(shrink_high), self)
+                yield ColumnChoice(scale.astype(ml_dtypes.bfloat16), scale, offset, none), True
+
+    def column_unit(self, y: Floats, first: ColumnChoice) -> Floats:
+        """The power of two above the group's largest magnitude, inverted."""
+        return unit_of(np.maximum(np.abs(y.min(axis=0)), np.abs(y.max(axis=0))) + SMALLEST)
+
+    def round_column(self, y: Floats, choice: ColumnChoice) -> tuple[Codes, Floats]:
+        """The nearest codes, and what they stand for."""
+        q = numbers(y, choice.scale, choice.offset, self)
+        return q.astype(np.uint8), values(q, choice.scale, choice.offset, self)
+
+    def stored_choice(self, stored: Array, offset: Array | None) -> ColumnChoice:
+        """Scale and offset as FP32."""
+        assert offset is not None
+        none = np.zeros(len(stored), dtype=np.float32)
+        return ColumnChoice(stored, stored.astype(np.float32), offset.astype(np.float32), none)
+
+
+def solve_range(low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Floats, Floats]:
+    """Scale and offset of a range, as the FP32 values of what is stored."""
+    if fmt.offset == "zero_point":
+        return _zero_point(low, high, fmt)
+    # MLX's rule: the end of larger magnitude is met exactly by a whole number of steps
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    # MLX's own floor is 1e-7, which would wipe out groups of tiny weights
+    floor = np.maximum(np.maximum(np.abs(low), np.abs(high)) * np.float32(2.0**-30), SMALLEST)
+    step = np.maximum((high - low) / np.float32(fmt.levels), floor)
+    downward = np.abs(low) > np.abs(high)
+    step = np.where(downward, step, -step)
+    edge = np.where(downward, low, high)
+    whole = np.rint(edge / step)
+    step = np.where(whole != 0, edge / np.where(whole != 0, whole, 1), step)
+    offset = np.where(whole != 0, edge, np.float32(0))
+    return _as_bf16(step), _as_bf16(offset)
+
+
+def _zero_point(low: Floats, high: Floats, fmt: AffineFormat) -> tuple[Floats, Floats]:
+    """compressed-tensors' asymmetric rule: the range always holds zero, which gets a code of its own."""
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+    scale = _as_bf16(np.maximum((high - low) / np.float32(fmt.levels), SMALLEST))
+    return scale, np.clip(np.rint(-low / scale), 0, fmt.levels)
+
+
+def _as_bf16(x: Floats) -> Floats:
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def numbers(x: Floats, scale: Floats, offset: Floats, fmt: AffineFormat) -> Floats:
+    """The codes of x as numbers."""
+    if fmt.offset == "bias":
+        return np.clip(np.rint((x - offset) / scale), 0, fmt.levels)
+    return np.clip(np.rint(x / scale) + offset, 0, fmt.levels)
+
+
+def values(q: Floats, scale: Floats, offset: Floats, fmt: AffineFormat) -> Floats:
+    """What codes stand for."""
+    return q * scale + offset if fmt.offset == "bias" else (q - offset) * scale
 
 
 for _bits in (2, 3, 4, 5, 6, 8):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.formats.arrays import Array, Codes, Floats
 from halfbyte.formats.codebooks import Codebook
-from halfbyte.formats.format import Format
+from halfbyte.formats.format import ColumnChoice, Encoded, Format, QuantizedTensor, ScaleSearch
+from halfbyte.formats.losses import unit_of
 from halfbyte.formats.packing import unpack_nibbles
-from halfbyte.formats.rotation import Rotation, check_swaps, rotate_reference
 from halfbyte.formats.scales import ScaleType
-from halfbyte.formats.tensor import QuantizedTensor
-
-
-def rotation_of(fmt: Format | None) -> Rotation | None:
-    """The rotation of a format's weights, if they are rotated."""
-    return fmt.rotation if fmt else None
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,6 @@ class BlockFormat(Format):
     first wins ties. ``block_shape`` is (rows, columns) that share a scale, -1 for all of that dimension.
     ``shared_base``: all tables use the first tried table's absmax scale (IF4) instead of their own.
     ``global_top``: the global scale maps the tensor's amax to ``global_top`` times the largest scale.
-    ``rotation``: codes and scales are those of the weight times a rotation of each block's columns.
     """
 
     codebooks: tuple[Codebook, ...] = field()
@@ -41,14 +36,6 @@ class BlockFormat(Format):
     order: tuple[int, ...] = (0,)
     shared_base: bool = False
     global_top: float = 6.0
-    rotation: Rotation | None = None
-
-    @property
-    def plain(self) -> BlockFormat:
-        """The same format without its rotation."""
-        if self.rotation is None:
-            return self
-        return replace(self, name=self.name.removesuffix(f"_{self.rotation.name}"), rotation=None)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -72,15 +59,13 @@ class BlockFormat(Format):
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Dtype and shape of codes, scales and global_scale."""
         width = shape[-1] // 2 if self.bits == 4 else shape[-1]
-        found: dict[str, tuple[Any, tuple[int, ...]]] = {
+        parts: dict[str, tuple[Any, tuple[int, ...]]] = {
             "codes": (np.uint8, (*shape[:-1], width)),
             "scales": (self.scale.dtype, self.scales_shape(shape)),
         }
         if self.has_global_scale:
-            found["global_scale"] = (np.float32, shape[:-2])
-        if self.rotation and self.rotation.steps:
-            found["rotation"] = (np.uint8, self.rotation.swaps_shape(shape[:-2], shape[-1], self.block_shape[1]))
-        return found
+            parts["global_scale"] = (np.float32, shape[:-2])
+        return parts
 
     def problem(self, shape: tuple[int, ...]) -> str | None:
         """Two-dimensional blocks may be cut at the edges; blocks along K may not."""
@@ -146,11 +131,64 @@ class BlockFormat(Format):
         facts["tables"] = [t.name for t in self.codebooks]
         if self.bits == 4:
             facts["table_values"] = [list(t.values) for t in self.codebooks]
-        if self.rotation:
-            facts["rotation"] = {"name": self.rotation.name, "size": self.block[1], "steps": self.rotation.steps}
         if len(self.codebooks) > 1:
             facts["selector"] = f"scale byte >> {self.scale.bits}"
         return facts
+
+    def encode_reference(
+        self, x: Floats, search: ScaleSearch, global_scale: Floats | None, weight: Floats | None
+    ) -> Encoded:
+        """By the search, which chooses a scale and a codebook for each block."""
+        return Encoded(*search.encode_blocks(x, self, global_scale, weight))
+
+    @property
+    def rounds_columns(self) -> bool:
+        """GPTQ knows these formats."""
+        return True
+
+    def column_choices(self, y: Floats, search: ScaleSearch) -> Iterator[tuple[ColumnChoice, bool]]:
+        """Every codebook, in the order in which they are tried, with every scale of the search."""
+        none = np.zeros(y.shape[1], dtype=np.float32)
+        amax = np.abs(y).max(axis=0)
+        judged = not search.single(self)
+        for index in self.order:
+            base = self.codebooks[self.order[0]] if self.shared_base else self.codebooks[index]
+            for stored, scale in search.column_candidates(amax, base, self):
+                yield ColumnChoice(stored, scale, none, np.full(len(amax), index, dtype=np.uint8)), judged
+
+    def column_unit(self, y: Floats, first: ColumnChoice) -> Floats:
+        """The power of two above the first candidate's scale, inverted."""
+        return unit_of(first.scale)
+
+    def round_column(self, y: Floats, choice: ColumnChoice) -> tuple[Codes, Floats]:
+        """The nearest values of each row's codebook; a scale of zero stands for zeros."""
+        zero = choice.scale == 0
+        z = y * (np.float32(1) / np.where(zero, np.float32(1), choice.scale))
+        codes, values = np.zeros(y.shape, dtype=np.uint8), np.zeros(y.shape, dtype=np.float32)
+        for index, codebook in enumerate(self.codebooks):
+            rows = choice.codebook == index
+            if rows.any():
+                codes[rows] = codebook.encode(z[rows])
+                values[rows] = codebook.array[codes[rows]]
+        codes[zero] = self.codebooks[0].encode(np.zeros((1, 1), dtype=np.float32))[0, 0]
+        return codes, np.where(zero, np.float32(0), values * choice.scale)
+
+    def stored_choice(self, stored: Array, offset: Array | None) -> ColumnChoice:
+        """Scale and codebook of stored scales; a stored zero is a block of zeros."""
+        none = np.zeros(len(stored), dtype=np.float32)
+        scale, chosen = self.split_scales(stored)
+        zero = (stored & np.uint8((1 << self.scale.bits) - 1)) == 0 if stored.dtype == np.uint8 else scale == 0
+        codebook = np.zeros(len(stored), dtype=np.uint8) if chosen is None else chosen
+        return ColumnChoice(stored, np.where(zero, np.float32(0), scale), none, codebook)
+
+    def settled_choice(self, choice: ColumnChoice, y: Floats) -> ColumnChoice:
+        """Put selector bits above the scales; blocks of zeros get the scale zero."""
+        zero, stored = ~np.any(y, axis=0), choice.stored
+        if len(self.codebooks) > 1:
+            stored = stored | (choice.codebook << np.uint8(self.scale.bits))
+        stored = np.where(zero, np.zeros_like(stored), stored)
+        codebook = np.where(zero, np.uint8(0), choice.codebook)
+        return ColumnChoice(stored, np.where(zero, np.float32(0), choice.scale), choice.offset, codebook)
 
     def spread(self, per_block: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """Repeat one value per block (shape of the scales) over the block's elements."""
@@ -177,7 +215,7 @@ class BlockFormat(Format):
         return scales if tensor.global_scale is None else np.asarray(scales * tensor.global_scale[lead])
 
     def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
-        """FP32: table value times (scale times global scale), each product rounded once; then a rotation is undone."""
+        """FP32: table value times (scale times global scale), each product rounded once."""
         scales, chosen = self.decode_scales(tensor)
         codes = unpack_nibbles(tensor.codes) if self.bits == 4 else tensor.codes
         if chosen is None:
@@ -186,11 +224,4 @@ class BlockFormat(Format):
             stacked = np.concatenate([t.array for t in self.codebooks])
             index = self.spread(chosen, tensor.shape) * np.uint8(len(self.codebooks[0].values)) + codes
             values = stacked[index]
-        values = np.asarray(values * self.spread(scales, tensor.shape), dtype=np.float32)
-        if self.rotation:
-            size = self.block_shape[1]
-            swaps = check_swaps(tensor.rotation, self.rotation, tensor.shape, size)
-            matrices = values.reshape((-1, *values.shape[-2:]) if values.ndim > 1 else (1, 1, -1))
-            own = None if swaps is None else swaps.reshape(-1, *swaps.shape[-2:])
-            rotate_reference(matrices, size, own, inverse=True)
-        return values
+        return np.asarray(values * self.spread(scales, tensor.shape), dtype=np.float32)

@@ -1,22 +1,78 @@
-"""What every format offers, and the registry of formats by name."""
+"""What every format answers, and the tensors that are stored in one."""
 
 from __future__ import annotations
 
-import difflib
+import importlib
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.errors import FormatError
+from halfbyte.formats.arrays import Array, Codes, Floats
 from halfbyte.formats.codebooks import Codebook
-from halfbyte.formats.rotation import ROTATIONS, Rotation, rotated
+from halfbyte.formats.losses import Metric
+from halfbyte.formats.rotation import Rotation
 from halfbyte.formats.scales import ScaleType
-from halfbyte.formats.tensor import QuantizedTensor
+
+
+class Encoded(NamedTuple):
+    """Blocks as codes uint8 [n, B] (unpacked), stored scales [n], and offsets [n] where the format has them."""
+
+    codes: Codes
+    scales: Array
+    offsets: Array | None = None
+
+
+class ScaleSearch(Protocol):
+    """What formats and kernels ask of a search; ``halfbyte.search.Search`` says what the parameters mean."""
+
+    @property
+    def offsets(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def power_offsets(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def int_ratios(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def float_ratios(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def shrink(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def metric(self) -> Metric: ...  # noqa: D102
+    @property
+    def rule(self) -> str: ...  # noqa: D102
+    @property
+    def only(self) -> str: ...  # noqa: D102
+    def __hash__(self) -> int: ...
+    def single(self, fmt: Any) -> bool: ...  # noqa: D102
+    def candidates(self, amax: Floats, codebook: Codebook, fmt: Any) -> Iterator[tuple[Array, Floats]]: ...  # noqa: D102
+    def column_candidates(  # noqa: D102
+        self, amax: Floats, codebook: Codebook, fmt: Any
+    ) -> Iterator[tuple[Array, Floats]]: ...
+    def encode_blocks(  # noqa: D102
+        self, x: Floats, fmt: Any, global_scale: Floats | None, weight: Floats | None
+    ) -> tuple[Codes, Array]: ...
+
+
+@dataclass
+class ColumnChoice:
+    """Scales, offsets and codebooks of one block of every row, while GPTQ rounds it column by column."""
+
+    stored: Array
+    scale: Floats
+    offset: Floats
+    codebook: Array
+
+
+@cache
+def compiled() -> Any:
+    """The kernels, which stand above this room: loaded when first needed, whatever was imported before."""
+    return importlib.import_module("halfbyte.kernels")
 
 
 @dataclass(frozen=True)
@@ -43,11 +99,45 @@ class Format(ABC):
         """FP32 values of a quantized tensor, in its shape."""
 
     @abstractmethod
+    def encode_reference(
+        self, x: Floats, search: ScaleSearch, global_scale: Floats | None, weight: Floats | None
+    ) -> Encoded:
+        """Blocks x FP32 [n, B] by NumPy: the definition that compiled code equals bit for bit.
+
+        ``global_scale`` FP32 [n] where the format has one; ``weight`` FP32 [n, B] weights squared errors.
+        """
+
+    @abstractmethod
     def value_range(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """FP32 values at both ends of what each element's block can stand for, in the tensor's shape.
 
         Either end may be the larger one: a negative scale turns a codebook around.
         """
+
+    @property
+    def rounds_columns(self) -> bool:
+        """Whether GPTQ can round single columns of a block: the four methods that follow are there."""
+        return False
+
+    def column_choices(self, y: Floats, search: ScaleSearch) -> Iterator[tuple[ColumnChoice, bool]]:
+        """Candidates for blocks y [B, rows], the first one first, and whether errors must judge them."""
+        raise NotImplementedError
+
+    def column_unit(self, y: Floats, first: ColumnChoice) -> Floats:
+        """Power of two [rows] that keeps the squares of a block's errors in range."""
+        raise NotImplementedError
+
+    def round_column(self, y: Floats, choice: ColumnChoice) -> tuple[Codes, Floats]:
+        """Codes and values of one column y [rows]."""
+        raise NotImplementedError
+
+    def stored_choice(self, stored: Array, offset: Array | None) -> ColumnChoice:
+        """The choice that stored scales [rows] and offsets stand for."""
+        raise NotImplementedError
+
+    def settled_choice(self, choice: ColumnChoice, y: Floats) -> ColumnChoice:
+        """The best candidate for blocks y [B, rows] as it is stored: with selector bits, and blocks of zeros."""
+        return choice
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -69,14 +159,26 @@ class Format(ABC):
         return self.has_global_scale or self.scale_per_matrix
 
     @property
-    def rotation(self) -> Rotation | None:
-        """How weights are rotated before they are rounded, None where they are not."""
-        return None
-
-    @property
     def plain(self) -> Format:
         """The same format without its rotation."""
         return self
+
+    def rotate(self, weight: Array, steps: Any = None) -> tuple[Array, Codes | None]:
+        """A weight [..., N, K] as its blocks see it, and the rotation's steps as they are stored.
+
+        The very weight here; rotated in FP32 by formats in rotated space. FormatError for steps that do not fit.
+        """
+        if steps is not None:
+            raise FormatError(f"{self.name} is in no rotated space; leave the argument rotation out")
+        return weight, None
+
+    def from_plain(self, tensor: QuantizedTensor, steps: Any = None) -> QuantizedTensor:
+        """A tensor of the plain format, made of a rotated weight, as one of this format."""
+        return tensor
+
+    def to_plain(self, tensor: QuantizedTensor) -> QuantizedTensor:
+        """The same codes and scales in the plain format, which stand for the rotated weight."""
+        return tensor
 
     # the following are no plain properties, so that subclasses may hold them as fields (written ``= field()``)
     @cached_property
@@ -97,9 +199,25 @@ class Format(ABC):
         return ()
 
     @cached_property
+    def rotation(self) -> Rotation | None:
+        """How weights are rotated before they are rounded, None where they are not."""
+        return None
+
+    @cached_property
     def offset(self) -> str | None:
         """What a group stores beside its scale ("bias" or "zero_point"), None for formats without offsets."""
         return None
+
+    def in_block_space(self, tensor: QuantizedTensor, source: Array) -> tuple[QuantizedTensor, Array]:
+        """A tensor and its source as the blocks see them: the very two, except in rotated space."""
+        return tensor, source
+
+    def values(self, tensor: QuantizedTensor, dtype: Any = np.float32) -> Array:
+        """What ``decode`` gives, rounded to ``dtype``; by compiled code where there is some for this format."""
+        out = np.empty(tensor.shape, dtype=dtype)
+        if compiled().decode_into(tensor, out):
+            return out
+        return np.asarray(self.decode(tensor).astype(dtype, copy=False))
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the stored scales for a weight's shape."""
@@ -159,36 +277,58 @@ class Format(ABC):
         return sum(np.dtype(d).itemsize * math.prod(s) for d, s in self.parts(shape).values())
 
 
-_FORMATS: dict[str, Format] = {}
-_ALIASES: dict[str, str] = {}
+@dataclass
+class QuantizedTensor:
+    """Arrays of one quantized weight (or of a stack of experts: leading dimensions).
+
+    For a weight of shape [..., N, K]: ``codes`` uint8 [..., N, K*bits/8], first element in the lowest bits;
+    ``scales`` [..., N, K/B] in the format's own type (bytes for E4M3, E8M0 and the like, any selector bits included);
+    ``global_scale`` FP32 [...] multiplies every scale, or None; ``offsets``: biases or
+    zero points of affine formats, shaped like ``scales``. ``global_scale_inv`` FP32 [...]: where a checkpoint stores
+    the reciprocal of the global scale, that stored number is the exact one and decoding divides by it. ``rotation``
+    uint8 [..., K/B, steps]: channels that make up the rotation of each block (``halfbyte.formats.rotation``), or None.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    codes: NDArray[np.uint8]
+    scales: NDArray[Any]
+    global_scale: NDArray[np.float32] | None = None
+    offsets: NDArray[Any] | None = None
+    global_scale_inv: NDArray[np.float32] | None = None
+    rotation: NDArray[np.uint8] | None = None
+
+    def decode(self, dtype: Any = np.float32) -> NDArray[Any]:
+        """The values that the codes stand for, in the weight's shape: FP32, or rounded to another type."""
+        return self.format.values(self, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together."""
+        arrays = (self.codes, self.scales, self.global_scale, self.offsets, self.rotation)
+        return sum(a.nbytes for a in arrays if a is not None)
+
+    @property
+    def codebooks(self) -> NDArray[np.uint8]:
+        """Index of the codebook that each block chose, shaped like ``scales``."""
+        return self.format.codebooks_of(self)
 
 
-def register(fmt: Format, *aliases: str) -> Format:
-    """Add a format to the registry under its name and aliases."""
-    _FORMATS[fmt.name] = fmt
-    _ALIASES.update(dict.fromkeys(aliases, fmt.name))
-    return fmt
+def stacked(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """One tensor of the experts of several, in order."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    names = ("codes", "scales", "global_scale", "offsets", "global_scale_inv", "rotation")
+    parts: dict[str, Any] = {
+        name: np.concatenate([getattr(t, name) for t in tensors]) for name in names if getattr(first, name) is not None
+    }
+    return replace(first, shape=(sum(t.shape[0] for t in tensors), *first.shape[1:]), **parts)
 
 
-def get_format(name: str | Format) -> Format:
-    """The format of this name or alias; FormatError names the nearest ones otherwise."""
-    if isinstance(name, Format):
-        return name
-    found = _FORMATS.get(_ALIASES.get(name, name)) or _rotated(name)
-    if found is None:
-        near = difflib.get_close_matches(name, [*_FORMATS, *_ALIASES], n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known formats: {', '.join(_FORMATS)}"
-        raise FormatError(f"unknown format {name!r}: {hint}")
-    return found
-
-
-def _rotated(name: str) -> Format | None:
-    """A format in rotated space, by the names of both."""
-    base, _, rotation = name.rpartition("_")
-    known = _FORMATS.get(_ALIASES.get(base, base))
-    return rotated(known, rotation) if known and rotation in ROTATIONS else None
-
-
-def list_formats() -> list[str]:
-    """Names of all registered formats."""
-    return list(_FORMATS)
+def check_finite(array: Array) -> None:
+    """FormatError that names the first NaN or infinity of a weight, if there is one."""
+    finite = np.isfinite(array.astype(np.float32))
+    if not finite.all():
+        where = [int(i) for i in np.argwhere(~finite)[0]]
+        raise FormatError(f"the weight holds a NaN or infinity, first at index {where}; repair the source")

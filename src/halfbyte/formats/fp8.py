@@ -3,7 +3,7 @@
 from halfbyte.formats import codebooks as codebooks
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
-from halfbyte.formats.format import register
+from halfbyte.formats.registry import register
 
 FP8_TENSOR = register(BlockFormat("fp8_tensor", (codebooks.E4M3,), scales.FP32, (-1, -1)))
 FP8_CHANNEL = register(BlockFormat("fp8_channel", (codebooks.E4M3,), scales.BF16, (1, -1)), "fp8")

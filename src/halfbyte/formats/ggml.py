@@ -13,7 +13,7 @@ from halfbyte.formats import codebooks as codebooks
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
 from halfbyte.formats.codebooks import Codebook, Codes, Floats
-from halfbyte.formats.format import register
+from halfbyte.formats.registry import register
 from halfbyte.formats.signed import IQ4_NL_CODEBOOK
 
 

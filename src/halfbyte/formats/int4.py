@@ -3,7 +3,7 @@
 from halfbyte.formats import codebooks as codebooks
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
-from halfbyte.formats.format import register
+from halfbyte.formats.registry import register
 
 for _group in (16, 32, 64, 128):
     register(

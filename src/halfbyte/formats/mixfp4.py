@@ -6,7 +6,7 @@ Writers disagree on the bit and on the tie, so each convention has a name of its
 from halfbyte.formats import codebooks as codebooks
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
-from halfbyte.formats.format import register
+from halfbyte.formats.registry import register
 
 _FP, _INT = codebooks.E2M1, codebooks.INT7_SIGN_MAGNITUDE
 

@@ -3,8 +3,8 @@
 from halfbyte.formats import codebooks as codebooks
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
-from halfbyte.formats.format import register
-from halfbyte.formats.rotation import rotated
+from halfbyte.formats.registry import register
+from halfbyte.formats.rotated_format import rotated
 
 MXFP4 = register(BlockFormat("mxfp4", (codebooks.E2M1,), scales.E8M0, (1, 32)))
 MXFP8 = register(BlockFormat("mxfp8", (codebooks.E4M3,), scales.E8M0, (1, 32)))

@@ -3,7 +3,7 @@
 from halfbyte.formats import codebooks as codebooks
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
-from halfbyte.formats.format import register
+from halfbyte.formats.registry import register
 
 NVFP4 = register(BlockFormat("nvfp4", (codebooks.E2M1,), scales.E4M3, (1, 16), has_global_scale=True))
 NVFP4_UNSCALED = register(BlockFormat("nvfp4_unscaled", (codebooks.E2M1,), scales.E4M3, (1, 16)))

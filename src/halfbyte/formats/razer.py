@@ -3,7 +3,7 @@
 from halfbyte.formats import codebooks as codebooks
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
-from halfbyte.formats.format import register
+from halfbyte.formats.registry import register
 
 _FIVE = (codebooks.e2m1_with(5.0), codebooks.e2m1_with(-5.0))
 _EIGHT = (codebooks.e2m1_with(8.0), codebooks.e2m1_with(-8.0))

@@ -1,4 +1,4 @@
-"""Formats whose codes stand for rotated weights: the channels of each block are mixed before they are rounded.
+"""Rotations of weights before they are rounded: the channels of each block are mixed.
 
 For an orthogonal R, x W^T = (x R) (W R)^T. What is stored is W R; decoding multiplies by R^T, so that every reader sees
 W, and an engine that rotates its activations may leave W R as it is. The normalised Hadamard matrix H (Sylvester's
@@ -11,7 +11,7 @@ The order of FP32 operations is defined: sums and differences at distances 1, 2,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -123,17 +123,4 @@ def check_swaps(swaps: Any, rotation: Rotation, shape: tuple[int, ...], size: in
         raise FormatError(
             f"the rotation is {found.dtype} {list(found.shape)}, but the weight needs uint8 {list(wanted)}"
         )
-    return np.array(found)
-
-
-def rotated(fmt: Any, name: str) -> Any:
-    """A block format in rotated space; its name ends with the rotation's. FormatError where blocks are not along K."""
-    from halfbyte.formats.block import BlockFormat  # block formats know how to undo a rotation
-
-    if isinstance(fmt, BlockFormat) and fmt.rotation:
-        raise FormatError(f"{fmt.name} is that of rotated weights already; name the format without its rotation")
-    if not isinstance(fmt, BlockFormat) or fmt.block[0] != 1 or fmt.block[1] not in SIZES:
-        raise FormatError(
-            f"{fmt.name} cannot be rotated: that needs one scale for each 16, 32, 64 or 128 columns of a row"
-        )
-    return replace(fmt, name=f"{fmt.name}_{name}", rotation=ROTATIONS[name])
+    return np.array(found, order="C")

@@ -117,3 +117,6 @@ E6M2 = ScaleType("e6m2", np.uint8, 8, 1.5 * 2.0**15, _e6m2_code, _e6m2_value, 0,
 BF16 = ScaleType("bf16", ml_dtypes.bfloat16, 16, 3.3e38, _cast(ml_dtypes.bfloat16, 1.2e-38, 3.3e38), _widen)
 FP16 = ScaleType("fp16", np.float16, 16, 65504.0, _cast(np.float16, 6e-8, 65504.0), _widen)
 FP32 = ScaleType("fp32", np.float32, 32, 3.4e38, _cast(np.float32, 1.2e-38, 3.4e38), _widen)
+
+BY_NAME = {scale.name: scale for scale in (E4M3, E8M0, E3M3, E6M2, BF16, FP16, FP32)}
+"""The scale types of this release."""

@@ -3,7 +3,7 @@
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
 from halfbyte.formats.codebooks import Codebook
-from halfbyte.formats.format import register
+from halfbyte.formats.registry import register
 
 IQ4_NL_CODEBOOK = Codebook(
     "iq4_nl",

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats.block import BlockFormat
-from halfbyte.formats.format import Format
-from halfbyte.formats.tensor import QuantizedTensor
+from halfbyte.formats.format import Format, QuantizedTensor
 
 _LOWEST, _HIGHEST = -9, 8  # E4M3 holds the powers of two from 2**-9 to 2**8
 _SMALLEST_TENSOR_SCALE = -126
@@ -37,7 +35,7 @@ def transcode(tensor: QuantizedTensor, target: Format, top: NDArray[np.int32] | 
         return tensor
     if not may_transcode(tensor.format, target):
         return None
-    assert isinstance(target, BlockFormat)
+    assert target.scale is not None
     lead = (..., None, None)
     high = top_exponent(tensor) if top is None else top
     base = np.maximum(high - _HIGHEST, _SMALLEST_TENSOR_SCALE)

@@ -11,18 +11,18 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from contextvars import ContextVar
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import AffineFormat, BlockFormat, Format, QuantizedTensor
-from halfbyte.formats.rotation import check_swaps, norm, rotate_reference
-from halfbyte.formats.tensor import add_decoder
+from halfbyte.formats import Format, QuantizedTensor
+from halfbyte.formats.format import ScaleSearch
+from halfbyte.formats.rotation import norm
 from halfbyte.kernels.buffers import as_array
-from halfbyte.kernels.codec import NativeStats, SearchLike, describe
+from halfbyte.kernels.codec import NativeStats, describe
 from halfbyte.kernels.native import Native, find
 from halfbyte.kernels.stats import ErrorStats, codebook_count, reference_stats
 
@@ -38,11 +38,11 @@ __all__ = [
     "encode_into",
     "factor_into",
     "gptq_into",
-    "in_rotated_space",
-    "rotate",
+    "rotate_into",
     "supports",
     "supports_gptq",
     "use_backend",
+    "use_backend_here",
 ]
 
 # Formats without kernels, encoded and decoded by NumPy: codes that are neither 4 nor 8 bits wide, scales in FP16.
@@ -82,83 +82,80 @@ def backends() -> tuple[str, ...]:
 
 
 def backend() -> str:
-    """What runs: the fastest of ``backends()``, or what HALFBYTE_ISA or ``use_backend`` name."""
-    return _current
+    """What runs here: the fastest of ``backends()``, or what HALFBYTE_ISA or ``use_backend`` name."""
+    return _chosen.get() or _default
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Use one of ``backends()`` within a ``with`` statement, in all threads (tests and benchmarks do)."""
-    global _current
+    """Use one of ``backends()`` within a ``with`` statement, in this thread (tests and benchmarks do).
+
+    Pools take it over with ``use_backend_here`` as their initializer.
+    """
     if name not in backends():
         raise ValueError(f"the backend {name!r} cannot run here; there are {', '.join(backends())}")
-    before, _current = _current, name
+    token = _chosen.set(name)
     try:
         yield
     finally:
-        _current = before
+        _chosen.reset(token)
 
 
-def supports(fmt: Format, search: SearchLike | None = None) -> bool:
-    """Whether compiled code runs for this format and search (None: for decoding)."""
-    return _current != _REFERENCE and describe(fmt, search) is not None
+def use_backend_here(name: str) -> None:
+    """Use a backend in this thread from now on: ``ThreadPoolExecutor(..., initializer=use_backend_here, ...)``."""
+    _chosen.set(name)
+
+
+def supports(fmt: Format, search: ScaleSearch | None = None) -> bool:
+    """Whether compiled code runs for this format, rotated or not, and this search (None: for decoding)."""
+    return backend() != _REFERENCE and describe(fmt.plain, search) is not None
 
 
 def amax(x: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
     """Largest magnitude of each matrix of x [..., N, K], shape [...], and whether all elements are finite."""
     lead = x.shape[:-2]
-    if _current == _REFERENCE or _native is None or x.dtype.name not in _SOURCES:
-        found = np.abs(_matrices(x)).max(axis=(1, 2), initial=0).astype(np.float32)
-        return found.reshape(lead), bool(np.isfinite(found).all())
+    if backend() == _REFERENCE or _native is None or x.dtype.name not in _SOURCES:
+        largest = np.abs(_matrices(x)).max(axis=(1, 2), initial=0).astype(np.float32)
+        return largest.reshape(lead), bool(np.isfinite(largest).all())
     out = np.empty(lead, dtype=np.float32)
-    finite = _native.amax(_current, np.ascontiguousarray(x), out)
+    finite = _native.amax(backend(), np.ascontiguousarray(x), out)
     return out, finite
 
 
 def encode_into(
+    out: QuantizedTensor,
     x: NDArray[Any],
-    fmt: Format,
-    search: SearchLike,
-    codes: NDArray[np.uint8],
-    scales: NDArray[Any],
-    offsets: NDArray[Any] | None = None,
-    global_scale: NDArray[np.float32] | None = None,
-    global_scale_inv: NDArray[np.float32] | None = None,
+    search: ScaleSearch,
     weights: NDArray[np.float32] | None = None,
     stats: ErrorStats | None = None,
 ) -> bool:
-    """Encode x [L, N, K] (contiguous BF16, FP16 or FP32) into the contiguous arrays of a QuantizedTensor.
+    """Encode x [..., N, K] (contiguous BF16, FP16 or FP32) into the contiguous arrays of a tensor of its shape.
 
-    ``global_scale`` and ``global_scale_inv`` are FP32 [L], ``weights`` FP32 [1 or L, K]; ``stats`` are added to. For
-    formats with one scale per tensor, ``scales`` holds it already. Only where ``supports`` is true. False where x holds
-    a NaN or an infinity; the arrays are worthless then.
+    Global scales, and the scale of formats with one per matrix, are in ``out`` already. ``weights`` FP32 [1 or L, K];
+    ``stats`` are added to. Only where ``supports`` is true. False where x holds a NaN or an infinity; the arrays are
+    worthless then.
     """
-    codec = describe(fmt, search)
+    codec = describe(out.format, search)
     assert _native is not None and codec is not None
-    arrays = {
-        "codes": codes,
-        "scales": scales,
-        "offsets": offsets,
-        "global_scale": global_scale,
-        "global_scale_inv": global_scale_inv,
-        "weights": weights,
+    arrays: dict[str, NDArray[Any] | None] = {
+        name: getattr(out, name) for name in ("codes", "scales", "offsets", "global_scale", "global_scale_inv")
     }
-    found = NativeStats() if stats is not None else None
-    finite = _native.call("encode", _current, codec, x, arrays, found)
-    if stats is not None and found is not None:
-        stats.add(_stats(found, x.size, codec.codebook_count))
+    sums = NativeStats() if stats is not None else None
+    finite = _native.call("encode", backend(), codec, _matrices(x), arrays | {"weights": weights}, sums)
+    if stats is not None and sums is not None:
+        stats.add(_stats(sums, x.size, codec.codebook_count))
     return finite
 
 
-def supports_gptq(fmt: Format, search: SearchLike) -> bool:
+def supports_gptq(fmt: Format, search: ScaleSearch) -> bool:
     """Whether compiled code rounds with error feedback in this format with the candidates of this search."""
-    return supports(fmt, search) and isinstance(fmt, BlockFormat | AffineFormat) and fmt.block[0] == 1 < fmt.block[1]
+    return supports(fmt, search) and fmt.rounds_columns and fmt.block[0] == 1 < fmt.block[1]
 
 
 def gptq_into(
     x: NDArray[Any],
     fmt: Format,
-    search: SearchLike,
+    search: ScaleSearch,
     judge_feedback: bool,
     arrays: dict[str, NDArray[Any] | None],
 ) -> None:
@@ -170,7 +167,7 @@ def gptq_into(
     """
     codec = describe(fmt, search)
     assert _native is not None and codec is not None
-    _native.gptq(_current, codec, x, judge_feedback, arrays)
+    _native.gptq(backend(), codec, x, judge_feedback, arrays)
 
 
 def factor_into(matrices: NDArray[np.float64], inverse: NDArray[np.float64], gain: NDArray[np.float64]) -> bool | None:
@@ -179,53 +176,29 @@ def factor_into(matrices: NDArray[np.float64], inverse: NDArray[np.float64], gai
     ``matrices`` become the transposes of those L, ``inverse`` their inverses, ``gain`` [L, K] the squares of the
     diagonals; the same bits on every machine. False where one is not positive definite, None without kernels.
     """
-    if _current == _REFERENCE or _native is None or matrices.shape[-1] % 8:
+    if backend() == _REFERENCE or _native is None or matrices.shape[-1] % 8:
         return None
-    return _native.factor(_current, matrices, inverse, gain)
+    return _native.factor(backend(), matrices, inverse, gain)
 
 
 def decode_into(tensor: QuantizedTensor, out: NDArray[Any]) -> bool:
     """Decode into ``out`` (contiguous FP32 or BF16, the tensor's shape); False where the reference must do it."""
-    codec = describe(tensor.format, None) if _current != _REFERENCE else None
+    codec = describe(tensor.format, None) if backend() != _REFERENCE else None
     if codec is None or _native is None or out.dtype not in _DECODED or not out.flags.c_contiguous:
         return False
     arrays = _arrays(tensor)
     if arrays is None:
         return False
-    turned = isinstance(tensor.format, BlockFormat) and tensor.format.rotation is not None
-    wide = np.empty(out.shape, dtype=np.float32) if turned and out.dtype != np.float32 else out
-    _native.call("decode", _current, codec, _matrices(wide), arrays)
-    if turned:
-        rotate(wide, tensor.format, tensor.rotation, inverse=True)
-    if wide is not out:
-        out[...] = wide.astype(out.dtype)
+    _native.call("decode", backend(), codec, _matrices(out), arrays)
     return True
 
 
-def rotate(x: NDArray[np.float32], fmt: Format, swaps: NDArray[np.uint8] | None = None, inverse: bool = False) -> None:
-    """x R for contiguous x FP32 [..., N, K] and the rotation of a format, in place; ``inverse``: x R^T.
-
-    ``swaps`` uint8 [..., K/B, steps] as in ``QuantizedTensor.rotation``. FormatError where they do not fit.
-    """
-    assert isinstance(fmt, BlockFormat) and fmt.rotation is not None
-    size = fmt.block[1]
-    found = check_swaps(swaps, fmt.rotation, x.shape, size)
-    matrices = _matrices(x)
-    own = None if found is None else found.reshape(-1, *found.shape[-2:])
-    if _current == _REFERENCE or _native is None:
-        rotate_reference(matrices, size, own, inverse)
-    else:
-        _native.rotate(_current, matrices, size, float(norm(size)), own, inverse)
-
-
-def in_rotated_space(tensor: QuantizedTensor, source: NDArray[Any]) -> tuple[QuantizedTensor, NDArray[Any]]:
-    """A tensor without its rotation beside a source with it: the same error, where blocks are what they are."""
-    fmt = tensor.format
-    if not isinstance(fmt, BlockFormat) or fmt.rotation is None:
-        return tensor, source
-    turned = source.astype(np.float32)
-    rotate(turned, fmt, tensor.rotation)
-    return replace(tensor, format=fmt.plain, rotation=None), turned
+def rotate_into(x: NDArray[np.float32], size: int, steps: NDArray[np.uint8] | None, inverse: bool) -> bool:
+    """``formats.rotation.rotate_reference`` by compiled code: x [L, N, K] is rotated in place; False without any."""
+    if backend() == _REFERENCE or _native is None:
+        return False
+    _native.rotate(backend(), x, size, float(norm(size)), steps, inverse)
+    return True
 
 
 def compare(tensor: QuantizedTensor, source: NDArray[Any], stats: ErrorStats) -> bool:
@@ -234,23 +207,27 @@ def compare(tensor: QuantizedTensor, source: NDArray[Any], stats: ErrorStats) ->
     False where a decoded value is a NaN or an infinity. Of a format in rotated space blocks are looked at there, and
     values as they are decoded, so that equal ones have no error.
     """
-    if isinstance(tensor.format, BlockFormat) and tensor.format.rotation:
-        within = ErrorStats()
-        finite = compare(*in_rotated_space(tensor, source), within)
+    blocks, seen = tensor.format.in_block_space(tensor, source)
+    sums = ErrorStats()
+    finite = _compare(blocks, seen, sums)
+    if blocks is not tensor:
         wide = source.astype(np.float32)
         error = (tensor.decode() - wide).astype(np.float64)
-        sums = float(np.sum(error * error)), float(np.sum(wide.astype(np.float64) ** 2))
-        largest = float(np.abs(error).max(initial=0))
-        stats.add(ErrorStats(wide.size, *sums, largest, within.saturated, within.codebook_blocks))
-        return finite
-    codec = describe(tensor.format, None) if _current != _REFERENCE else None
+        sums.squared_error, sums.squares = float(np.sum(error * error)), float(np.sum(wide.astype(np.float64) ** 2))
+        sums.max_error = float(np.abs(error).max(initial=0))
+    stats.add(sums)
+    return finite
+
+
+def _compare(tensor: QuantizedTensor, source: NDArray[Any], stats: ErrorStats) -> bool:
+    codec = describe(tensor.format, None) if backend() != _REFERENCE else None
     arrays = _arrays(tensor) if codec is not None and source.dtype.name in _SOURCES else None
     if codec is None or _native is None or arrays is None:
-        found = reference_stats(tensor, source)
-        stats.add(found)
-        return bool(np.isfinite(found.squared_error))
+        sums = reference_stats(tensor, source)
+        stats.add(sums)
+        return bool(np.isfinite(sums.squared_error))
     native = NativeStats()
-    finite = _native.call("compare", _current, codec, _matrices(np.ascontiguousarray(source)), arrays, native)
+    finite = _native.call("compare", backend(), codec, _matrices(np.ascontiguousarray(source)), arrays, native)
     stats.add(_stats(native, source.size, codebook_count(tensor)))
     return finite
 
@@ -262,24 +239,23 @@ def _matrices(array: NDArray[Any]) -> NDArray[Any]:
 
 def _arrays(tensor: QuantizedTensor) -> dict[str, NDArray[Any] | None] | None:
     """The arrays of a tensor as kernels want them, or None where they are not what the format says."""
-    found: dict[str, NDArray[Any] | None] = {"global_scale_inv": None}
+    arrays: dict[str, NDArray[Any] | None] = {"global_scale_inv": None}
     for name, (dtype, shape) in tensor.format.parts(tensor.shape).items():
         array = getattr(tensor, name)
         if name == "global_scale" and tensor.global_scale_inv is not None:
             name, array = "global_scale_inv", tensor.global_scale_inv
         if array is None or array.shape != shape or array.dtype != dtype:
             return None
-        if name != "rotation":  # which is undone afterwards
-            found[name] = np.require(array, requirements=("C", "A"))
-    return found
+        arrays[name] = np.require(array, requirements=("C", "A"))
+    return arrays
 
 
-def _stats(found: NativeStats, elements: int, codebooks: int) -> ErrorStats:
+def _stats(sums: NativeStats, elements: int, codebooks: int) -> ErrorStats:
     return ErrorStats(
-        elements, found.squared_error, found.squares, found.max_error, found.saturated, list(found.blocks[:codebooks])
+        elements, sums.squared_error, sums.squares, sums.max_error, sums.saturated, list(sums.blocks[:codebooks])
     )
 
 
 _native = _load()
-_current = _choose(os.environ.get("HALFBYTE_ISA"))
-add_decoder(decode_into)
+_default = _choose(os.environ.get("HALFBYTE_ISA"))
+_chosen: ContextVar[str | None] = ContextVar("halfbyte_backend", default=None)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
-from typing import Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from halfbyte.formats import AffineFormat, BlockFormat, Format, HiF4Format
-from halfbyte.formats.codebooks import Codebook
+from halfbyte.formats import AffineFormat, BlockFormat, Codebook, Format, HiF4Format, ScaleType, scales
+from halfbyte.formats.codebooks import (
+    E2M1,
+    E4M3,
+    IF4_INT,
+    INT7_SIGN_MAGNITUDE,
+    INT7_TWOS_COMPLEMENT,
+    INT8_OFFSET,
+    e2m1_with,
+)
+from halfbyte.formats.format import ScaleSearch
+from halfbyte.formats.ggml import INT8
 
 _KINDS = {
     "e2m1": 0,
@@ -29,26 +40,60 @@ _RULES = {"floor": 0, "even": 1, "rceil": 2}
 _FAR = 1 << 20  # beyond any scale code
 
 
-class SearchLike(Protocol):
-    """What the kernels need to know of a search (``halfbyte.search.Search``)."""
+_PARAMETERS = ("offsets", "power_offsets", "int_ratios", "float_ratios", "shrink", "metric", "rule", "only")
+_FIELDS: dict[type, frozenset[str]] = {
+    BlockFormat: frozenset(
+        ("name", "codebooks", "scale", "block_shape", "has_global_scale", "order", "shared_base", "global_top")
+    ),
+    AffineFormat: frozenset(("name", "bits", "group", "offset")),
+    HiF4Format: frozenset(("name",)),
+    Codebook: frozenset(("name", "values", "top", "rounding", "unused", "exponent", "mantissa_bits", "kind")),
+    ScaleType: frozenset(("name", "dtype", "bits", "maximum", "to_code", "to_value", "low", "high")),
+}
+"""Classes that native code knows, each with all the fields that it may have; subclasses are other classes."""
+_ROUNDINGS = {c.kind: c for c in (E2M1, INT7_SIGN_MAGNITUDE, INT7_TWOS_COMPLEMENT, IF4_INT, INT8_OFFSET, E4M3, INT8)}
 
-    @property
-    def offsets(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def power_offsets(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def int_ratios(self) -> tuple[float, ...]: ...  # noqa: D102
-    @property
-    def float_ratios(self) -> tuple[float, ...]: ...  # noqa: D102
-    @property
-    def shrink(self) -> tuple[float, ...]: ...  # noqa: D102
-    @property
-    def metric(self) -> str: ...  # noqa: D102
-    @property
-    def rule(self) -> str: ...  # noqa: D102
-    @property
-    def only(self) -> str: ...  # noqa: D102
-    def __hash__(self) -> int: ...
+
+def declare_search(kind: type) -> None:
+    """Let native code run searches of exactly this class, as long as it has no fields but the known parameters."""
+    _FIELDS[kind] = frozenset((*_PARAMETERS, "name", "about"))
+
+
+def _is_known(thing: object) -> bool:
+    """Whether the class of an object is known and has the fields that native code knows, no more and no fewer."""
+    fields = _FIELDS.get(type(thing))
+    return fields is not None and {f.name for f in dataclasses.fields(thing)} == fields  # type: ignore[arg-type]
+
+
+def understands(fmt: Format) -> bool:
+    """Whether native code may stand in for a format: it fails closed, and NumPy does what it does not know.
+
+    So does a format, codebook or scale type of another class, with another field, or under a known name with another
+    rounding.
+    """
+    return _is_known(fmt) and _parts_are_known(fmt)
+
+
+@lru_cache(maxsize=256)
+def _parts_are_known(fmt: Format) -> bool:
+    if fmt.scale is not None and not (_is_known(fmt.scale) and fmt.scale == scales.BY_NAME.get(fmt.scale.name)):
+        return False
+    return all(_is_known(codebook) and _rounds_as_its_kind(codebook) for codebook in fmt.codebooks)
+
+
+def _rounds_as_its_kind(codebook: Codebook) -> bool:
+    """Whether a codebook's rounding and values are those that its kind has in native code."""
+    if codebook.rounding is None:
+        return True
+    known = e2m1_with(codebook.values[8]) if codebook.kind == "e2m1_special" else _ROUNDINGS.get(codebook.kind)
+    return (
+        known is not None
+        and all(
+            np.array_equal(getattr(codebook, name), getattr(known, name), equal_nan=True)
+            for name in ("values", "unused")
+        )
+        and codebook.rounding is known.rounding
+    )
 
 
 class NativeCodebook(ctypes.Structure):
@@ -155,30 +200,39 @@ class NativeGptq(ctypes.Structure):
     )
 
 
+def describe(fmt: Format, search: ScaleSearch | None) -> NativeCodec | None:
+    """The structure for a format and a search (None: for decoding), or None where native code does not know one."""
+    if not understands(fmt) or not (search is None or _is_known(search)):
+        return None
+    return _describe(fmt, search)
+
+
 @lru_cache(maxsize=256)
-def describe(fmt: Format, search: SearchLike | None) -> NativeCodec | None:
-    """The structure for a format and a search (None: for decoding), or None where the kernels do not know one."""
-    if isinstance(fmt, BlockFormat):
-        return _block(fmt, search)
-    codec = NativeCodec(rows=1, columns=fmt.block[1], codebook_count=1)
-    if isinstance(fmt, HiF4Format):
-        codec.family, codec.bits = 3, 4
-        offsets = {0, *(o // 2 for o in search.offsets)} if search else {0}
-        _set_offsets(codec, tuple(sorted(offsets, key=lambda o: (o < 0, abs(o)))))
-        codec.ratios[0] = float(ml_dtypes.bfloat16(1 / 7))
-        return codec
-    if isinstance(fmt, AffineFormat) and fmt.bits in (4, 8) and _short(fmt.group):
-        codec.family = 1 if fmt.offset == "bias" else 2
-        codec.bits, codec.levels = fmt.bits, fmt.levels
-        return codec if _set_ratios(codec, search.shrink if search else (1.0,)) else None
-    return None
+def _describe(fmt: Format, search: ScaleSearch | None) -> NativeCodec | None:
+    return _KINDS_OF_FORMATS[type(fmt)](fmt, search)
+
+
+def _hif4(fmt: HiF4Format, search: ScaleSearch | None) -> NativeCodec:
+    codec = NativeCodec(family=3, bits=4, rows=1, columns=64, codebook_count=1)
+    offsets = {0, *(o // 2 for o in search.offsets)} if search else {0}
+    _set_offsets(codec, tuple(sorted(offsets, key=lambda o: (o < 0, abs(o)))))
+    codec.ratios[0] = float(ml_dtypes.bfloat16(1 / 7))
+    return codec
+
+
+def _affine(fmt: AffineFormat, search: ScaleSearch | None) -> NativeCodec | None:
+    if fmt.bits not in (4, 8) or not _short(fmt.group):
+        return None
+    codec = NativeCodec(rows=1, columns=fmt.group, codebook_count=1, bits=fmt.bits, levels=fmt.levels)
+    codec.family = 1 if fmt.offset == "bias" else 2
+    return codec if _set_ratios(codec, search.shrink if search else (1.0,)) else None
 
 
 def _short(columns: int) -> bool:
     return 16 <= columns <= 128 and columns % 16 == 0
 
 
-def _block(fmt: BlockFormat, search: SearchLike | None) -> NativeCodec | None:
+def _block(fmt: BlockFormat, search: ScaleSearch | None) -> NativeCodec | None:
     rows, columns = fmt.block_shape
     codebooks, scale = fmt.codebooks, fmt.scale
     along_row = rows == 1 and _short(columns)
@@ -220,22 +274,22 @@ def _codebook(codebook: Codebook, fmt: BlockFormat) -> NativeCodebook | None:
         return None
     values = codebook.array
     used = np.delete(values, list(codebook.unused))
-    found = NativeCodebook(kind=kind, top=codebook.top, exponent=codebook.exponent)
-    found.lowest, found.highest = used.min(), used.max()
-    found.limit = np.float32(np.finfo(np.float32).max / np.nanmax(np.abs(values)) * (1 - 2.0**-8))
-    found.even_from = 2 - 2.0 ** -(codebook.mantissa_bits + 1)
-    found.rceil_from = codebook.top / 2.0**codebook.exponent
+    native = NativeCodebook(kind=kind, top=codebook.top, exponent=codebook.exponent)
+    native.lowest, native.highest = used.min(), used.max()
+    native.limit = np.float32(np.finfo(np.float32).max / np.nanmax(np.abs(values)) * (1 - 2.0**-8))
+    native.even_from = 2 - 2.0 ** -(codebook.mantissa_bits + 1)
+    native.rceil_from = codebook.top / 2.0**codebook.exponent
     if fmt.scale.ordered:
-        found.high = min(fmt.scale.high, int(fmt.scale.to_code(np.array([found.limit], dtype=np.float32))[0]))
-    found.zero_code = int(codebook.encode(np.zeros((1, 1), dtype=np.float32))[0, 0])
-    found.values[: len(values)] = values.tolist()
+        native.high = min(fmt.scale.high, int(fmt.scale.to_code(np.array([native.limit], dtype=np.float32))[0]))
+    native.zero_code = int(codebook.encode(np.zeros((1, 1), dtype=np.float32))[0, 0])
+    native.values[: len(values)] = values.tolist()
     if kind == _LADDER:
         thresholds, codes = codebook.ladder
         padded = [*codes.tolist(), *[int(codes[-1])] * (16 - len(codes))]
-        found.thresholds[:] = [*thresholds.tolist(), *[float("inf")] * (16 - len(thresholds))]
-        found.ladder_codes[:] = padded
-        found.ladder_values[:] = [float(values[c]) for c in padded]
-    return found
+        native.thresholds[:] = [*thresholds.tolist(), *[float("inf")] * (16 - len(thresholds))]
+        native.ladder_codes[:] = padded
+        native.ladder_values[:] = [float(values[c]) for c in padded]
+    return native
 
 
 def _set_offsets(codec: NativeCodec, offsets: tuple[int, ...]) -> bool:
@@ -255,3 +309,6 @@ def _set_ratios(codec: NativeCodec, ratios: tuple[float, ...]) -> bool:
     codec.ratio_count = len(ratios)
     codec.ratios[: len(ratios)] = ratios
     return True
+
+
+_KINDS_OF_FORMATS: dict[type, Any] = {BlockFormat: _block, AffineFormat: _affine, HiF4Format: _hif4}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int8, c_int32, c_int64, c_void_p
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.formats import AffineFormat, BlockFormat, Codebook, Format, HiF4Format
 from halfbyte.formats.rotation import norm
+from halfbyte.kernels.codec import understands
 
 _TABLE, _HIF4, _INT8, _UINT8, _E4M3, _FLOAT = range(6)
 _SCALES = {"e4m3": 0, "e8m0": 1, "e3m3": 2, "bf16": 3, "fp32": 4, "fp16": 6}
@@ -100,13 +102,19 @@ class NativeMixture(ctypes.Structure):
 
 def describe_weight(fmt: Format) -> NativeWeight | None:
     """What the products must know of a format, without shapes and arrays; None where they do not know it."""
-    if isinstance(fmt, HiF4Format):
-        weight = NativeWeight(code_kind=_HIF4, table_count=1, scale_kind=_E6M2_SCALE, block=64, block_rows=1)
-        weight.bias, weight.highest, weight.steps[0] = 28, 56, 0.25
-        return weight
-    if isinstance(fmt, AffineFormat):
-        return _affine(fmt)
-    return _block(fmt) if isinstance(fmt, BlockFormat) else None
+    if not understands(fmt.plain):
+        return None
+    weight = _KINDS_OF_FORMATS[type(fmt.plain)](fmt.plain)
+    if weight is not None and fmt.rotation:
+        columns = fmt.block[1]
+        weight.rotation, weight.norm, weight.swap_steps = columns, float(norm(columns)), fmt.rotation.steps
+    return weight
+
+
+def _hif4(fmt: HiF4Format) -> NativeWeight:
+    weight = NativeWeight(code_kind=_HIF4, table_count=1, scale_kind=_E6M2_SCALE, block=64, block_rows=1)
+    weight.bias, weight.highest, weight.steps[0] = 28, 56, 0.25
+    return weight
 
 
 def _affine(fmt: AffineFormat) -> NativeWeight | None:
@@ -128,12 +136,8 @@ def _block(fmt: BlockFormat) -> NativeWeight | None:
         return None
     if rows != 1 and (fmt.scale.name != "fp32" or (rows > 0 and rows % 16) or columns == 16):
         return None
-    if fmt.rotation and fmt.block_shape[1] < 16:
-        return None
     weight = NativeWeight(table_count=1, scale_kind=_SCALES[fmt.scale.name], scale_bits=min(fmt.scale.bits, 8))
     weight.block, weight.block_rows = max(columns, 0), max(rows, 0)
-    if fmt.rotation:
-        weight.rotation, weight.norm, weight.swap_steps = columns, float(norm(columns)), fmt.rotation.steps
     codebooks: Sequence[Codebook] = fmt.codebooks
     if fmt.scale.name == "e4m3" and (len(codebooks) == 1 or _are_mirrored(codebooks)):
         weight.negate, codebooks = 1, codebooks[:1]
@@ -198,3 +202,10 @@ def _integers(codebook: Codebook, step: float) -> NDArray[np.int64] | None:
     if np.abs(exact - whole).max() > 1e-6 * np.abs(exact).max() or np.abs(whole).max() > 127:
         return None
     return whole if np.ptp(whole) <= _WIDEST else None
+
+
+_KINDS_OF_FORMATS: dict[type, Callable[[Any], NativeWeight | None]] = {
+    BlockFormat: _block,
+    AffineFormat: _affine,
+    HiF4Format: _hif4,
+}

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from halfbyte.errors import FormatError, RecipeError
-from halfbyte.formats import get_format
-from halfbyte.formats.rotation import rotated
+from halfbyte.formats import get_format, rotated
 from halfbyte.models.name_templates import normalise
 from halfbyte.models.roles import LINEAR, is_under
 from halfbyte.models.weight import Weight

@@ -1,7 +1,16 @@
-"""How numbers become codes: searches over scales and tables, with the NumPy reference encoder."""
+"""How numbers become codes: searches over scales and codebooks, with the NumPy reference encoder."""
 
 from halfbyte.search.encode import encode
-from halfbyte.search.rules import global_scale
-from halfbyte.search.searches import SEARCHES, Search, get_search
+from halfbyte.search.options import EncodeOptions, GptqOptions
+from halfbyte.search.searches import SEARCHES, Search, get_search, global_scale, register_search
 
-__all__ = ["SEARCHES", "Search", "encode", "get_search", "global_scale"]
+__all__ = [
+    "SEARCHES",
+    "EncodeOptions",
+    "GptqOptions",
+    "Search",
+    "encode",
+    "get_search",
+    "global_scale",
+    "register_search",
+]

@@ -7,19 +7,16 @@ here the scale comes from an importance file and is chosen with the real quantiz
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.errors import FormatError
 from halfbyte.formats import Format
+from halfbyte.formats.arrays import Array, Floats
 from halfbyte.search.encode import encode
-
-Array = NDArray[Any]
-Floats = NDArray[np.float32]
 
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(17))
 """Exponents tried on the mean squared activation; 0 is no folding, 0.5 scales by the root mean square."""
@@ -141,19 +138,6 @@ def smooth_norm(norm: Array, scale: Floats, zero_centred: bool) -> tuple[Array, 
     return rounded, exact.astype(np.float32)
 
 
-def fold_vector(vector: Array, scale: Floats) -> Array:
-    """A bias over the channels, divided by the scale, in its own dtype."""
-    return (vector.astype(np.float32) / scale).astype(vector.dtype)
-
-
-def fold_rows(weight: Array, scale: Floats, rows: tuple[int, int] | None = None) -> Floats:
-    """Rows first..stop (or all) of a matrix [..., N, K] divided by the scale [N] or [E, N], in FP32."""
-    result = weight.astype(np.float32)
-    part = slice(*rows) if rows else slice(None)
-    result[..., part, :] /= scale[..., :, None]
-    return result
-
-
 def fold_columns(weight: Array, scale: Floats) -> Floats:
     """The columns of a matrix [..., N, K] times the scale [K] or [E, K], in FP32."""
     return weight.astype(np.float32) * scale[..., None, :]
@@ -173,7 +157,7 @@ def weighted_error(weight: Floats, decoded: Floats, importance: Floats, counts: 
 
 def _loss(consumers: Sequence[Consumer], scale: Floats | None, importance: Floats | None) -> float:
     """Mean over the consumers of weighted error / weighted energy, after scaling and quantizing."""
-    scales = [_mine(c, scale) for c in consumers]
+    scales = [_of_experts(c, scale) for c in consumers]
     scaled = [
         c.weight.astype(np.float32) if s is None else fold_columns(c.weight, s)
         for c, s in zip(consumers, scales, strict=True)
@@ -183,9 +167,9 @@ def _loss(consumers: Sequence[Consumer], scale: Floats | None, importance: Float
         if consumer.share:
             amax[consumer.share] = max(amax.get(consumer.share, 0.0), float(np.abs(weight).max(initial=0)))
     total = 0.0
-    for consumer, weight, mine in zip(consumers, scaled, scales, strict=True):
+    for consumer, weight, factors in zip(consumers, scaled, scales, strict=True):
         seen = _seen(consumer, importance)
-        now = seen if mine is None else np.asarray(folded_importance(seen, mine))
+        now = seen if factors is None else np.asarray(folded_importance(seen, factors))
         decoded = _stored(consumer, weight, now if consumer.weighted else None, amax.get(consumer.share or ""))
         energy = weighted_error(weight, np.zeros_like(weight), now, consumer.counts)
         total += weighted_error(weight, decoded, now, consumer.counts) / energy if energy else 0.0
@@ -200,7 +184,7 @@ def _stored(consumer: Consumer, weight: Floats, importance: Floats | None, amax:
 
 
 def _rounding(consumer: Consumer, whole: Floats, importance: Floats) -> float:
-    scale = np.asarray(_mine(consumer, whole))
+    scale = np.asarray(_of_experts(consumer, whole))
     weight = fold_columns(consumer.weight, scale)
     now = np.asarray(folded_importance(_seen(consumer, importance), scale))
     energy = weighted_error(weight, np.zeros_like(weight), now, consumer.counts)
@@ -208,7 +192,7 @@ def _rounding(consumer: Consumer, whole: Floats, importance: Floats) -> float:
     return weighted_error(weight, rounded, now, consumer.counts) / energy if energy else 0.0
 
 
-def _mine(consumer: Consumer, scale: Floats | None) -> Floats | None:
+def _of_experts(consumer: Consumer, scale: Floats | None) -> Floats | None:
     """The rows of a scale [E, K] that belong to the consumer's experts."""
     if scale is None or scale.ndim == 1 or consumer.experts is None:
         return scale
@@ -219,8 +203,8 @@ def _seen(consumer: Consumer, importance: Floats | None) -> Floats:
     """The consumer's own importance, else the group's, else one for every column."""
     if consumer.importance is not None:
         return consumer.importance
-    found = _mine(consumer, importance)
-    return np.ones(consumer.weight.shape[-1], np.float32) if found is None else found
+    of_group = _of_experts(consumer, importance)
+    return np.ones(consumer.weight.shape[-1], np.float32) if of_group is None else of_group
 
 
 def shared(entries: Iterable[tuple[Floats | None, Array | None]], per_expert: bool) -> Floats | None:
@@ -248,32 +232,7 @@ def _share(counts: Array) -> NDArray[np.float64]:
 def _check(consumer: Consumer) -> None:
     shape, given = consumer.weight.shape, consumer.importance
     if len(shape) < 2 or (given is not None and given.shape not in ((shape[-1],), (*shape[:-2], shape[-1]))):
-        found = None if given is None else list(given.shape)
-        raise FormatError(f"{consumer.name} has shape {list(shape)}, which importance of shape {found} does not fit")
+        held = None if given is None else list(given.shape)
+        raise FormatError(f"{consumer.name} has shape {list(shape)}, which importance of shape {held} does not fit")
     if consumer.counts is not None and consumer.counts.shape != shape[:-2]:
         raise FormatError(f"{consumer.name} has shape {list(shape)}, but counts {list(consumer.counts.shape)}")
-
-
-def apply(
-    arrays: Mapping[str, Array],
-    choice: FoldChoice,
-    producers: Sequence[tuple[str, str, tuple[int, int] | None]],
-    consumers: Sequence[str],
-) -> dict[str, Array]:
-    """The group's tensors after folding, by name: producers and consumers as FP32, a chosen norm in its dtype.
-
-    ``producers`` are (name, kind, rows) as in ``models.smoothing_groups.Producer``; empty where nothing is folded.
-    """
-    scale = choice.scale
-    if scale is None:
-        return {}
-    result: dict[str, Array] = {}
-    for name, kind, rows in producers:
-        if kind in ("norm", "zero_centred"):
-            assert choice.norm is not None
-            result[name] = choice.norm
-        else:
-            result[name] = fold_rows(arrays[name], scale, rows) if kind == "rows" else fold_vector(arrays[name], scale)
-    for name in consumers:
-        result[name] = fold_columns(result.get(name, arrays[name]), scale)
-    return result

@@ -10,24 +10,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from halfbyte import kernels
 from halfbyte.errors import FormatError
-from halfbyte.formats import AffineFormat, BlockFormat, Format, QuantizedTensor, get_format
+from halfbyte.formats import Format, QuantizedTensor, get_format
+from halfbyte.formats.arrays import Array, Doubles
+from halfbyte.formats.format import check_finite
 from halfbyte.formats.packing import pack_codes
-from halfbyte.kernels import ErrorStats
-from halfbyte.search.encode import as_weight, check_finite, empty, encode, set_scales
+from halfbyte.search.encode import as_weight, empty, encode, set_scales
 from halfbyte.search.gptq_reference import Rounding, round_reference
-from halfbyte.search.hessian import Doubles, Factors, checked, diagonal_blocks, factor
-from halfbyte.search.rotated_space import in_rotated_space
+from halfbyte.search.hessian import Factors, checked, diagonal_blocks, factor
+from halfbyte.search.options import EncodeOptions, GptqKeywords, GptqOptions, Mode, Order
+from halfbyte.search.rotated_space import hessian_in_block_space
 from halfbyte.search.searches import Search, get_search
 
-Mode = Literal["in_loop", "local_hessian", "compensated", "static"]
-Order = Literal["none", "act"]
+if TYPE_CHECKING:
+    from halfbyte.search.options import Unpack
 
 _LARGEST = 1e30  # errors of larger weights would overflow FP32
 
@@ -51,25 +53,18 @@ class Prepared:
 def gptq(
     weight: ArrayLike,
     format: str | Format,
-    search: str,
+    search: str | Search,
     hessian: ArrayLike | Prepared | Sequence[Prepared],
     *,
-    mode: Mode = "in_loop",
-    order: Order = "none",
-    damping: float = 0.01,
-    given: QuantizedTensor | None = None,
-    global_scale: ArrayLike | None = None,
-    global_scale_inv: ArrayLike | None = None,
-    amax: ArrayLike | None = None,
-    power_of_two: bool = False,
-    stats: ErrorStats | None = None,
+    options: GptqOptions | None = None,
+    **keywords: Unpack[GptqKeywords],
 ) -> QuantizedTensor:
     """Quantize ``weight`` [..., N, K] so that the error of its outputs is small, by GPTQ.
 
     ``hessian`` is the mean or sum of x x^T over the inputs x, [K, K], or one for each leading index [..., K, K];
     or what ``prepare`` made of it (a sequence of them for a stack), in which case ``mode``, ``order`` and
-    ``damping`` are those of ``prepare``. Modes say when the scale and table of a block are chosen, among the
-    candidates of ``search``:
+    ``damping`` are those of ``prepare``. Keyword arguments are the fields of ``GptqOptions`` and go before those in
+    ``options``. Modes say when the scale and codebook of a block are chosen, among the candidates of ``search``:
 
     - ``in_loop``: at its turn, each candidate judged by the GPTQ loss that it leads to within the block;
     - ``local_hessian``: at its turn, by e H e of nearest rounding with the block's part of the Hessian;
@@ -78,38 +73,44 @@ def gptq(
 
     ``order`` "act" rounds the columns with the largest activations first: single columns in mode ``static``, whole
     blocks otherwise, since a block's scale is chosen once. ``damping``: see ``halfbyte.search.hessian.factor``. The
-    other arguments are those of ``encode``. For formats in rotated space the Hessian, which must not be prepared, is
+    other fields are those of ``encode``. For formats in rotated space the Hessian, which must not be prepared, is
     rotated too, and DuQuant's rotation is found from it. Rows are independent, so slices of rows (with the ``amax`` or
     ``global_scale`` of the whole) give the bytes of the whole. FormatError for what the format, the Hessian or the
     arguments do not allow.
     """
     fmt = get_format(format)
-    how = get_search(search, fmt)
-    options: dict[str, Any] = {"global_scale": global_scale, "global_scale_inv": global_scale_inv, "amax": amax}
-    if isinstance(fmt, BlockFormat) and fmt.rotation:
-        turned, own, swaps = in_rotated_space(weight, fmt, hessian)
-        options |= {"mode": mode, "order": order, "damping": damping, "power_of_two": power_of_two, "stats": stats}
-        start = None if given is None else dataclasses.replace(given, format=fmt.plain, rotation=None)
-        plain = gptq(turned, fmt.plain, search, own, given=start, **options)
-        return dataclasses.replace(plain, format=fmt, rotation=swaps)
-    array = as_weight(weight, fmt)
-    prepared = _prepared(hessian, fmt, mode, order, damping, array.shape)
-    kind = prepared[0].mode
-    if given is not None and kind != "static":
-        raise FormatError(f"scales are given, but mode {kind!r} chooses them; use mode 'static'")
+    scale_search = get_search(search, fmt)
+    chosen = dataclasses.replace(options or GptqOptions(), **keywords)
+    if chosen.given is not None:
+        chosen = dataclasses.replace(chosen, given=fmt.to_plain(chosen.given))
+    block_hessian, steps = hessian_in_block_space(hessian, fmt, np.shape(weight)[:-2])
+    array, stored_steps = fmt.rotate(as_weight(weight, fmt), steps)
+    tensor = _gptq_plain(array, fmt.plain, scale_search, block_hessian, chosen)
+    return fmt.from_plain(tensor, stored_steps)
+
+
+def _gptq_plain(array: Array, fmt: Format, search: Search, hessian: Any, options: GptqOptions) -> QuantizedTensor:
+    """Round a weight in a format without rotation."""
+    prepared = _prepared(hessian, fmt, options, array.shape)
+    mode, given = prepared[0].mode, options.given
+    if given is not None and mode != "static":
+        raise FormatError(f"scales are given, but mode {mode!r} chooses them; use mode 'static'")
     largest, finite = kernels.amax(array)
-    check_finite(finite, array)
+    if not finite:
+        check_finite(array)
     if float(np.max(largest, initial=0)) > _LARGEST:
         raise FormatError(f"the weight holds {np.max(largest):.3g}; GPTQ needs magnitudes up to {_LARGEST:g}")
-    if kind == "static":
-        out = _fresh(given, fmt, array.shape) if given is not None else None
-        out = out or encode(array, fmt, search, power_of_two=power_of_two, **options)
-    else:
+    if mode != "static":
         out = empty(fmt, array.shape)
-        set_scales(out, how, array, global_scale, global_scale_inv, amax, power_of_two)
-    _round(array, out, how, prepared)
-    if stats is not None:
-        kernels.compare(out, array, stats)
+        set_scales(out, search, array, options)
+    elif given is not None:
+        out = _fresh(given, fmt, array.shape)
+    else:
+        names = ("global_scale", "global_scale_inv", "amax", "power_of_two")
+        out = encode(array, fmt, search, options=EncodeOptions(**{name: getattr(options, name) for name in names}))
+    _round(array, out, search, prepared)
+    if options.stats is not None:
+        kernels.compare(out, array, options.stats)
     return out
 
 
@@ -150,9 +151,9 @@ def local_factors(hessian: Doubles, size: int, damping: float) -> Factors:
     mean = float(np.trace(hessian)) / len(hessian)
     # damped as the whole is: relative to the mean of all columns
     blocks = diagonal_blocks(hessian, size) + damping * mean * np.eye(size)
-    found = factor(blocks, 0.0)
+    factors = factor(blocks, 0.0)
     share = np.trace(blocks, axis1=-2, axis2=-1)[:, None] / size
-    return Factors(found.feedback, found.unfold, found.gain * np.where(share > 0, share, 1), damping)
+    return Factors(factors.feedback, factors.unfold, factors.gain * np.where(share > 0, share, 1), damping)
 
 
 def lower(matrices: Doubles) -> NDArray[np.float32]:
@@ -251,20 +252,18 @@ def _part(out: QuantizedTensor, part: slice, shape: tuple[int, ...]) -> Quantize
 def _fresh(given: QuantizedTensor, fmt: Format, shape: tuple[int, ...]) -> QuantizedTensor:
     """The scales of a tensor, with codes yet to be found."""
     if given.format != fmt or given.shape != shape:
-        found = f"{given.format.name} {list(given.shape)}"
-        raise FormatError(f"the given scales are of {found}, the weight needs {fmt.name} {list(shape)}")
+        kind = f"{given.format.name} {list(given.shape)}"
+        raise FormatError(f"the given scales are of {kind}, the weight needs {fmt.name} {list(shape)}")
     return dataclasses.replace(given, codes=np.empty_like(given.codes))
 
 
-def _prepared(
-    hessian: Any, fmt: Format, mode: Mode, order: Order, damping: float, shape: tuple[int, ...]
-) -> Sequence[Prepared]:
+def _prepared(hessian: Any, fmt: Format, options: GptqOptions, shape: tuple[int, ...]) -> Sequence[Prepared]:
     """One for all matrices of the weight, or one for each."""
     count = int(np.prod(shape[:-2], dtype=np.int64))
     if isinstance(hessian, Prepared):
-        found: Sequence[Prepared] = [hessian]
+        prepared: Sequence[Prepared] = [hessian]
     elif isinstance(hessian, Sequence) and hessian and all(isinstance(one, Prepared) for one in hessian):
-        found = hessian
+        prepared = hessian
     else:
         given = np.asarray(hessian)
         k = shape[-1]
@@ -273,32 +272,33 @@ def _prepared(
         if given.ndim > 2:
             given = given.reshape(-1, k, k)
         each = [given] if given.ndim == 2 else given
-        found = [prepare(one, fmt, mode=mode, order=order, damping=damping) for one in each]
-    if len(found) not in (1, count):
-        raise FormatError(f"{len(found)} Hessians do not fit a stack of {count} matrices")
-    for one in found:
+        mode, order, damping = options.mode, options.order, options.damping
+        prepared = [prepare(one, fmt, mode=mode, order=order, damping=damping) for one in each]
+    if len(prepared) not in (1, count):
+        raise FormatError(f"{len(prepared)} Hessians do not fit a stack of {count} matrices")
+    for one in prepared:
         if one.format != fmt or len(one.rounding.gain) != shape[-1]:
             raise FormatError(
                 f"the Hessian was prepared for {one.format.name} and {len(one.rounding.gain)} columns, "
                 f"not for {fmt.name} and {shape[-1]}"
             )
-        if one.mode != found[0].mode:
+        if one.mode != prepared[0].mode:
             raise FormatError("the Hessians of a stack were prepared for different modes")
-    return found
+    return prepared
 
 
 def problem(fmt: Format) -> str | None:
     """Why GPTQ does not apply to a format, or None."""
-    if isinstance(fmt, BlockFormat | AffineFormat) and fmt.block[0] == 1 and 16 <= fmt.block[1] <= 128:
+    if fmt.rounds_columns and fmt.block[0] == 1 and 16 <= fmt.block[1] <= 128:
         return None if fmt.block[1] % 16 == 0 else f"{fmt.name} has blocks of {fmt.block[1]} columns"
     return f"{fmt.name} has no plain blocks of 16 to 128 columns along K"
 
 
 def check(fmt: Format, mode: str, order: str) -> None:
     """FormatError for a format, mode or order that GPTQ does not have."""
-    found = problem(fmt)
-    if found:
-        raise FormatError(f"GPTQ does not apply: {found}; use a search with importance instead")
+    refusal = problem(fmt)
+    if refusal:
+        raise FormatError(f"GPTQ does not apply: {refusal}; use a search with importance instead")
     for name, value, known in (("mode", mode, get_args(Mode)), ("order", order, get_args(Order))):
         if value not in known:
             raise FormatError(f"unknown {name} {value!r}: known are {', '.join(known)}")

@@ -11,20 +11,14 @@ loss wins; a single candidate is not judged.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import AffineFormat, BlockFormat, Codebook, QuantizedTensor
-from halfbyte.search.affine_search import numbers, solve_range, values
-from halfbyte.search.reference import candidates, unit_of
-from halfbyte.search.rules import SMALLEST
+from halfbyte.formats import Format, QuantizedTensor
+from halfbyte.formats.arrays import Codes, Floats
+from halfbyte.formats.format import ColumnChoice
 from halfbyte.search.searches import Search
-
-Floats = NDArray[np.float32]
-Codes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -45,16 +39,6 @@ class Rounding:
     block_of: NDArray[np.int32] | None = None
 
 
-@dataclass
-class _Choice:
-    """Scales, offsets and tables of one block of every row (a trailing axis may hold candidates)."""
-
-    stored: NDArray[Any]
-    scale: Floats
-    offset: Floats
-    codebook: NDArray[Any]
-
-
 def round_reference(x: Floats, out: QuantizedTensor, search: Search, how: Rounding, codes: Codes) -> None:
     """Round x [L, N, K] into unpacked ``codes`` [L, N, K] and the scales and offsets of ``out``."""
     fmt = out.format
@@ -64,7 +48,7 @@ def round_reference(x: Floats, out: QuantizedTensor, search: Search, how: Roundi
         y *= np.repeat(np.float32(1) / out.global_scale.reshape(-1), n)[None]
     scales = out.scales.reshape(lead * n, -1)
     offsets = None if out.offsets is None else out.offsets.reshape(lead * n, -1)
-    found = codes.reshape(-1, k)
+    columns = codes.reshape(-1, k)
     error = np.zeros_like(y)
     size = fmt.block[1] if how.block_of is None else 16
     for start in range(0, k, size):
@@ -82,23 +66,23 @@ def round_reference(x: Floats, out: QuantizedTensor, search: Search, how: Roundi
         for j in range(start, start + size):
             if how.block_of is not None:
                 b = int(how.block_of[j])
-                choice = _given(fmt, scales[:, b], None if offsets is None else offsets[:, b])
+                choice = fmt.stored_choice(scales[:, b], None if offsets is None else offsets[:, b])
             v = y[j]
             for i in range(start, j) if inner is not None else ():
                 assert inner is not None
                 v = v - error[i] * inner[j - start, i - start]
-            found[:, j], value = _round(v, fmt, choice)
+            columns[:, j], value = fmt.round_column(v, choice)
             error[j] = v - value
 
 
-def _choose(y: Floats, fmt: Any, search: Search, how: Rounding, block: int) -> _Choice:
-    """The scale and table of least loss for blocks y [B, rows]."""
-    best: _Choice | None = None
+def _choose(y: Floats, fmt: Format, search: Search, how: Rounding, block: int) -> ColumnChoice:
+    """The scale and codebook of least loss for blocks y [B, rows]."""
+    best: ColumnChoice | None = None
     loss = np.zeros(y.shape[1], dtype=np.float32)
     unit = None
-    for choice, judged in _candidates(y, fmt, search):
+    for choice, judged in fmt.column_choices(y, search):
         if unit is None:
-            unit = _unit(y, choice, fmt)
+            unit = fmt.column_unit(y, choice)
         new_loss = _loss(y, fmt, choice, unit, how, block) if judged else np.zeros_like(loss)
         if best is None:
             best, loss = choice, new_loss
@@ -108,53 +92,10 @@ def _choose(y: Floats, fmt: Any, search: Search, how: Rounding, block: int) -> _
         for name in ("stored", "scale", "offset", "codebook"):
             setattr(best, name, np.where(better, getattr(choice, name), getattr(best, name)))
     assert best is not None
-    if isinstance(fmt, BlockFormat):
-        zero = ~np.any(y, axis=0)
-        if len(fmt.codebooks) > 1:
-            best.stored = best.stored | (best.codebook << np.uint8(fmt.scale.bits))
-        best.stored = np.where(zero, np.zeros_like(best.stored), best.stored)
-        best.codebook = np.where(zero, np.uint8(0), best.codebook)
-        best.scale = np.where(zero, np.float32(0), best.scale)
-    return best
+    return fmt.settled_choice(best, y)
 
 
-def _unit(y: Floats, first: _Choice, fmt: Any) -> Floats:
-    if isinstance(fmt, AffineFormat):
-        return unit_of(np.maximum(np.abs(y.min(axis=0)), np.abs(y.max(axis=0))) + SMALLEST)
-    return unit_of(first.scale)
-
-
-def _candidates(y: Floats, fmt: Any, search: Search) -> Any:
-    """Pairs of a choice and whether there is anything to judge."""
-    none = np.zeros(y.shape[1], dtype=np.float32)
-    if isinstance(fmt, AffineFormat):
-        low, high = y.min(axis=0), y.max(axis=0)
-        for shrink_low in search.shrink:
-            for shrink_high in search.shrink:
-                scale, offset = solve_range(low * np.float32(shrink_low), high * np.float32(shrink_high), fmt)
-                yield _Choice(scale.astype(ml_dtypes.bfloat16), scale, offset, none), True
-        return
-    assert isinstance(fmt, BlockFormat)
-    amax = np.abs(y).max(axis=0)
-    single = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(fmt.codebooks) == 1
-    single = single and search.only != "four_over_six"
-    for index in fmt.order:
-        base = fmt.codebooks[fmt.order[0]] if fmt.shared_base else fmt.codebooks[index]
-        for stored, scale in _scales(amax, base, fmt, search):
-            yield _Choice(stored, scale, none, np.full(len(amax), index, dtype=np.uint8)), not single
-
-
-def _scales(amax: Floats, codebook: Codebook, fmt: BlockFormat, search: Search) -> Any:
-    if search.only != "four_over_six":
-        yield from candidates(amax, codebook, fmt, search)
-        return
-    base = np.where(amax == 0, np.float32(1), amax) / np.float32(codebook.top)
-    for factor in (1.0, 1.5) if codebook.kind == "e2m1" else (1.0,):
-        stored = fmt.scale.to_code(base * np.float32(factor))
-        yield stored, fmt.scale.to_value(stored)
-
-
-def _loss(y: Floats, fmt: Any, choice: _Choice, unit: Floats, how: Rounding, block: int) -> Floats:
+def _loss(y: Floats, fmt: Format, choice: ColumnChoice, unit: Floats, how: Rounding, block: int) -> Floats:
     size = len(y)
     coefficients = None if how.judge is None else how.judge[block]
     errors: list[Floats] = []
@@ -164,7 +105,7 @@ def _loss(y: Floats, fmt: Any, choice: _Choice, unit: Floats, how: Rounding, blo
         if how.judge_feedback and coefficients is not None:
             for i in range(j):
                 v = v - errors[i] * coefficients[j, i]
-        v = v - _round(v, fmt, choice)[1]
+        v = v - fmt.round_column(v, choice)[1]
         errors.append(v)
         if not how.judge_feedback and coefficients is not None:
             for i in range(j):
@@ -172,33 +113,3 @@ def _loss(y: Floats, fmt: Any, choice: _Choice, unit: Floats, how: Rounding, blo
         u = v * unit
         total = total + u * u * how.gain[block * size + j]
     return total
-
-
-def _round(v: Floats, fmt: Any, choice: _Choice) -> tuple[Codes, Floats]:
-    """Codes and values of one column."""
-    if isinstance(fmt, AffineFormat):
-        q = numbers(v, choice.scale, choice.offset, fmt)
-        return q.astype(np.uint8), values(q, choice.scale, choice.offset, fmt)
-    zero = choice.scale == 0
-    z = v * (np.float32(1) / np.where(zero, np.float32(1), choice.scale))
-    codes = np.zeros(v.shape, dtype=np.uint8)
-    found = np.zeros(v.shape, dtype=np.float32)
-    for index, codebook in enumerate(fmt.codebooks):
-        mine = choice.codebook == index
-        if mine.any():
-            part = codebook.encode(z[mine])
-            codes[mine], found[mine] = part, codebook.array[part]
-    codes[zero] = fmt.codebooks[0].encode(np.zeros((1, 1), dtype=np.float32))[0, 0]
-    return codes, np.where(zero, np.float32(0), found * choice.scale)
-
-
-def _given(fmt: Any, stored: NDArray[Any], offset: NDArray[Any] | None) -> _Choice:
-    """The choice that stored scales stand for; a stored zero is a block of zeros."""
-    none = np.zeros(len(stored), dtype=np.float32)
-    if isinstance(fmt, AffineFormat):
-        assert offset is not None
-        return _Choice(stored, stored.astype(np.float32), offset.astype(np.float32), none)
-    scale, codebook = fmt.split_scales(stored)
-    zero = (stored & np.uint8((1 << fmt.scale.bits) - 1)) == 0 if stored.dtype == np.uint8 else scale == 0
-    chosen = np.zeros(len(stored), dtype=np.uint8) if codebook is None else codebook
-    return _Choice(stored, np.where(zero, np.float32(0), scale), none, chosen)

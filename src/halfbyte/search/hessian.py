@@ -11,13 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from halfbyte import kernels
 from halfbyte.errors import FormatError
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from halfbyte.formats.arrays import Doubles
 
 _RETRIES = 3  # each with ten times the damping
 
@@ -75,11 +73,11 @@ def factor(hessian: Doubles, damping: float) -> Factors:
         raise FormatError(f"damping is {damping}, but must lie between 0 and 1, relative to the mean of the diagonal")
     for step in range(_RETRIES + 1):
         now = max(damping, 1e-6 if step else 0.0) * 10**step
-        # H = R R^T with R upper triangular: the Cholesky factor of H with rows and columns turned around
-        turned = damped(hessian[..., ::-1, ::-1], now)
-        inverse, gain = np.empty_like(turned), np.empty(turned.shape[:-1])
-        if _cholesky(turned, inverse, gain):
-            unfold = np.swapaxes(turned, -1, -2)[..., ::-1, ::-1]
+        # H = R R^T with R upper triangular: the Cholesky factor of H with rows and columns in reverse order
+        reverse = damped(hessian[..., ::-1, ::-1], now)
+        inverse, gain = np.empty_like(reverse), np.empty(reverse.shape[:-1])
+        if _cholesky(reverse, inverse, gain):
+            unfold = np.swapaxes(reverse, -1, -2)[..., ::-1, ::-1]
             return Factors(inverse[..., ::-1, ::-1], unfold, gain[..., ::-1], now)
     raise FormatError(
         f"the Hessian is not positive definite with a damping of {damping}, nor with {_RETRIES} tenfold ones; "
@@ -91,9 +89,9 @@ def _cholesky(matrices: Doubles, inverse: Doubles, gain: Doubles) -> bool:
     """``halfbyte.kernels.factor_into``, by NumPy where there are no kernels."""
     size = matrices.shape[-1]
     flat = [a.reshape(-1, *a.shape[matrices.ndim - 2 :]) for a in (matrices, inverse, gain)]
-    found = kernels.factor_into(*flat)
-    if found is not None:
-        return found
+    definite = kernels.factor_into(*flat)
+    if definite is not None:
+        return definite
     return all(factor_reference(*(a[i] for a in flat)) for i in range(len(flat[0]))) if size else True
 
 
@@ -119,12 +117,3 @@ def diagonal_blocks(matrix: Doubles, size: int) -> Doubles:
     lead, count = matrix.shape[:-2], matrix.shape[-1] // size
     tiled = matrix.reshape(*lead, count, size, count, size)
     return np.moveaxis(np.diagonal(tiled, axis1=-4, axis2=-2), -1, -3)
-
-
-def output_error(weight: ArrayLike, decoded: ArrayLike, hessian: ArrayLike) -> float:
-    """Relative output error of a quantized weight: trace(E H E^T) / trace(W H W^T), [..., N, K] and [..., K, K]."""
-    w = np.asarray(weight).astype(np.float64)
-    e = np.asarray(decoded).astype(np.float64) - w
-    h = np.asarray(hessian, dtype=np.float64)
-    energy = float(np.sum((w @ h) * w))
-    return float(np.sum((e @ h) * e)) / energy if energy else 0.0

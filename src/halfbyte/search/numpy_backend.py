@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from halfbyte.formats import AffineFormat, BlockFormat, HiF4Format, QuantizedTensor
+from halfbyte.formats import Format, QuantizedTensor
+from halfbyte.formats.arrays import Floats
 from halfbyte.formats.packing import pack_codes
-from halfbyte.search.affine_search import encode_affine
 from halfbyte.search.blocks import from_blocks, to_blocks
-from halfbyte.search.hif4_search import encode_hif4
-from halfbyte.search.reference import encode_blocks
 from halfbyte.search.searches import Search
 
-Floats = NDArray[np.float32]
 _CHUNK = 1 << 17  # elements at a time: the working set stays in the cache
 
 
 def encode_reference(x: Floats, out: QuantizedTensor, search: Search, weights: Floats | None) -> None:
     """Encode x [L, N, K] into the arrays of ``out``; weights [1 or L, K], the largest 1."""
     fmt = out.format
-    if isinstance(fmt, BlockFormat) and fmt.block == (-1, -1):
+    if fmt.scale_per_matrix:
         return _whole(x, fmt, out)
     blocks = to_blocks(x, fmt.block)
     lead, per_matrix, size = blocks.shape
@@ -35,21 +31,17 @@ def encode_reference(x: Floats, out: QuantizedTensor, search: Search, weights: F
     for i in range(0, len(blocks), step):
         part = slice(i, min(i + step, len(blocks)))
         weight = None if rows is None else rows(part)
-        if isinstance(fmt, AffineFormat):
-            assert offsets is not None
-            codes[part], scales[part], offsets[part] = encode_affine(blocks[part], fmt, search, weight)
-        elif isinstance(fmt, HiF4Format):
-            codes[part], scales[part] = encode_hif4(blocks[part], search, weight)
-        else:
-            assert isinstance(fmt, BlockFormat)
-            per_block = None if scale is None else scale[part]
-            codes[part], scales[part] = encode_blocks(blocks[part], fmt, search, per_block, weight)
+        encoded = fmt.encode_reference(blocks[part], search, None if scale is None else scale[part], weight)
+        codes[part], scales[part] = encoded.codes, encoded.scales
+        if offsets is not None:
+            offsets[part] = encoded.offsets
     unpacked = from_blocks(codes, (lead, x.shape[1], x.shape[2]), fmt.block)
     out.codes[...] = pack_codes(unpacked, 8 * out.codes.shape[-1] // x.shape[2]).reshape(out.codes.shape)
 
 
-def _whole(x: Floats, fmt: BlockFormat, out: QuantizedTensor) -> None:
+def _whole(x: Floats, fmt: Format, out: QuantizedTensor) -> None:
     """One scale for the whole matrix, which is in ``out`` already."""
+    assert fmt.scale is not None
     inverse = np.float32(1) / fmt.scale.to_value(out.scales)
     out.codes[...] = fmt.codebooks[0].encode(x * inverse.reshape(-1, 1, 1)).reshape(out.codes.shape)
 

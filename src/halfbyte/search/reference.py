@@ -15,25 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.formats import BlockFormat, Codebook
+from halfbyte.formats.arrays import Codes, Floats
+from halfbyte.formats.format import ScaleSearch
+from halfbyte.formats.losses import loss_of, unit_of
 from halfbyte.search.rules import base_codes
-from halfbyte.search.searches import Metric, Search
-
-Floats = NDArray[np.float32]
-Codes = NDArray[np.uint8]
-_LANES = 64
 
 
 def encode_blocks(
-    x: Floats, fmt: BlockFormat, search: Search, global_scale: Floats | None, weight: Floats | None
+    x: Floats, fmt: BlockFormat, search: ScaleSearch, global_scale: Floats | None, weight: Floats | None
 ) -> tuple[Codes, NDArray[Any]]:
     """Codes [n, B] (unpacked) and stored scales [n] of blocks x [n, B]; global_scale [n], weight [n, B]."""
     y = x if global_scale is None else x * (np.float32(1) / global_scale)[:, None]
     if search.only == "four_over_six":
         assert global_scale is not None
-        found = _four_over_six(x, fmt, search, global_scale, weight)
+        codes, scales = _four_over_six(x, fmt, search, global_scale, weight)
     else:
-        found = _sweep(y, fmt, search, weight)
-    codes, scales = found
+        codes, scales = _sweep(y, fmt, search, weight)
     zero = ~np.any(x, axis=1)
     codes[zero] = fmt.codebooks[0].encode(np.zeros((1, 1), dtype=np.float32))[0, 0]
     scales[zero] = 0
@@ -41,10 +38,10 @@ def encode_blocks(
 
 
 def candidates(
-    amax: Floats, codebook: Codebook, fmt: BlockFormat, search: Search
+    amax: Floats, codebook: Codebook, fmt: BlockFormat, search: ScaleSearch
 ) -> Iterator[tuple[NDArray[Any], Floats]]:
     """Scale codes and values to try for blocks of this (normalised) amax, the absmax scale first."""
-    base = base_codes(np.where(amax == 0, np.float32(1), amax), codebook, fmt, search)
+    base = base_codes(np.where(amax == 0, np.float32(1), amax), codebook, fmt, search.rule)
     limit = largest_scale(codebook)
     if fmt.scale.ordered:
         high = min(fmt.scale.high, int(fmt.scale.to_code(np.array([limit]))[0]))
@@ -59,28 +56,36 @@ def candidates(
         yield codes, fmt.scale.to_value(codes)
 
 
+def column_candidates(
+    amax: Floats, codebook: Codebook, fmt: BlockFormat, search: ScaleSearch
+) -> Iterator[tuple[NDArray[Any], Floats]]:
+    """The candidates of GPTQ, in whose order of operations Four Over Six is two scales for E2M1 and one otherwise."""
+    if search.only != "four_over_six":
+        yield from search.candidates(amax, codebook, fmt)
+        return
+    base = np.where(amax == 0, np.float32(1), amax) / np.float32(codebook.top)
+    for factor in (1.0, 1.5) if codebook.kind == "e2m1" else (1.0,):
+        stored = fmt.scale.to_code(base * np.float32(factor))
+        yield stored, fmt.scale.to_value(stored)
+
+
 def largest_scale(codebook: Codebook) -> np.float32:
     """A bound for scales that keeps every value of the table finite in FP32, rounding to BF16 included."""
     return np.float32(np.finfo(np.float32).max / np.nanmax(np.abs(codebook.array)) * (1 - 2.0**-8))
 
 
-def unit_of(scale: Floats) -> Floats:
-    """The power of two that brings each scale into [0.5, 1)."""
-    return np.ldexp(np.float32(1), -np.frexp(scale)[1]).astype(np.float32)
-
-
-def _sweep(y: Floats, fmt: BlockFormat, search: Search, weight: Floats | None) -> tuple[Codes, NDArray[Any]]:
+def _sweep(y: Floats, fmt: BlockFormat, search: ScaleSearch, weight: Floats | None) -> tuple[Codes, NDArray[Any]]:
     best = _Best(y.shape, fmt)
     amax = np.abs(y).max(axis=1)
     base_codebook = fmt.codebooks[fmt.order[0]]
     unit: Floats | None = None
-    only = (search.offsets, search.power_offsets) == ((0,), (0,)) and len(fmt.codebooks) == 1
+    single = search.single(fmt)
     for index in fmt.order:
         codebook = fmt.codebooks[index]
-        for stored, scale in candidates(amax, base_codebook if fmt.shared_base else codebook, fmt, search):
+        for stored, scale in search.candidates(amax, base_codebook if fmt.shared_base else codebook, fmt):
             z = y * (np.float32(1) / scale)[:, None]
             codes = codebook.encode(z)
-            if only:
+            if single:
                 return codes, stored
             unit = unit_of(scale) if unit is None else unit
             relative = scale * unit
@@ -90,7 +95,7 @@ def _sweep(y: Floats, fmt: BlockFormat, search: Search, weight: Floats | None) -
 
 
 def _four_over_six(
-    x: Floats, fmt: BlockFormat, search: Search, global_scale: Floats, weight: Floats | None
+    x: Floats, fmt: BlockFormat, search: ScaleSearch, global_scale: Floats, weight: Floats | None
 ) -> tuple[Codes, NDArray[Any]]:
     """Four Over Six in the FP32 order of its reference implementation (arXiv 2512.02010, fouroversix)."""
     # a power of two changes no bit of the result; it keeps the squares of huge and tiny weights in range
@@ -134,25 +139,3 @@ class _Best:
         self.loss[better] = loss[better]
         self.codes[better] = codes[better]
         self.scales[better] = stored[better]
-
-
-def loss_of(error: Floats, weight: Floats | None, metric: Metric) -> Floats:
-    """Per block: (weighted) sum of squares, sum of magnitudes, or the largest magnitude."""
-    terms = error * error if metric == "sse" else np.abs(error)
-    if weight is not None:
-        terms = terms * weight
-    if metric == "max":
-        return np.asarray(terms.max(axis=1))
-    if terms.shape[1] > _LANES * 2:
-        # large blocks (channels, tiles, tensors): 64 running sums, then their sum
-        padded = np.pad(terms, ((0, 0), (0, -terms.shape[1] % _LANES)))
-        terms = _running_sum(padded.reshape(len(terms), -1, _LANES).transpose(1, 0, 2))
-    return _running_sum(np.ascontiguousarray(terms.T))
-
-
-def _running_sum(rows: Floats) -> Floats:
-    """Sum over the first axis, one after the other: the order that vector code with a block per lane has."""
-    total = np.zeros(rows.shape[1:], dtype=np.float32)
-    for row in rows:
-        total += row
-    return total

@@ -22,12 +22,12 @@ from numpy.typing import ArrayLike, NDArray
 from halfbyte import kernels
 from halfbyte.errors import FormatError
 from halfbyte.formats import Format, get_format
+from halfbyte.formats.arrays import Doubles
+from halfbyte.formats.losses import SMALLEST
 from halfbyte.search.encode import as_weight, encode, relative_importance
-from halfbyte.search.rules import SMALLEST
-from halfbyte.search.rules import global_scale as absmax_scale
+from halfbyte.search.options import EncodeOptions
 from halfbyte.search.searches import get_search
-
-Doubles = NDArray[np.float64]
+from halfbyte.search.searches import global_scale as absmax_scale
 
 ITERATIONS, TOLERANCE = 15, 1e-3
 # elements that are compared at a time, few enough for their FP64 copies to stay in a core's cache
@@ -129,18 +129,19 @@ def row_sums(
     """
     weights = relative_importance(importance, rows.shape)
     columns = 1.0 if weights is None else weights.astype(np.float64)
-    given = {"global_scale_inv": np.float32(1) / scale} if global_scale_inv else {"global_scale": scale}
-    found = np.empty((len(rows), 3))
+    inverse = np.float32(1) / scale
+    options = EncodeOptions(global_scale_inv=inverse) if global_scale_inv else EncodeOptions(global_scale=scale)
+    sums = np.empty((len(rows), 3))
     step = max(1, _CHUNK // max(rows.shape[1], 1))
     for start in range(0, len(rows), step):
-        part, sums = rows[start : start + step], found[start : start + step]
-        decoded = encode(part, fmt, search, importance, **given).decode().astype(np.float64)
+        part, chunk = rows[start : start + step], sums[start : start + step]
+        decoded = encode(part, fmt, search, importance, options=options).decode().astype(np.float64)
         wide = part.astype(np.float64)
         weighted = decoded * columns
-        sums[:, 1] = (weighted * wide).sum(axis=-1)
-        sums[:, 2] = (weighted * decoded).sum(axis=-1)
-        sums[:, 0] = (np.square(decoded - wide) * columns).sum(axis=-1)
-    return found
+        chunk[:, 1] = (weighted * wide).sum(axis=-1)
+        chunk[:, 2] = (weighted * decoded).sum(axis=-1)
+        chunk[:, 0] = (np.square(decoded - wide) * columns).sum(axis=-1)
+    return sums
 
 
 def unfittable(fmt: Format) -> str | None:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from halfbyte.checkpoint import Layout, Reader, build_header, nbytes
 from halfbyte.checkpoint.header import read_header
 from halfbyte.errors import CheckpointError
+from halfbyte.formats.arrays import Floats
 from halfbyte.models import Piece, Weight
 from halfbyte.models.smoothing_groups import SmoothingGroup
-from halfbyte.search.awq import Floats, smooth_norm
+from halfbyte.search.awq import smooth_norm
 from halfbyte.source.checkpoint import Checkpoint
 
 Array = NDArray[Any]
