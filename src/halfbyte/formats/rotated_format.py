@@ -61,6 +61,11 @@ class RotatedFormat(Format):
         """What a group stores beside its scale."""
         return self.base.offset
 
+    @property
+    def rounds_columns(self) -> bool:
+        """Whether GPTQ can round the rotated weight in the plain format."""
+        return self.base.rounds_columns
+
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """The arrays of the plain format, and the steps of the rotation where it has any."""
         parts = self.base.parts(shape)
