@@ -83,7 +83,8 @@ def test_files_have_the_planned_bytes_and_verify(model: str, tmp_path: Path) -> 
 def test_tensors_lie_where_the_library_finds_them(model: str, tmp_path: Path) -> None:
     plan = run(checkpoint(tmp_path / "m", model), tmp_path / "out", linear("q8_0"), "gguf")
     found = stored(tmp_path / "out" / "m-test.gguf")
-    planned = {o.name: at for i in plan.items for o, at in zip(i.outputs, i.offsets, strict=True)}
+    placed = [item for shard in plan.shards for item in shard.items]
+    planned = {o.name: at for i in placed for o, at in zip(i.outputs, i.offsets, strict=True)}
     assert {name: int(t.data_offset) for name, t in found.items() if name != "rope_freqs.weight"} == planned
 
 
@@ -260,7 +261,8 @@ def test_verify_notices_other_metadata_and_other_values(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     at = content.index(b"qwen3.rope.freq_base") + len(b"qwen3.rope.freq_base") + 4
     content[at : at + 4] = np.float32(12345).tobytes()
-    norm = next(i for i in plan.items if i.weight.name == "model.norm.weight")
+    placed = [item for shard in plan.shards for item in shard.items]
+    norm = next(i for i in placed if i.weight.name == "model.norm.weight")
     content[norm.offsets[0]] ^= 1
     path.write_bytes(content)
     problems = " ".join(verify(tmp_path / "out", source).problems)
