@@ -75,3 +75,13 @@ def test_empty_weights_are_refused(shape: tuple[int, ...]) -> None:
 def test_a_vector_is_refused_where_a_scale_spans_rows(name: str) -> None:
     with pytest.raises(FormatError, match="needs a matrix"):
         encode(np.ones(128, dtype=np.float32), name)
+
+
+@pytest.mark.parametrize("names", [("nvfp4",), ("new_format", "affine4"), ("int4",)])
+def test_a_name_or_alias_that_is_taken_is_refused(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_FORMATS", dict(registry._FORMATS))
+    before = get_format("nvfp4")
+    fmt = BlockFormat(names[0], (codebooks.E2M1,), scales.FP16, (1, 64))
+    with pytest.raises(FormatError, match=f"the name '{names[-1]}' belongs to the format"):
+        register(fmt, *names[1:])
+    assert get_format("nvfp4") is before and "new_format" not in list_formats()

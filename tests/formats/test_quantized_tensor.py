@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 
 from halfbyte.formats import QuantizedTensor, get_format
@@ -26,3 +29,16 @@ def test_the_tensor_scale_of_each_expert_is_its_own() -> None:
     q = encode(x.astype(np.float32), "nvfp4")
     assert q.global_scale is not None and q.global_scale.shape == (2,)
     assert np.array_equal(q.global_scale, (np.abs(x).max(axis=(1, 2)) / 2688).astype(np.float32))
+
+
+def test_decoding_is_compiled_whatever_was_imported_before() -> None:
+    code = """
+import sys
+import numpy as np
+from halfbyte.formats import QuantizedTensor, get_format
+assert "halfbyte.kernels" not in sys.modules
+tensor = QuantizedTensor(get_format("mxfp4"), (1, 32), np.full((1, 16), 0x22, np.uint8), np.full((1, 1), 127, np.uint8))
+assert (tensor.decode() == 1).all() and "halfbyte.kernels" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from halfbyte.errors import FormatError
 from halfbyte.formats import get_format, list_formats
-from halfbyte.search import SEARCHES, get_search
+from halfbyte.search import SEARCHES, Search, encode, get_search, register_search
 
 
 def test_sweep_and_absmax_apply_to_every_format() -> None:
@@ -70,3 +71,15 @@ def test_the_sweep_contains_the_four_of_four_over_six_for_every_scale() -> None:
     base = np.arange(1, 127).astype(np.uint8)
     four = E4M3.to_code(E4M3.to_value(base) * np.float32(1.5)).astype(int)
     assert set((four - base).tolist()) <= set(SEARCHES["sweep"].offsets)
+
+
+def test_a_registered_search_is_found_by_its_name_and_a_taken_name_is_refused() -> None:
+    narrow = Search("narrow", "absmax and its two neighbours", offsets=(0, 1, -1))
+    try:
+        assert register_search(narrow) is narrow and get_search("narrow") is narrow
+        with pytest.raises(FormatError, match="there is a search 'narrow' already"):
+            register_search(narrow)
+        x = np.random.RandomState(0).standard_normal((4, 64)).astype(np.float32)
+        assert encode(x, "nvfp4", "narrow").scales.tobytes() == encode(x, "nvfp4", narrow).scales.tobytes()
+    finally:
+        del SEARCHES["narrow"]

@@ -143,11 +143,6 @@ def model_of(config: Mapping[str, Any]) -> Model:
     raise PlanError(f"the dialect gguf is written for {known}, and this checkpoint is {architectures[0]}")
 
 
-def model_named(name: str) -> Model | None:
-    """The model of a ``general.architecture``."""
-    return next((model for model in MODELS if model.name == name), None)
-
-
 def library() -> Any:
     """The library gguf; PlanError says how to install it."""
     try:
