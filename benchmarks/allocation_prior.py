@@ -30,7 +30,7 @@ from halfbyte.allocate.prior import structure_factors
 from halfbyte.demo import MODEL as DEMO
 from halfbyte.dialects import get_dialect
 from halfbyte.evaluate import sensitivity
-from halfbyte.plan.calibration_use import is_tied
+from halfbyte.models.tied import is_tied
 from halfbyte.source.checkpoint import Checkpoint
 
 ROLES = ("linear", "embedding", "lm_head", "router", "shared_expert_gate")

@@ -72,3 +72,14 @@ def test_experts_of_another_dtype_or_shape_are_refused_by_name(odd: Tensor) -> N
     gather.sources[1, 0] = odd
     with pytest.raises(CheckpointError, match=r"cannot be stacked: l\.0\.g has .* but not odd"):
         gather.weight(None)
+
+
+def test_a_huge_number_in_a_name_costs_no_more_than_a_small_one() -> None:
+    gather = gate_up(1)
+    gather.sources[10**17, 0] = Tensor("l.big.g", "BF16", (4, 8))
+    with pytest.raises(
+        CheckpointError, match=r"missing are l\.1\.g, l\.1\.u, l\.2\.g, l\.2\.u and 199999999999999995 more"
+    ):
+        gather.weight(None)
+    with pytest.raises(CheckpointError, match=r"and \d+ more; download"):
+        gate_up(1).weight(10**12)

@@ -24,8 +24,8 @@ from halfbyte.calibration import Calibration
 from halfbyte.dialects import Dialect, get_dialect
 from halfbyte.errors import PlanError
 from halfbyte.formats import get_format
+from halfbyte.models.tied import is_tied
 from halfbyte.plan.build import make_plan
-from halfbyte.plan.calibration_use import is_tied
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.recipes import Recipe, parse_recipe
 from halfbyte.source.checkpoint import Checkpoint

@@ -19,7 +19,7 @@ from halfbyte.errors import CheckpointError, FormatError, PlanError
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Weight
 from halfbyte.models.roles import LINEAR, bare_role, is_under
-from halfbyte.plan.calibration_use import is_tied
+from halfbyte.models.tied import is_tied
 from halfbyte.search import encode, get_search
 from halfbyte.source.checkpoint import FLOATS, Checkpoint
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from halfbyte.checkpoint.config import CONFIG
 from halfbyte.checkpoint.files import check_unicode, parse_object, read_small, reason
+from halfbyte.checkpoint.foreign import check_plain
 from halfbyte.errors import CheckpointError
 
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 #: Weights in other formats (and their indexes): another copy of the model, never side files.
@@ -89,7 +90,10 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         ):
             raise CheckpointError(f"{path.name} names the file {file!r}, which is no plain path inside its folder")
     metadata = table.get("metadata")
-    return weight_map, metadata if isinstance(metadata, dict) else {}
+    if not isinstance(metadata, dict):
+        return weight_map, {}
+    check_plain(metadata, f"metadata of {path.name}")
+    return weight_map, metadata
 
 
 def _list(root: Path) -> dict[str, int | None]:

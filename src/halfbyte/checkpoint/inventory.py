@@ -12,9 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.config import check_config, read_config
 from halfbyte.checkpoint.dtypes import nbytes
 from halfbyte.checkpoint.files import check_unicode, collector_paused, parse_object, read_small
-from halfbyte.checkpoint.folder import CONFIG, Contents, scan
+from halfbyte.checkpoint.folder import Contents, scan
+from halfbyte.checkpoint.foreign import check_plain
 from halfbyte.checkpoint.gguf_header import find_gguf, read_gguf
 from halfbyte.checkpoint.header import TensorInfo, check_shape, read_header
 from halfbyte.checkpoint.source import resolve
@@ -74,7 +76,7 @@ class Inventory:
             raise CheckpointError(f"{src} holds no tensor")
         return cls(
             tensors=tensors,
-            config=_config(found.root / CONFIG),
+            config=read_config(found.root),
             root=found.root,
             side_files=contents.side_files,
             side_file_bytes=sum(contents.side_files.values()),
@@ -100,6 +102,8 @@ class Inventory:
         if not isinstance(config, dict) or not isinstance(meta, dict) or not isinstance(entries, dict):
             raise CheckpointError(f"{path.name} must hold the objects config, meta and tensors")
         check_unicode(entries, path.name)
+        check_plain(meta, path.name)
+        check_config(config, f"config of {path.name}")
         side_bytes = meta.get("side_file_bytes", 0)
         if type(side_bytes) is not int or side_bytes < 0:
             raise CheckpointError(f"meta.side_file_bytes in {path.name} must be a number of bytes")
@@ -143,11 +147,6 @@ class Inventory:
         digest = hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode())
         digest.update(json.dumps(self.config, sort_keys=True, separators=(",", ":")).encode())
         return digest.hexdigest()
-
-
-def _config(path: Path) -> dict[str, Any]:
-    # Not strict: configs of real models contain Infinity.
-    return parse_object(read_small(path), str(path), strict=False) if path.exists() else {}
 
 
 @collector_paused()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NoReturn, Protocol
@@ -184,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _forget_output()
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", BAD_INPUT)
+    except Exception as error:
+        return _unexpected(error)
 
 
 def _forget_output() -> None:
@@ -192,6 +195,16 @@ def _forget_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unexpected(error: Exception) -> int:
+    """One sentence for what nobody has thought of; ``HALFBYTE_DEBUG=1`` shows where it happened."""
+    if os.environ.get("HALFBYTE_DEBUG") == "1":
+        traceback.print_exc()
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    what = f"{type(error).__name__}{place}: {str(error)[:200]}"
+    return _fail(f"this is a bug, or a damaged file: {what} (HALFBYTE_DEBUG=1 shows more)", BAD_INPUT)
 
 
 def _fail(message: str, code: int) -> int:

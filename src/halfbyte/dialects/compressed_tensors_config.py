@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from halfbyte.checkpoint.foreign import Fields
 from halfbyte.dialects.module_patterns import compact
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, get_format, rotated
+from halfbyte.models.regex import Patterns
 
 # the library version whose configuration this is; its loaders read the field but do not compare it
 VERSION = "0.20.0"
@@ -162,25 +164,27 @@ def quantization_config(
 class Schemes:
     """Which format each module of a compressed-tensors checkpoint has."""
 
-    def __init__(self, config: Mapping[str, Any], source: str) -> None:
+    def __init__(self, config: Fields, source: str) -> None:
         self.source = source
-        if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        if config.fields("sparsity_config").text("format", "dense") != "dense":
             raise CheckpointError(f"the weights of {source} are sparse (sparsity_config), which cannot be read")
-        self.rotated = _rotated_inputs(config.get("transform_config") or {}, source)
-        self.groups: list[tuple[list[str], Format, dict[str, Any]]] = []
-        for group in config.get("config_groups", {}).values():
-            name = _format_name(group.get("weights") or {}, group.get("format") or config.get("format", ""))
+        self.rotated = _rotated_inputs(config.fields("transform_config"), source)
+        self.groups: list[tuple[Patterns, Format, dict[str, Any]]] = []
+        for key, group in config.fields("config_groups").members():
+            weights = group.fields("weights")
+            name = _format_name(weights.values, group.text("format") or config.text("format"))
             if name is None:
                 raise CheckpointError(
-                    f"{source} holds the compressed-tensors scheme {group.get('weights')}, which is not supported"
+                    f"{source} holds the compressed-tensors scheme {str(dict(weights.values))[:300]} ({key}), which is "
+                    "not supported"
                 )
-            inputs = group.get("input_activations") or {}
-            self.groups.append((list(group.get("targets", [])), get_format(name), inputs))
+            inputs = dict(group.fields("input_activations").values)
+            self.groups.append((_targets(group, source), get_format(name), inputs))
 
     def format_of(self, module: str) -> Format:
         """The format of a module's weight."""
         fmt = self._group(module)[0]
-        sizes = {size for targets, size in self.rotated if any(_matches(target, module) for target in targets)}
+        sizes = {size for targets, size in self.rotated if targets.match(module)}
         if sizes and sizes != {fmt.block[1]}:
             raise CheckpointError(
                 f"{module} of {self.source} is rotated in blocks of {sorted(sizes)} columns, which are not those of "
@@ -195,40 +199,39 @@ class Schemes:
     def _group(self, module: str) -> tuple[Format, dict[str, Any]]:
         """By target pattern or name, then by the class ``Linear``; as the library does it."""
         for targets, fmt, inputs in self.groups:
-            if any(_matches(target, module) for target in targets):
+            if targets.match(module):
                 return fmt, inputs
         for targets, fmt, inputs in self.groups:
-            if "Linear" in targets:
+            if "Linear" in targets.exact:
                 return fmt, inputs
         raise CheckpointError(f"no config group of {self.source} has {module} as a target; its scheme is unknown")
 
 
-def _rotated_inputs(config: Mapping[str, Any], source: str) -> list[tuple[list[str], int]]:
+def _rotated_inputs(config: Fields, source: str) -> list[tuple[Patterns, int]]:
     """Targets and block sizes of the Hadamard rotations of inputs; CheckpointError for all other transforms."""
     rotations = []
-    for scheme in (config.get("config_groups") or {}).values():
-        places = {place.get("location"): place for place in scheme.get("apply") or ()}
-        targets = [place.get("targets") for place in places.values()]
+    for _, scheme in config.fields("config_groups").members():
+        places = {place.text("location"): place for place in scheme.objects("apply")}
+        targets = [place.texts("targets") for place in places.values()]
+        size = scheme.count("head_dim")
         if (
-            scheme.get("type") != "hadamard"
-            or scheme.get("randomize")
-            or not isinstance(scheme.get("head_dim"), int)
+            scheme.text("type") != "hadamard"
+            or scheme.flag("randomize")
+            or size is None
             or set(places) != {"input", "weight_input"}
             or targets[0] != targets[1]
-            or any(place.get("ignore") for place in places.values())
+            or any(place.texts("ignore") for place in places.values())
         ):
             raise CheckpointError(
                 f"the weights of {source} are rotated (transform_config) otherwise than by Hadamard matrices of their "
                 "inputs' blocks, which cannot be read"
             )
-        rotations.append((list(targets[0] or ()), scheme["head_dim"]))
+        rotations.append((_targets(places["input"], source), size))
     return rotations
 
 
-def _matches(target: str, module: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target[3:], module) is not None
-    return target == module
+def _targets(group: Fields, source: str) -> Patterns:
+    return Patterns(group.texts("targets"), f"the targets of a group in config.json of {source}")
 
 
 def _format_name(weights: Mapping[str, Any], compressor: str) -> str | None:

@@ -17,7 +17,7 @@ from halfbyte.checkpoint import Inventory
 from halfbyte.dialects.compressed_tensors_config import Schemes, transform_name
 from halfbyte.dialects.module_spelling import ModulePart, ModuleSpelling, Table
 from halfbyte.dialects.outputs import Array, OutputTensor
-from halfbyte.dialects.quantization_config import quantization_config_of
+from halfbyte.dialects.quantization_config import quantization_fields
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format
 from halfbyte.formats.rotation import hadamard_matrix
@@ -98,7 +98,7 @@ class CompressedTensorsSpelling(ModuleSpelling):
 @lru_cache(maxsize=1)
 def schemes(inventory: Inventory) -> Schemes:
     """Return the schemes of a checkpoint's configuration."""
-    return Schemes(quantization_config_of(inventory), inventory.source)
+    return Schemes(quantization_fields(inventory), inventory.source)
 
 
 @cache

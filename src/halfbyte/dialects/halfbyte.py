@@ -7,7 +7,6 @@ convention.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +16,12 @@ from halfbyte.checkpoint import Inventory, TensorInfo, safetensors_name
 from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.module_patterns import compact, spaces
 from halfbyte.dialects.outputs import Array, OutputTensor
-from halfbyte.dialects.quantization_config import quantization_config_of
+from halfbyte.dialects.quantization_config import quantization_config_of, quantization_fields
 from halfbyte.dialects.spelling import Spelling
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.models import Weight
+from halfbyte.models.regex import Patterns
 
 VERSION = 1
 # what files have called an array since version 1, where that is not its name here
@@ -51,17 +51,19 @@ class HalfbyteSpelling(Spelling):
 
     def dense(self, inventory: Inventory) -> tuple[dict[str, TensorInfo], dict[str, Format]]:
         """Replace each group of ``T_*`` tensors by T."""
-        settings = quantization_config_of(inventory)
-        if settings.get("version") != VERSION:
+        settings = quantization_fields(inventory)
+        if settings.count("version") != VERSION:
             raise CheckpointError(
-                f"{inventory.source} is written in version {settings.get('version')} of the halfbyte dialect, but this "
-                f"release reads version {VERSION}; install a matching release"
+                f"{inventory.source} is written in version {settings.count('version')} of the halfbyte dialect, but "
+                f"this release reads version {VERSION}; install a matching release"
             )
-        for name, stated in settings.get("formats", {}).items():
-            check_description(name, stated)
+        for name, stated in settings.fields("formats").members():
+            check_description(name, stated.values)
+        weights = settings.fields("weights")
+        where = f"the weights of quantization_config in {inventory.source}"
         patterns = [
-            (get_format(name), [re.compile(p.removeprefix("re:")) for p in expressions])
-            for name, expressions in settings.get("weights", {}).items()
+            (_format(name), Patterns([f"re:{p.removeprefix('re:')}" for p in weights.texts(name)], where))
+            for name in weights.values
         ]
         tensors: dict[str, TensorInfo] = {}
         formats: dict[str, Format] = {}
@@ -119,23 +121,26 @@ def stored_arrays(tensor: QuantizedTensor) -> dict[str, Array]:
     return {suffix(part): np.asarray(getattr(tensor, part)) for part in tensor.format.parts(tensor.shape)}
 
 
-def check_description(name: str, stated: dict[str, Any]) -> None:
+def check_description(name: str, stated: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose format is not what this release means by the name."""
-    try:
-        description = get_format(name).describe()
-    except FormatError as error:
-        raise CheckpointError(f"the checkpoint uses a format that this release does not know: {error}") from error
-    for key, value in description.items():
+    for key, value in _format(name).describe().items():
         if key in stated and stated[key] != value:
             raise CheckpointError(
-                f"the checkpoint's format {name} says {key} = {stated[key]}, but this release means {value}; "
+                f"the checkpoint's format {name} says {key} = {str(stated[key])[:80]}, but this release means {value}; "
                 "convert the checkpoint with the release that wrote it"
             )
 
 
-def _format_of(weight: str, patterns: list[tuple[Format, list[re.Pattern[str]]]]) -> Format:
-    for fmt, expressions in patterns:
-        if any(p.match(weight) for p in expressions):
+def _format(name: str) -> Format:
+    try:
+        return get_format(name)
+    except FormatError as error:
+        raise CheckpointError(f"the checkpoint uses a format that this release does not know: {error}") from error
+
+
+def _format_of(weight: str, patterns: list[tuple[Format, Patterns]]) -> Format:
+    for fmt, names in patterns:
+        if names.match(weight):
             return fmt
     raise CheckpointError(f"quantization_config does not say which format {weight} has; the checkpoint is damaged")
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, Reader, TensorInfo, nbytes
+from halfbyte.checkpoint.foreign import Fields
 from halfbyte.dialects.mlx_names import Model, stack_of
 from halfbyte.dialects.outputs import Array
 from halfbyte.dialects.quantization_config import quantization_config_of
@@ -163,14 +164,16 @@ class Source:
         tensors = self.inventory.tensors
         weight, scales = tensors[f"{module}.weight"], tensors[f"{module}.scales"]
         stated = self.settings.get(self.model.path(self.model.original(module)), self.settings.get(module))
-        settings = stated if isinstance(stated, dict) else self.settings
+        if not weight.shape or not scales.shape or 0 in (*weight.shape, *scales.shape):
+            raise CheckpointError(f"{module}.weight or {module}.scales in {self.inventory.source} holds no values")
+        settings = Fields(stated if isinstance(stated, dict) else self.settings, "config.json", "quantization")
         words, groups = weight.shape[-1], scales.shape[-1]
         if scales.dtype == "U8":
             mode, group, bits = _MODES.get(words // groups, ("", 0, 0))
             scaled = f"{module}.global_scale" in tensors
             name = mode if mode != "nvfp4" or scaled else "nvfp4_unscaled"
         else:
-            group, bits, name = settings.get("group_size", 64), settings.get("bits", 4), "affine"
+            group, bits = settings.count("group_size", 64) or 0, settings.count("bits", 4) or 0
             name = f"affine{bits}_g{group}"
         if not group or words * 32 != groups * group * bits:
             raise CheckpointError(

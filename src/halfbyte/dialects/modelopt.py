@@ -14,7 +14,15 @@ from typing import Any
 from halfbyte.checkpoint import Inventory
 from halfbyte.dialects.capabilities import ActivationScales, Package
 from halfbyte.dialects.dialect import Dialect, register_dialect
-from halfbyte.dialects.modelopt_config import CACHE, FILE, Algorithms, config_file, quantization_config, settings_of
+from halfbyte.dialects.modelopt_config import (
+    CACHE,
+    FILE,
+    Algorithms,
+    config_file,
+    quantization_config,
+    settings_fields,
+    settings_of,
+)
 from halfbyte.dialects.module_patterns import spaces
 from halfbyte.dialects.module_spelling import ModulePart, ModuleSpelling
 from halfbyte.dialects.modules import is_linear, modules, scaled_modules
@@ -65,7 +73,7 @@ class ModelOptSpelling(ModuleSpelling):
         for name, info in inventory.tensors.items():
             if info.dtype in ("U8", "F8_E4M3") and not name.endswith("_scale"):
                 _check_codes(name, info.dtype, inventory)
-        return Algorithms(settings_of(inventory), inventory.source).format_of
+        return Algorithms(settings_fields(inventory), inventory.source).format_of
 
 
 class ModelOptActivations(ActivationScales):

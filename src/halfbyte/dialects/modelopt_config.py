@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
-from halfbyte.dialects.quantization_config import quantization_config_of
+from halfbyte.checkpoint.files import parse_object, read_small
+from halfbyte.checkpoint.foreign import Fields, check_plain
+from halfbyte.dialects.quantization_config import quantization_fields
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, get_format
 
@@ -66,40 +68,44 @@ def config_file(config: Mapping[str, Any]) -> bytes:
 
 def settings_of(inventory: Inventory) -> dict[str, Any]:
     """ModelOpt's settings of a checkpoint, {} where there are none; older ones have only the extra file."""
-    config = quantization_config_of(inventory)
+    return dict(settings_fields(inventory).values)
+
+
+def settings_fields(inventory: Inventory) -> Fields:
+    """The same by type."""
+    config = quantization_fields(inventory)
     if config:
-        ours = str(config.get("quant_method", "")).startswith("modelopt")
-        inner = config.get("quantization")
-        return (inner if isinstance(inner, dict) else config) if ours else {}
+        inner = config.fields("quantization")
+        return (inner or config) if config.text("quant_method").startswith("modelopt") else Fields(None, config.file)
+    where = f"{FILE} in {inventory.source}"
     if inventory.root is None or FILE not in inventory.side_files:
-        return {}
-    try:
-        settings = json.loads((inventory.root / FILE).read_bytes())["quantization"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{FILE} in {inventory.source} cannot be read ({error!r})") from error
-    return settings if isinstance(settings, dict) and settings.get("quant_algo") else {}
+        return Fields(None, where)
+    content = parse_object(read_small(inventory.root / FILE), where, strict=False)
+    check_plain(content, where)
+    settings = Fields(content, where).fields("quantization")
+    return settings if settings.text("quant_algo") else Fields(None, where)
 
 
 class Algorithms:
     """Which format each module of a ModelOpt checkpoint has."""
 
-    def __init__(self, settings: Mapping[str, Any], source: str) -> None:
+    def __init__(self, settings: Fields, source: str) -> None:
         self.source = source
-        self.algorithm = str(settings.get("quant_algo", ""))
-        layers = settings.get("quantized_layers")
-        self.layers: Mapping[str, Any] | None = layers if isinstance(layers, dict) else None
+        self.algorithm = settings.text("quant_algo")
+        self.layers = settings.fields("quantized_layers") if "quantized_layers" in settings else None
 
     def format_of(self, module: str) -> Format:
         """The format of a module that is stored quantized."""
         stated = self.algorithm
         if self.layers is not None:
-            entry = self.layers.get(module)
-            if not isinstance(entry, dict):
+            if module not in self.layers:
                 raise CheckpointError(f"{module} in {self.source} is quantized, but quantized_layers does not name it")
-            stated = str(entry.get("quant_algo", ""))
+            stated = self.layers.fields(module).text("quant_algo")
         name = FORMATS.get(stated.upper())
         if name is None:
-            raise CheckpointError(f"{module} in {self.source} has the algorithm {stated!r}, which is not supported")
+            raise CheckpointError(
+                f"{module} in {self.source} has the algorithm {stated[:80]!r}, which is not supported"
+            )
         return get_format(name)
 
 

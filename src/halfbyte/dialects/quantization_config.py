@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
+from halfbyte.checkpoint.config import QUANTIZATION, parts_of
+from halfbyte.checkpoint.foreign import Fields
 
-# the second is an older name, the third MLX's
-_SETTINGS = ("quantization_config", "compression_config", "quantization")
 OWN = "halfbyte"
 STOP = {"transformers_weights": "nothing that it can read alone: pip install halfbyte and import halfbyte.transformers"}
 """In config.json of the dialect halfbyte: without halfbyte, transformers would fill the model with random numbers and
@@ -16,23 +16,28 @@ warn once. With this it refuses to load, since the name is no safetensors file's
 
 
 def quantization_config_of(inventory: Inventory) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint's config.json or of its text model, {} where there is none."""
-    text = inventory.config.get("text_config")
-    for part in (inventory.config, text if isinstance(text, dict) else {}):
-        for key in _SETTINGS:
+    """The ``quantization_config`` of a checkpoint's config.json or of a configuration in it, {} if there is none."""
+    return dict(quantization_fields(inventory).values)
+
+
+def quantization_fields(inventory: Inventory) -> Fields:
+    """The same by type; the outermost one counts, and a text model's before that of another part."""
+    for place, part in parts_of(inventory.config):
+        for key in QUANTIZATION:
             settings = part.get(key)
             if isinstance(settings, dict) and settings:
-                return settings
-    return {}
+                return Fields(settings, f"config.json of {inventory.source}", f"{place}.{key}" if place else key)
+    return Fields(None, f"config.json of {inventory.source}")
 
 
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without its ``quantization_config``, wherever it stands."""
-    plain = {key: value for key, value in config.items() if key not in _SETTINGS and STOP.get(key) != value}
-    text = plain.get("text_config")
-    if isinstance(text, dict):
-        plain["text_config"] = {key: value for key, value in text.items() if key not in _SETTINGS}
-    return plain
+    parts = {id(part) for _, part in parts_of(config)}
+    return {
+        key: unquantized_config(value) if id(value) in parts else value
+        for key, value in config.items()
+        if key not in QUANTIZATION and STOP.get(key) != value
+    }
 
 
 def is_fp8_cache(scheme: Any) -> bool:

@@ -31,9 +31,9 @@ def get_format(name: str | Format) -> Format:
         return name
     fmt = _FORMATS.get(_ALIASES.get(name, name)) or _rotated(name)
     if fmt is None:
-        near = difflib.get_close_matches(name, [*_FORMATS, *_ALIASES], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(name[:64], [*_FORMATS, *_ALIASES], n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else f"known formats: {', '.join(_FORMATS)}"
-        raise FormatError(f"unknown format {name!r}: {hint}")
+        raise FormatError(f"unknown format {name[:64]!r}: {hint}")
     return fmt
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Protocol
 
+from halfbyte.checkpoint.config import text_parts
 from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.models import family_schema as schema
 from halfbyte.models.classify import Classifier, Kind
@@ -159,9 +160,9 @@ def family_for(config: Mapping[str, Any], names: Iterable[str] = ()) -> Family:
     An unknown architecture gets a generic family whose `note` says so and how many of `names` it recognises.
     """
     registry = _registry()
-    text = config.get("text_config") or {}
-    model_types = [config.get("model_type"), text.get("model_type")]
-    architectures = [*(config.get("architectures") or ()), *(text.get("architectures") or ())]
+    parts = text_parts(config)
+    model_types = [part.get("model_type") for part in parts]
+    architectures = [name for part in parts for name in part.get("architectures") or ()]
     for key in (*model_types, *architectures):
         if isinstance(key, str) and key in registry:
             return _family(registry[key])
@@ -225,8 +226,8 @@ def _gather(kind: Kind, role: str, layer: int | None) -> Gather:
 
 
 def _number(config: Mapping[str, Any], key: str) -> int | None:
-    for part in (config.get("text_config"), config):
-        if part and isinstance(part.get(key), int):
+    for part in reversed(text_parts(config)):
+        if isinstance(part.get(key), int):
             return int(part[key])
     return None
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 from halfbyte.errors import CheckpointError
 from halfbyte.models.weight import Piece, Weight
+
+_SHOWN = 4
 
 
 class TensorLike(Protocol):
@@ -79,15 +82,17 @@ class Gather:
     def _complete(self, experts: int) -> None:
         if len(self.sources) == experts * len(self.parts):
             return
-        missing = [
-            self.spellings[part].format(expert=expert)
-            for expert in range(experts)
-            for part in range(len(self.parts))
-            if (expert, part) not in self.sources
-        ]
+        count = experts * len(self.parts) - len(self.sources)
+        places = ((expert, part) for expert in range(experts) for part in range(len(self.parts)))
+        # a number in a name may be 10^17: only the first ones that are missing are looked for
+        missing = (self.spellings[part].format(expert=expert) for expert, part in places if self._lacks(expert, part))
         raise CheckpointError(
-            f"the experts of {self.name} are incomplete, missing are {_some(missing)}; download the checkpoint again"
+            f"the experts of {self.name} are incomplete, missing are {_some(list(islice(missing, _SHOWN)), count)}; "
+            "download the checkpoint again"
         )
+
+    def _lacks(self, expert: int, part: int) -> bool:
+        return (expert, part) not in self.sources
 
     def _alike(self, first: TensorLike) -> None:
         for what in ("shape", "dtype"):
@@ -96,11 +101,10 @@ class Gather:
             if odd:
                 raise CheckpointError(
                     f"the experts of {self.name} cannot be stacked: {first.name} has {what} {value}, "
-                    f"but not {_some(odd)}"
+                    f"but not {_some(odd[:_SHOWN], len(odd))}"
                 )
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{shown}{rest}"
+def _some(names: list[str], count: int) -> str:
+    rest = f" and {count - len(names)} more" if count > len(names) else ""
+    return f"{', '.join(names)}{rest}"

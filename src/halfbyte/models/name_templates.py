@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
+# as engines write them: ASCII, without leading zeros, and no longer than a machine's integer
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,17})(?![^.])")
 _TOKEN = re.compile(r"\{layer\}|\{expert\}|\{n\}|\*")
 _REGEX = {"{layer}": "(?P<layer>#)", "{expert}": "(?P<expert>#)", "{n}": "#", "*": ".*"}
 

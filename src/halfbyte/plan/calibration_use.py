@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from halfbyte.formats import rotation_of
 from halfbyte.models.name_templates import normalise
 from halfbyte.models.roles import bare_role
 from halfbyte.models.smoothing_groups import SmoothingGroup, find_groups
+from halfbyte.models.tied import is_tied
 from halfbyte.plan.refusal import Refusal, enforce
 from halfbyte.plan.shards import Item
 from halfbyte.recipes import Decision, Method, Recipe
@@ -308,11 +309,6 @@ def stored_folds(out: Path, source: Checkpoint, reader: Reader) -> dict[str, Smo
         if name not in groups:
             raise CheckpointError(f"{FOLDS} folds {name}, which cannot be folded in this source")
     return make_smoothings(source, reader, [groups[name] for name in scales], scales)
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a model's output weights are its embeddings."""
-    return any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {}))
 
 
 def _smoothings(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from halfbyte.plan.calibration_use import is_tied
+from halfbyte.models.tied import is_tied
 from halfbyte.plan.refusal import Refusal
 from halfbyte.plan.shards import Item
 from halfbyte.plan.transcoding import REQUANTIZED

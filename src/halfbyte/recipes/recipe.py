@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -22,12 +21,13 @@ from pydantic import (
 
 from halfbyte.errors import RecipeError
 from halfbyte.formats.rotation import ROTATIONS
+from halfbyte.models.regex import REGEX, check_expression
 from halfbyte.models.roles import ROLES, is_known
 from halfbyte.models.strict_yaml import load_yaml
 from halfbyte.recipes.old_keys import replace_old_keys
 
 ALIASES = ("linear", "all")
-REGEX = "re:"
+_COMPARED = 200
 OF_GPTQ = frozenset({"static_groups", "order", "damping"})
 OF_FORMATS = frozenset(
     {
@@ -96,12 +96,11 @@ class Rule(BaseModel):
     def _entries_make_sense(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
         for entry in entries:
             if entry.startswith(REGEX):
-                try:
-                    re.compile(entry[len(REGEX) :])
-                except re.error as error:
-                    raise ValueError(f"{entry!r} is not a valid regular expression: {error}") from None
+                problem = check_expression(entry[len(REGEX) :])
+                if problem:
+                    raise ValueError(f"{entry[:100]!r} is not a valid regular expression here: {problem}")
             elif entry not in ALIASES and not is_known(entry):
-                raise ValueError(f"there is no role {entry!r}{nearest(entry, known_roles())}")
+                raise ValueError(f"there is no role {entry[:100]!r}{nearest(entry, known_roles())}")
         return entries
 
     @model_validator(mode="wrap")
@@ -265,7 +264,9 @@ def known_roles() -> list[str]:
 
 def nearest(word: str, known: list[str], count: int = 3) -> str:
     """`; nearest: a, b` with the most similar of `known`, or nothing if none is similar."""
-    matches = difflib.get_close_matches(word, known, n=count, cutoff=0.5)
+    # comparing takes the square of the length
+    short = [name for name in known if len(name) <= _COMPARED]
+    matches = difflib.get_close_matches(word[:_COMPARED], short, n=count, cutoff=0.5)
     return f"; nearest: {', '.join(matches)}" if matches else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -10,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 from halfbyte.errors import FormatError, RecipeError
 from halfbyte.formats import get_format, rotated
 from halfbyte.models.name_templates import normalise
+from halfbyte.models.regex import REGEX, Patterns
 from halfbyte.models.roles import LINEAR, is_under
 from halfbyte.models.weight import Weight
-from halfbyte.recipes.recipe import REGEX, Recipe, Rule, nearest
+from halfbyte.recipes.recipe import Recipe, Rule, nearest
 from halfbyte.search import get_search
 
 
@@ -49,6 +49,7 @@ class Decision:
 
 # the search's names for what a block's scale is judged by when its turn comes
 _MODES = {"gptq_loss": "in_loop", "local_hessian": "local_hessian", "squared_error": "compensated"}
+_EXAMPLES = 1_000  # weights that a hint looks at
 UNMATCHED = Decision("keep", None, None, None, "error", "no rule of the recipe selects it", None)
 
 
@@ -123,7 +124,7 @@ def _matches(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]
 
 
 def _regex_matches(entry: str, weights: Sequence[Weight], where: str) -> list[int]:
-    search = re.compile(entry[len(REGEX) :]).search
+    search = Patterns([entry], where, anywhere=True).match
     found = []
     for index, weight in enumerate(weights):
         if search(weight.name):
@@ -145,7 +146,7 @@ def _regex_matches(entry: str, weights: Sequence[Weight], where: str) -> list[in
 def _nothing(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]], where: str) -> str:
     if entry.startswith(REGEX):
         # by pattern, so that one layer speaks for all and a huge checkpoint is still compared in no time
-        examples = {normalise(weight.name): weight.name for weight in weights}
+        examples = {normalise(weight.name): weight.name for weight in weights[:_EXAMPLES]}
         hint = nearest(entry[len(REGEX) :].replace("\\", ""), list(examples.values()))
     else:
         roles = sorted(by_role)

@@ -1,0 +1,77 @@
+"""config.json: read, checked where halfbyte relies on it, and searched for the configurations inside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.files import parse_object, read_small
+from halfbyte.checkpoint.foreign import Fields, check_plain
+
+CONFIG = "config.json"
+#: Where config.json says how a checkpoint is quantized: the usual key, an older one, MLX's.
+QUANTIZATION = ("quantization_config", "compression_config", "quantization")
+
+# the configuration of a composite model's language model
+_TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "llm", "language_model_config")
+_OBJECTS = (*QUANTIZATION, *_TEXT[:4], "vision_config", "auto_map", "rope_scaling", "rope_parameters")
+_COUNTS = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "moe_intermediate_size", "moe_latent_size"),
+    *("num_experts", "n_routed_experts", "num_local_experts", "num_experts_per_tok", "full_attention_interval"),
+)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json, {} where there is none; CheckpointError where a value is of a wrong type."""
+    path = folder / CONFIG
+    if not path.exists() and not path.is_symlink():
+        return {}
+    # not strict: configs of real models contain Infinity
+    config = parse_object(read_small(path), str(path), strict=False)
+    check_config(config, str(path))
+    return config
+
+
+def check_config(config: Mapping[str, Any], file: str) -> None:
+    """Refuse a configuration that cannot be written again, or whose known keys have values of wrong types."""
+    check_plain(config, file)
+    for place, part in parts_of(config):
+        fields = Fields(part, file, place)
+        for key in _OBJECTS:
+            fields.fields(key)
+        for key in QUANTIZATION:
+            fields.fields(key).text("quant_method")
+        fields.texts("architectures")
+        fields.text("model_type")
+        fields.flag("tie_word_embeddings")
+        for key in _COUNTS:
+            value = part.get(key)
+            # per layer in some models
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, int | float) and not isinstance(item, bool):
+                    Fields({key: item}, file, place).number(key)
+                elif item is not None:
+                    raise fields.wrong(key, "a number")
+
+
+def parts_of(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A configuration and every configuration inside of it, with their places; text models come first."""
+    level = [(place, config)]
+    while level:
+        yield from level
+        level = [
+            (f"{outer}.{key}" if outer else key, inner)
+            for outer, part in level
+            for key, inner in sorted(part.items(), key=lambda entry: entry[0] not in _TEXT)
+            if isinstance(inner, Mapping) and (key.endswith("config") or key in _TEXT) and key not in QUANTIZATION
+        ]
+
+
+def text_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A configuration and those of its language model, the outermost first."""
+    parts = [config]
+    for part in parts:
+        parts += [part[key] for key in _TEXT if isinstance(part.get(key), Mapping)]
+    return parts
