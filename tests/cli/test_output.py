@@ -112,3 +112,20 @@ def test_exact_sizes_say_both() -> None:
 def test_control_characters_are_spelled_out(text: str) -> None:
     assert human.clean(text).isprintable()
     assert os.linesep not in human.clean(text)
+
+
+def test_without_a_terminal_steps_are_lines_on_stderr_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte.cli import output
+
+    monkeypatch.setattr(output, "SECONDS", 0.0)
+    with output.steps("calibrating", False) as report:
+        assert report is not None
+        for done in range(4):
+            report(done, 3)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    lines = shown.err.splitlines()
+    assert lines[0] == "halfbyte: calibrating: 0 of 3" and lines[1] == "halfbyte: calibrating: 1 of 3, 0 s left"
+    assert lines[-1] == "halfbyte: calibrating: 3 of 3"

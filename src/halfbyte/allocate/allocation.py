@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from halfbyte.allocate.choices import (
     Progress,
     make_units,
     measure,
+    measured_groups,
     predict,
-    read_sensitivity,
 )
 from halfbyte.allocate.prior import structure_factors
 from halfbyte.allocate.solve import Allocation, allocate, check_budget, frontier
@@ -117,13 +118,18 @@ def allocate_recipe(
     rest = size_of(plan) - smallest.bytes
     if limit <= rest:
         raise PlanError(
-            f"weights of other roles alone need {rest} bytes, and the limit is {limit}; raise it, or let more roles be "
-            "decided (--roles)"
+            f"weights of other roles alone need {human(rest)}, and the limit is {human(limit)}; the smallest possible "
+            f"is {_smallest(size_of(plan), plan, budget)}, or let more roles be decided (--roles)"
+        )
+    if smallest.bytes > limit - rest:
+        raise PlanError(
+            f"the smallest formats need {human(size_of(plan))}, more than the limit of {human(limit)}; the smallest "
+            f"possible is {_smallest(size_of(plan), plan, budget)}, or allow smaller formats or more roles"
         )
     check_budget(units, limit - rest)
     measured = None
     if sensitivity is not None:
-        measured = read_sensitivity(sensitivity() if callable(sensitivity) else sensitivity)
+        measured = measured_groups(sensitivity() if callable(sensitivity) else sensitivity)
     measure(checkpoint, units, searches, calibration, progress, measured or ())
     factors = None if alike else structure_factors(checkpoint.weights, is_tied(checkpoint.inventory.config))
     predict(units, measured, factors)
@@ -154,6 +160,23 @@ def smallest_recipe(
     chosen: list[Choice] = [min(unit.choices[1:], key=lambda c: c.bytes) for unit in units]  # the first is to keep it
     text = recipe_text("smallest", units, chosen, checkpoint.weights, _searches(formats))
     return parse_recipe(text, "smallest")
+
+
+def human(count: int) -> str:
+    """``4131072 bytes (4.13 MB)``."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} bytes" + ("" if unit == "bytes" else f" ({value:.3g} {unit})")
+
+
+def _smallest(size: int, plan: Plan, budget: int | None) -> str:
+    """The option that asks for the smallest possible size."""
+    if budget is not None:
+        return f"--budget {size}"
+    return f"--bits {math.ceil(8000 * size / max(plan.parameters, 1)) / 1000:g}"
 
 
 def _searches(formats: Sequence[str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 from halfbyte.allocate.prior import HEAD, STREAM
 from halfbyte.calibration import Calibration
 from halfbyte.checkpoint import Reader, nbytes
-from halfbyte.checkpoint.files import parse_object, reason
 from halfbyte.dialects import Dialect
 from halfbyte.errors import CheckpointError, FormatError, PlanError
+from halfbyte.evaluate.sensitivity_file import ALL, read_sensitivity
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Weight
 from halfbyte.models.roles import LINEAR, bare_role, is_under
@@ -191,23 +190,13 @@ class Measured:
     kl: float
 
 
-def read_sensitivity(path: str | Path) -> list[Measured]:
-    """The groups of a sensitivity file, without the one of the whole recipe."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = reason(error) if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise CheckpointError(f"the sensitivities {path} cannot be read ({why})") from error
-    rows: list[dict[str, Any]] = [
-        parse_object(line.encode(), f"{path.name}, line {i}") for i, line in enumerate(lines, 1)
-    ]
-    if not rows or rows[0].get("halfbyte") != "sensitivity":
-        raise CheckpointError(f"{path} is no file of `halfbyte sensitivity`")
+def measured_groups(path: str | Path) -> list[Measured]:
+    """The groups of a sensitivity file, without the one of the whole recipe; those of an interrupted run as well."""
+    content = read_sensitivity(path)
     return [
-        Measured(frozenset(row["weights"]), str(row["format"]), float(row["kl"]["mean"]))
-        for row in rows[1:]
-        if row.get("group") != "all" and row.get("kl")
+        Measured(frozenset(group["weights"]), group["format"], float(group["kl"]["mean"]))
+        for group in content["groups"]
+        if group["group"] != ALL
     ]
 
 
@@ -224,8 +213,10 @@ def _factor(unit: AllocationUnit, measured: Sequence[Measured]) -> float:
             names -= shared
             formats.add(group.format)
     if names:
+        more = f" and {len(names) - 1} more of {unit.name}" if len(names) > 1 else ""
         raise CheckpointError(
-            f"the sensitivities say nothing of {sorted(names)[0]}; measure them with a recipe that quantizes it"
+            f"the sensitivities say nothing of {sorted(names)[0]}{more}; measure them with a recipe that quantizes it, "
+            "or run an interrupted `halfbyte sensitivity` again, which continues"
         )
     if len(formats) > 1 or MIXED in formats:
         raise CheckpointError(

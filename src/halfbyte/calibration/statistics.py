@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ Array = NDArray[Any]
 ABOUT = "statistics.json"
 VERSION = 1
 _KIND = "halfbyte-statistics"
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # of a file in the folder itself
 _MAXIMA = ("amax", "keys", "values")
 _TYPES = {"count": "I64", "routed": "I64", "squares": "F64", "hessian": "F32", **dict.fromkeys(_MAXIMA, "F32")}
 _EXACT = ("source", "hessians", "all_experts", "caches", "parts")
@@ -68,7 +70,25 @@ def read_about(folder: Path) -> dict[str, Any]:
     about = parse_object(raw, str(folder / ABOUT))
     if about.get("kind") != _KIND or about.get("version") != VERSION:
         raise CheckpointError(f"{folder / ABOUT} is not of this halfbyte; collect the statistics again")
+    _check_about(about, folder / ABOUT)
     return about
+
+
+def _check_about(about: Mapping[str, Any], where: Path) -> None:
+    """CheckpointError where a key has another type, or a part has a name that is no plain name of a file."""
+    parts, texts, done = about.get("parts"), about.get("texts", []), about.get("done", 0)
+    numbers = [about.get(key, 0) for key in ("samples", "tokens", "length")]
+    if not isinstance(parts, list) or not isinstance(texts, list) or not isinstance(about.get("source", {}), dict):
+        raise CheckpointError(f"{where} is damaged: `parts` and `texts` are lists, `source` is an object")
+    if any(type(number) is not int or number < 0 for number in (*numbers, done)):
+        raise CheckpointError(f"{where} is damaged: `samples`, `tokens`, `length` and `done` are whole numbers")
+    for name in parts:
+        if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+            raise CheckpointError(
+                f"{where} names a part {str(name)[:60]!r}, which is no plain name; the file is damaged"
+            )
+    if len(set(parts)) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{where} is damaged: a part is named twice, or a text has no name")
 
 
 def new_about(**facts: Any) -> dict[str, Any]:
@@ -92,7 +112,20 @@ class Statistics:
             if metadata.get("format") != _KIND:
                 raise CheckpointError(f"{self.folder / file} holds no statistics; collect them again")
             self._entries.update({t.name: t for t in tensors})
-            self.same.update(json.loads(metadata.get("same", "{}")))
+            self.same.update(_shared(metadata.get("same", "{}"), self.folder / file))
+
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        """CheckpointError for an array of a kind, type or shape that statistics do not have."""
+        for name, info in self._entries.items():
+            weight, _, kind = name.rpartition(".")
+            if not weight or _TYPES.get(kind) != info.dtype:
+                raise CheckpointError(
+                    f"{name} in {self.folder / info.file} is no array of statistics; collect them again"
+                )
+            if kind == "count" and f"{weight}.squares" not in self._entries:
+                raise CheckpointError(f"{self.folder / info.file} lacks {weight}.squares; collect the statistics again")
 
     @cached_property
     def names(self) -> list[str]:
@@ -131,6 +164,14 @@ class Statistics:
             found.values[name] = (squares / tokens).astype(np.float32)
             found.counts[name] = np.array(count)
         return found
+
+
+def _shared(text: str, where: Path) -> dict[str, str]:
+    """Weights and the one whose inputs each shares; CheckpointError where this is something else."""
+    shared = parse_object(text.encode(), f"`same` of {where}")
+    if not all(isinstance(name, str) for name in shared.values()):
+        raise CheckpointError(f"`same` of {where} does not name weights; collect the statistics again")
+    return shared
 
 
 def merge(folders: Sequence[str | Path], out: str | Path) -> None:

@@ -31,6 +31,13 @@ def exact(count: int) -> str:
     return f"{count:,} bytes ({size(count)})" if count >= 1000 else f"{count} bytes"
 
 
+def duration(seconds: float) -> str:
+    """``40 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def parse_size(text: str) -> int:
     """``5GB``, ``500 MB``, ``4GiB`` or a number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())

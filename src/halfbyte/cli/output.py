@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from halfbyte.cli.human import clean
+from halfbyte.cli.human import clean, duration
 from halfbyte.cli.json_stdout import write_document
 
 if TYPE_CHECKING:
@@ -108,15 +109,44 @@ def progress(label: str, total: int, silent: bool) -> Iterator[Callable[[int], N
 
 @contextmanager
 def steps(label: str, silent: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """The same for work that is counted in steps: the callback takes how many are done, and of how many."""
-    if silent or not _on_terminal():
+    """The same for work that is counted in steps: the callback takes how many are done, and of how many.
+
+    Without a terminal it is a line on stderr for each step, at most one in ``SECONDS``, with the time that is left.
+    """
+    if silent:
         yield None
+        return
+    if not _on_terminal():
+        yield _lines(label)
         return
     from rich import progress as rich
 
     with _bar(rich.MofNCompleteColumn(), rich.TimeRemainingColumn(compact=True)) as bar:
         task = bar.add_task(clean(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+SECONDS = 1.0
+"""Between two lines of progress where there is no terminal."""
+
+
+def _lines(label: str) -> Callable[[int, int], None]:
+    """Print ``halfbyte: calibrating: 3 of 40, 2 min left`` on stderr, judged by the steps so far."""
+    state = {"began": time.monotonic(), "first": -1.0, "said": 0.0}
+
+    def report(done: int, total: int) -> None:
+        now = time.monotonic()
+        if state["first"] < 0:
+            state["first"] = done
+        if done < total and now - state["said"] < SECONDS and state["said"]:
+            return
+        state["said"] = now
+        steps_done = done - state["first"]
+        left = (total - done) * (now - state["began"]) / steps_done if steps_done > 0 else None
+        rest = "" if left is None or done == total else f", {duration(left)} left"
+        print(f"halfbyte: {clean(label)}: {done} of {total}{rest}", file=sys.stderr, flush=True)
+
+    return report
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from halfbyte.evaluate.forward import reference_key, score, store_reference
 from halfbyte.evaluate.models import check_length, opened
 from halfbyte.evaluate.placement import places
 from halfbyte.evaluate.reference_logprobs import Cache, Reference
+from halfbyte.evaluate.sensitivity_file import ALL, VERSION, read_sensitivity
 from halfbyte.evaluate.text import Passage, passage_of
 from halfbyte.evaluate.weight_errors import WeightError, compare_weights
 from halfbyte.models import Weight
@@ -40,8 +41,6 @@ from halfbyte.recipes import Recipe, load_recipe
 from halfbyte.runtime.loading import load_tokenizer
 from halfbyte.source.checkpoint import Checkpoint
 
-VERSION = 1
-ALL = "all"
 By = Literal["group", "role", "weight"]
 Progress = Callable[[int, int], None]
 
@@ -137,27 +136,16 @@ def sensitivity(
     return {**header, "groups": groups}
 
 
-def read_sensitivity(path: str | Path) -> dict[str, Any]:
-    """A sensitivity file as one object: the header with ``groups``. OutputError if it is none."""
-    path = Path(path)
-    lines = path.read_bytes().split(b"\n")
-    header = _object(lines[0])
-    if header is None or header.get("halfbyte") != "sensitivity" or header.get("version") != VERSION:
-        raise OutputError(f"{path} is no sensitivity file of this version; choose another name")
-    # a line that was torn when its process was killed is measured again
-    return {**header, "groups": [group for line in lines[1:] if (group := _object(line)) is not None]}
-
-
 def _continue(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     """The groups that an earlier run has measured; a new file where there is none."""
     if not path.exists():
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return []
     found = read_sensitivity(path)
-    if found["key"] != header["key"]:
+    if found.get("key") != header["key"]:
         raise OutputError(
-            f"{path} holds another measurement (of {found['source']} with {found['recipe']}); choose another name "
-            "or remove it"
+            f"{path} holds another measurement (of {found.get('source')} with {found.get('recipe')}); choose another "
+            "name or remove it"
         )
     groups: list[dict[str, Any]] = found["groups"]
     return groups
@@ -173,14 +161,6 @@ def _append(path: Path, group: dict[str, Any]) -> None:
         file.write(json.dumps(group).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 @dataclass

@@ -220,7 +220,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     known = [name for recipe in recipes for name in (recipe.name, *recipe.aliases)]
     raise RecipeError(
         f"there is no recipe {str(name_or_path)!r}{nearest(wanted, known)}; "
-        "`list_recipes` names all, and a file is given by its path"
+        "`halfbyte recipes` lists all, and a file is given by its path"
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, OutputError
+from halfbyte.evaluate.sensitivity_file import read_sensitivity
 from halfbyte.report.results_schema import Allocation, Document, ErrorsFile, Results, Sensitivity
 
 KINDS: dict[str, type[Document]] = {"results": Results, "errors": ErrorsFile, "sensitivity": Sensitivity}
@@ -74,7 +75,7 @@ def read_document(path: Path) -> Document | None:
     """A document of halfbyte; None where the JSON is something else; ReportError where it is damaged."""
     try:
         text = path.read_text(encoding="utf-8")
-        value = _lines(text) if path.suffix == ".jsonl" else json.loads(text)
+        value = _lines(path, text) if path.suffix == ".jsonl" else json.loads(text)
     except FileNotFoundError:
         raise ReportError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -94,12 +95,15 @@ def read_document(path: Path) -> Document | None:
         raise ReportError(f"{path}: {place}: {first['msg']}; was it written by another version?") from error
 
 
-def _lines(text: str) -> Any:
-    """JSON lines of `halfbyte sensitivity`: a header, then groups."""
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if not lines or not isinstance(lines[0], dict):
-        return None
-    return {**lines[0], "groups": lines[1:]}
+def _lines(path: Path, text: str) -> Any:
+    """JSON lines of `halfbyte sensitivity` as one object; None where they are something else."""
+    first = json.loads(text.split("\n", 1)[0] or "null")
+    if not isinstance(first, dict) or first.get("halfbyte") != "sensitivity":
+        return first if isinstance(first, dict) else None
+    try:
+        return read_sensitivity(path)
+    except OutputError as error:
+        raise ReportError(str(error)) from error
 
 
 def _keep(found: Inputs, document: Document) -> None:

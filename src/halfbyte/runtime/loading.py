@@ -88,16 +88,32 @@ def class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
         raise CheckpointError(f"{inventory.source} is quantized by {method!r}, which halfbyte does not read")
     try:
         config = transformers.AutoConfig.from_pretrained(inventory.root, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"transformers does not know the model of {inventory.source} ({error})") from error
+    except Exception as error:  # each config class has errors of its own for values that it does not expect
+        raise CheckpointError(
+            f"transformers does not know the model of {inventory.source} ({_short(error)})"
+        ) from error
     names = inventory.config.get("architectures") or []
-    found = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
-    if found is None:
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    model_class = next((found for name in names if (found := _model_class(name, config)) is not None), None)
+    if model_class is None:
         mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         if type(config) not in mapping:
             raise CheckpointError(f"transformers has no class for {names or config.model_type} of {inventory.source}")
-        found = mapping[type(config)]
-    return config, found
+        model_class = mapping[type(config)]
+    return config, model_class
+
+
+def _model_class(name: str, config: Any) -> Any:
+    """A model class of transformers for just this kind of config; None for any other thing of that name.
+
+    Names come from strangers: auto classes, for one, would ask whether to run a checkpoint's own code.
+    """
+    found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        return None
+    own = getattr(found, "config_class", None)
+    parts = (config, *(part for part in [config.get_text_config()] if part is not config))
+    return found if isinstance(own, type) and any(isinstance(part, own) for part in parts) else None
 
 
 def _strictly(checkpoint: Checkpoint, model_class: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -105,9 +121,13 @@ def _strictly(checkpoint: Checkpoint, model_class: Any, *args: Any, **kwargs: An
     source = checkpoint.inventory.source
     try:
         with quiet():
-            model, report = model_class.from_pretrained(*args, output_loading_info=True, **kwargs)
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{source} cannot be loaded: {error}") from error
+            model, report = model_class.from_pretrained(
+                *args, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **kwargs
+            )
+    except HalfbyteError:
+        raise
+    except Exception as error:  # each model class has errors of its own for a config that it does not expect
+        raise CheckpointError(f"{source} cannot be loaded: {_short(error)}") from error
     missing = [name for key in ("missing_keys", "mismatched_keys", "error_msgs") for name in report.get(key) or ()]
     if missing:
         raise CheckpointError(f"{source} lacks tensors of {model_class.__name__}: {_some(missing)}")
@@ -188,6 +208,15 @@ def quiet() -> Iterator[None]:
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def _short(error: Exception) -> str:
+    """What an exception says in one line, with its type where it says little."""
+    text = " ".join(str(error).split())
+    text = text if len(text) < 300 else f"{text[:300]} ..."
+    return (
+        text if isinstance(error, (ValueError, RuntimeError, OSError)) and text else f"{type(error).__name__}: {text}"
+    )
 
 
 def _some(names: list[Any]) -> str:
