@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "formats": formats,
                 "dialects": [{"name": d.name, "about": d.about} for d in list_dialects()],
-                "searches": [{"name": s.name, "about": s.about} for s in SEARCHES.values()],
+                "searches": [{"name": s.name, "about": s.description} for s in SEARCHES.values()],
             }
         )
         return 0
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     say("")
     table(("dialect", "~for"), [(d.name, d.about) for d in list_dialects()])
     say("")
-    table(("search", "~how scales are chosen"), [(s.name, s.about) for s in SEARCHES.values()])
+    table(("search", "~how scales are chosen"), [(s.name, s.description) for s in SEARCHES.values()])
     return 0
 
 

@@ -32,12 +32,12 @@ class AffineFormat(Format):
 
     @property
     def block(self) -> tuple[int, int]:
-        """One row, ``group`` columns."""
+        """The ``group`` columns of a row that share a scale and an offset."""
         return (1, self.group)
 
     @property
     def levels(self) -> int:
-        """The largest code."""
+        """The largest code that a group can use."""
         return (1 << self.bits) - 1
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -103,7 +103,7 @@ class AffineFormat(Format):
 
     @property
     def rounds_columns(self) -> bool:
-        """GPTQ knows these formats."""
+        """GPTQ can round these formats column by column."""
         return True
 
     def column_choices(self, y: Floats, search: ScaleSearch) -> Iterator[tuple[ColumnChoice, bool]]:
@@ -168,7 +168,7 @@ def numbers(x: Floats, scale: Floats, offset: Floats, fmt: AffineFormat) -> Floa
 
 
 def values(q: Floats, scale: Floats, offset: Floats, fmt: AffineFormat) -> Floats:
-    """What codes stand for."""
+    """The FP32 values that codes stand for."""
     return q * scale + offset if fmt.offset == "bias" else (q - offset) * scale
 
 

@@ -1,4 +1,4 @@
-"""Block formats: codes of one of a few tables, times a block scale, times a global scale."""
+"""Block formats: codes of one of a few codebooks, times a block scale, times a global scale."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from halfbyte.formats.scales import ScaleType
 
 @dataclass(frozen=True)
 class BlockFormat(Format):
-    """value = table[selector][code] * scale * global_scale.
+    """value = codebook[selector][code] * scale * global_scale.
 
     ``codebooks`` are indexed by the selector, whose bits lie above the scale's code in the scale byte.
-    ``order`` is the order in which a search tries the tables: a later one must be strictly better, so the
+    ``order`` is the order in which a search tries the codebooks: a later one must be strictly better, so the
     first wins ties. ``block_shape`` is (rows, columns) that share a scale, -1 for all of that dimension.
-    ``shared_base``: all tables use the first tried table's absmax scale (IF4) instead of their own.
+    ``shared_base``: all codebooks use the first tried codebook's absmax scale (IF4) instead of their own.
     ``global_top``: the global scale maps the tensor's amax to ``global_top`` times the largest scale.
     """
 
@@ -44,7 +44,7 @@ class BlockFormat(Format):
 
     @cached_property
     def bits(self) -> int:
-        """Bits of a code."""
+        """Bits of an element's code."""
         return self.codebooks[0].bits
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -74,14 +74,14 @@ class BlockFormat(Format):
         return super().problem(shape)
 
     def split_scales(self, scales: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """FP32 scale values and table indices (None where there is one table) of stored scales."""
+        """FP32 scale values and codebook indices (None where there is one codebook) of stored scales."""
         if len(self.codebooks) == 1:
             return self.scale.to_value(scales), None
         mask = np.uint8((1 << self.scale.bits) - 1)
         return self.scale.to_value(scales & mask), scales >> np.uint8(self.scale.bits)
 
     def codebooks_of(self, tensor: QuantizedTensor) -> NDArray[np.uint8]:
-        """Index of the table that each block chose."""
+        """Index of the codebook that each block chose."""
         chosen = self.split_scales(tensor.scales)[1]
         return super().codebooks_of(tensor) if chosen is None else chosen
 
@@ -143,7 +143,7 @@ class BlockFormat(Format):
 
     @property
     def rounds_columns(self) -> bool:
-        """GPTQ knows these formats."""
+        """GPTQ can round these formats column by column."""
         return True
 
     def column_choices(self, y: Floats, search: ScaleSearch) -> Iterator[tuple[ColumnChoice, bool]]:
@@ -201,7 +201,7 @@ class BlockFormat(Format):
         return np.broadcast_to(full, shape)
 
     def decode_scales(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """What each block's table values are multiplied by, and its table's index (None where there is one)."""
+        """What each block's codebook values are multiplied by, and its codebook's index (None where there is one)."""
         scales, chosen = self.split_scales(tensor.scales)
         return self._times_global_scale(scales, tensor, (..., *(None,) * min(2, scales.ndim))), chosen
 
@@ -215,7 +215,7 @@ class BlockFormat(Format):
         return scales if tensor.global_scale is None else np.asarray(scales * tensor.global_scale[lead])
 
     def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
-        """FP32: table value times (scale times global scale), each product rounded once."""
+        """FP32: codebook value times (scale times global scale), each product rounded once."""
         scales, chosen = self.decode_scales(tensor)
         codes = unpack_nibbles(tensor.codes) if self.bits == 4 else tensor.codes
         if chosen is None:

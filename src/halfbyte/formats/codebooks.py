@@ -1,4 +1,4 @@
-"""Element tables: the values that the codes of a format stand for, and how a real number finds its code."""
+"""Codebooks: the values that the codes of a format stand for, and how a real number finds its code."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from functools import cached_property
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Codes = NDArray[np.uint8]
+from halfbyte.formats.arrays import Codes, Floats
+
 Rounding = Callable[["Codebook", Floats], Codes]
 
 
@@ -70,7 +69,7 @@ class Codebook:
         return codes[np.searchsorted(thresholds, z, side="right")]
 
     def mirrored(self) -> Codebook:
-        """The same table with every value negated: what a negative scale makes of it."""
+        """The same codebook with every value negated: what a negative scale makes of it."""
         negated = tuple(-v for v in self.values)
         return Codebook(f"-{self.name}", negated, self.top, None, self.unused, self.exponent, self.mantissa_bits)
 

@@ -1,7 +1,7 @@
-"""Block formats of llama.cpp that are a table times an FP16 scale: 32 weights, no global scale.
+"""Block formats of llama.cpp that are a codebook times an FP16 scale: 32 weights, no global scale.
 
 The values are those of gguf's own dequantization: Q4_0 is (code - 8) * d, Q8_0 is a signed byte times d, IQ4_NL a
-table of 16 integers times d. Scales are positive here, which the layout does not demand. The MX and NVFP4 formats
+codebook of 16 integers times d. Scales are positive here, which the layout does not demand. The MX and NVFP4 formats
 of llama.cpp are ``mxfp4`` and ``nvfp4`` themselves.
 """
 
@@ -12,7 +12,8 @@ import numpy as np
 from halfbyte.formats import codebooks as codebooks
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat
-from halfbyte.formats.codebooks import Codebook, Codes, Floats
+from halfbyte.formats.arrays import Codes, Floats
+from halfbyte.formats.codebooks import Codebook
 from halfbyte.formats.registry import register
 from halfbyte.formats.signed import IQ4_NL_CODEBOOK
 

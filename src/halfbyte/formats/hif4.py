@@ -33,7 +33,7 @@ class HiF4Format(Format):
 
     @property
     def block(self) -> tuple[int, int]:
-        """One row, 64 columns."""
+        """The 64 columns of a row that share a scale word."""
         return (1, 64)
 
     def value_range(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -54,7 +54,7 @@ class HiF4Format(Format):
         }
 
     def decode(self, tensor: QuantizedTensor) -> NDArray[np.float32]:
-        """FP32, exact."""
+        """FP32 values of the elements times their three scales, exact."""
         values = MAGNITUDES[unpack_nibbles(tensor.codes)].reshape(*tensor.scales.shape, 16, 4)
         factor = scales.E6M2.to_value(tensor.scales & np.uint32(255))[..., None]
         return np.asarray((values * (factor * micro_scales(tensor.scales))[..., None]).reshape(tensor.shape))

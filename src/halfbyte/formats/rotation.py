@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.errors import FormatError
+from halfbyte.formats.arrays import Codes
 
-Floats = NDArray[np.float32]
-Swaps = NDArray[np.uint8]
+Swaps = Codes
+"""Steps of rotations: numbers of channels, uint8 [..., K/B, steps]."""
 END = 255
 """Where a block has no further step; so says every number that is no channel of the block."""
 SIZES = (16, 32, 64, 128)
@@ -56,16 +57,16 @@ def rotate_reference(x: NDArray[Any], size: int, swaps: Swaps | None, inverse: b
         if swaps is None:
             hadamard_blocks(blocks)
             return
-        for matrix, own in zip(blocks, swaps, strict=True):
-            _steps(matrix, own, inverse)
+        for matrix, steps in zip(blocks, swaps, strict=True):
+            _apply_steps(matrix, steps, inverse)
 
 
-def _steps(matrix: NDArray[Any], own: Swaps, inverse: bool) -> None:
-    for step in reversed(range(own.shape[-1])) if inverse else range(own.shape[-1]):
-        active = np.flatnonzero(own[:, step] < matrix.shape[-1])
+def _apply_steps(matrix: NDArray[Any], steps: Swaps, inverse: bool) -> None:
+    for step in reversed(range(steps.shape[-1])) if inverse else range(steps.shape[-1]):
+        active = np.flatnonzero(steps[:, step] < matrix.shape[-1])
         if not len(active):
             continue
-        part, channels = matrix[:, active], own[active, step].astype(np.int64)
+        part, channels = matrix[:, active], steps[active, step].astype(np.int64)
         if inverse:
             hadamard_blocks(part)
         _swap(part, channels)
@@ -118,9 +119,9 @@ def check_swaps(swaps: Any, rotation: Rotation, shape: tuple[int, ...], size: in
     wanted = rotation.swaps_shape(shape[:-2], shape[-1], size)
     if swaps is None:
         return plain_swaps(wanted)
-    found = np.asarray(swaps)
-    if found.dtype != np.uint8 or found.shape != wanted:
+    steps = np.asarray(swaps)
+    if steps.dtype != np.uint8 or steps.shape != wanted:
         raise FormatError(
-            f"the rotation is {found.dtype} {list(found.shape)}, but the weight needs uint8 {list(wanted)}"
+            f"the rotation is {steps.dtype} {list(steps.shape)}, but the weight needs uint8 {list(wanted)}"
         )
-    return np.array(found, order="C")
+    return np.array(steps, order="C")

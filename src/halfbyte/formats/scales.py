@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from halfbyte.formats.arrays import Floats
 
 
 @dataclass(frozen=True)

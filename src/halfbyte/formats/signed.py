@@ -1,4 +1,4 @@
-"""Signed tables: an asymmetric table whose mirror image is reached by a negative scale."""
+"""Signed codebooks: an asymmetric codebook whose mirror image is reached by a negative scale."""
 
 from halfbyte.formats import scales
 from halfbyte.formats.block import BlockFormat

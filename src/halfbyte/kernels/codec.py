@@ -56,7 +56,7 @@ _ROUNDINGS = {c.kind: c for c in (E2M1, INT7_SIGN_MAGNITUDE, INT7_TWOS_COMPLEMEN
 
 def declare_search(kind: type) -> None:
     """Let native code run searches of exactly this class, as long as it has no fields but the known parameters."""
-    _FIELDS[kind] = frozenset((*_PARAMETERS, "name", "about"))
+    _FIELDS[kind] = frozenset((*_PARAMETERS, "name", "description"))
 
 
 def _is_known(thing: object) -> bool:
@@ -97,7 +97,7 @@ def _rounds_as_its_kind(codebook: Codebook) -> bool:
 
 
 class NativeCodebook(ctypes.Structure):
-    """``hb_table``."""
+    """``hb_table`` of the native interface: a codebook."""
 
     _fields_ = (
         ("kind", c_int32),
@@ -118,7 +118,7 @@ class NativeCodebook(ctypes.Structure):
 
 
 class NativeCodec(ctypes.Structure):
-    """``hb_codec``."""
+    """``hb_codec`` of the native interface: a format with a search."""
 
     _fields_ = (
         ("family", c_int32),
@@ -147,7 +147,7 @@ class NativeCodec(ctypes.Structure):
 
 
 class NativeStats(ctypes.Structure):
-    """``hb_stats``."""
+    """``hb_stats`` of the native interface: sums of errors."""
 
     _fields_ = (
         ("squared_error", c_double),
@@ -159,7 +159,7 @@ class NativeStats(ctypes.Structure):
 
 
 class NativeTask(ctypes.Structure):
-    """``hb_task``."""
+    """``hb_task`` of the native interface: one call to encode, decode or compare."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -179,7 +179,7 @@ class NativeTask(ctypes.Structure):
 
 
 class NativeGptq(ctypes.Structure):
-    """``hb_gptq_task``."""
+    """``hb_gptq_task`` of the native interface: one call to round with feedback."""
 
     _fields_ = (
         ("x", c_void_p),

@@ -16,7 +16,7 @@ class ErrorStats:
     """Sums over all elements that were added: sum of squared errors, of squares, and the largest error.
 
     ``saturated`` counts elements outside the range of values that their block can stand for; ``codebook_blocks`` the
-    blocks that chose each table. Sums are FP64; they do not depend on the instruction set of the kernels.
+    blocks that chose each codebook. Sums are FP64; they do not depend on the instruction set of the kernels.
     """
 
     elements: int = 0
@@ -44,7 +44,7 @@ class ErrorStats:
 
 
 def codebook_count(tensor: QuantizedTensor) -> int:
-    """How many tables the blocks of this format choose from."""
+    """How many codebooks the blocks of this format choose from."""
     return max(1, len(tensor.format.codebooks))
 
 

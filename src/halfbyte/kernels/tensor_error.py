@@ -48,7 +48,7 @@ class TensorError:
         return self.squared_error / self.squares
 
     def add(self, source: NDArray[Any], tensor: QuantizedTensor) -> None:
-        """Count a slice."""
+        """Count the error of a slice against its source."""
         stats = ErrorStats()
         compare(tensor, source, stats)
         self.count(stats)

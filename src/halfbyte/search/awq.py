@@ -68,7 +68,7 @@ class FoldChoice:
 
     @property
     def unfolded(self) -> float:
-        """The loss without folding."""
+        """The consumers' loss without folding."""
         return self.losses[0.0]
 
 

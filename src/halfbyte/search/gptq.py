@@ -1,7 +1,7 @@
-"""GPTQ for formats with blocks along K: rounding with error feedback, scales and tables chosen by the same error.
+"""GPTQ for formats with blocks along K: rounding with error feedback, scales and codebooks chosen by the same error.
 
 GPTQ (Frantar et al., arXiv 2210.17323) rounds column after column and takes each error out of the columns that
-follow. What a block's scale and table are chosen by, and when, matters most: by default every candidate is run
+follow. What a block's scale and codebook are chosen by, and when, matters most: by default every candidate is run
 through the block's own columns, feedback included, and the one with the least GPTQ loss stays ("in_loop").
 """
 

@@ -1,4 +1,4 @@
-"""Search by the local Hessian: scale and table of a block chosen by e H e, H the block's own part of the Hessian.
+"""Search by the local Hessian: scale and codebook of a block chosen by e H e, H the block's own part of the Hessian.
 
 The objective is that of NVIDIA's Model-Optimizer (its local-Hessian calibration for NVFP4), here for every format
 with blocks along K and with every search's candidates. Blocks do not touch each other, unlike in GPTQ.

@@ -70,7 +70,7 @@ def column_candidates(
 
 
 def largest_scale(codebook: Codebook) -> np.float32:
-    """A bound for scales that keeps every value of the table finite in FP32, rounding to BF16 included."""
+    """A bound for scales that keeps every value of the codebook finite in FP32, rounding to BF16 included."""
     return np.float32(np.finfo(np.float32).max / np.nanmax(np.abs(codebook.array)) * (1 - 2.0**-8))
 
 

@@ -37,7 +37,7 @@ class Search:
     """
 
     name: str
-    about: str
+    description: str
     offsets: tuple[int, ...] = (0,)
     power_offsets: tuple[int, ...] = (0,)
     int_ratios: tuple[float, ...] = (1.0,)
