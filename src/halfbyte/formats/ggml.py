@@ -11,8 +11,8 @@ import numpy as np
 
 from halfbyte.formats import codebooks as codebooks
 from halfbyte.formats import scales
-from halfbyte.formats.block import BlockFormat
 from halfbyte.formats.arrays import Codes, Floats
+from halfbyte.formats.block import BlockFormat
 from halfbyte.formats.codebooks import Codebook
 from halfbyte.formats.registry import register
 from halfbyte.formats.signed import IQ4_NL_CODEBOOK
