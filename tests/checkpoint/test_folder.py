@@ -122,9 +122,44 @@ def test_other_weights_and_deep_folders_are_listed_as_ignored(tmp_path: Path) ->
 
 
 def test_links_to_files_count_as_files(tmp_path: Path) -> None:
-    touch(tmp_path, "blobs/0", "snapshot/model.safetensors")
-    (tmp_path / "snapshot" / "tokenizer.json").symlink_to("../blobs/0")
-    assert scan(tmp_path / "snapshot").side_files == {"tokenizer.json": 3}
+    folder = tmp_path / "models--a--b" / "snapshots" / "0"
+    touch(tmp_path, "models--a--b/blobs/0", "models--a--b/snapshots/0/model.safetensors")
+    (folder / "tokenizer.json").symlink_to("../../blobs/0")
+    (folder / "same.json").symlink_to("tokenizer.json")
+    assert scan(folder).side_files == {"tokenizer.json": 3, "same.json": 3}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", "model.safetensors", "extra"])
+def test_links_out_of_the_folder_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "home/id_rsa", "blobs/0", "m/model-00001-of-00001.safetensors")
+    target = tmp_path / "home" if name == "extra" else tmp_path / "home" / "id_rsa"
+    for place in (target, Path("..") / target.relative_to(tmp_path)):
+        (tmp_path / "m" / name).symlink_to(place)
+        with pytest.raises(CheckpointError, match=rf"{name} is a link to .*outside of the checkpoint's folder"):
+            scan(tmp_path / "m")
+        (tmp_path / "m" / name).unlink()
+
+
+def test_a_link_to_weights_that_are_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/gone")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a link to a file that is not there"):
+        scan(tmp_path)
+
+
+def test_only_what_belongs_to_a_checkpoint_travels(tmp_path: Path) -> None:
+    side = [
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "LICENSE",
+        "LICENSE-2.0",
+        "a/code.py",
+        "README.md",
+    ]
+    others = ["onnx/model.onnx_data", "rust_model.ot", "model.pte", "weights.npz", "optimizer.tar", "training.log"]
+    touch(tmp_path, "model.safetensors", *side, *others)
+    contents = scan(tmp_path)
+    assert sorted(contents.side_files) == sorted(side) and contents.ignored == sorted(others)
 
 
 def test_a_dangling_link_is_not_dropped_silently(tmp_path: Path) -> None:

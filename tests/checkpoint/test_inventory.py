@@ -114,11 +114,14 @@ def test_a_tensor_that_the_index_does_not_know_is_refused(sharded: Path) -> None
     assert f"tensor b in {SHARDS[0]} is not in the index" in refused(sharded)
 
 
-def test_shards_may_be_links_to_blobs_elsewhere(sharded: Path, tmp_path_factory) -> None:
-    blob = tmp_path_factory.mktemp("blobs") / "0123"
-    (sharded / SHARDS[1]).rename(blob)
-    (sharded / SHARDS[1]).symlink_to(blob)
-    assert list(Inventory.open(sharded).tensors) == ["b", "a", "c"]
+def test_shards_may_be_links_to_the_blobs_of_the_hubs_cache(sharded: Path, tmp_path_factory) -> None:
+    cache = tmp_path_factory.mktemp("models--a--b")
+    (cache / "blobs").mkdir()
+    (cache / "snapshots").mkdir()
+    folder = sharded.rename(cache / "snapshots" / "0")
+    (folder / SHARDS[1]).rename(cache / "blobs" / "0123")
+    (folder / SHARDS[1]).symlink_to("../../blobs/0123")
+    assert list(Inventory.open(folder).tensors) == ["b", "a", "c"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\x00"])

@@ -32,3 +32,25 @@ def test_python_objects_are_refused() -> None:
 def test_a_key_that_is_not_text_is_refused() -> None:
     with pytest.raises(ValueError, match="plain text"):
         load_yaml("? [a, b]\n: 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "nested more than"),
+        ("{a: " * 100_000, "nested more than"),
+        ("- " * 100_000 + "x", "nested more than"),
+        ("a: !!bool maybe", "tag"),
+        ("a: !!int x", "tag"),
+        ("a: !!timestamp x", "tag"),
+        ("a: !!binary '*'", "tag"),
+        ("a: 2020-99-99", "month"),
+        ("a: &a [*a]", "alias"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: &c [*b, *b]", "alias"),
+        ("a: " + "9" * 6000, "digits"),
+        ("a: =", "tag"),
+    ],
+)
+def test_what_crashes_parsers_is_one_sentence(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load_yaml(text)

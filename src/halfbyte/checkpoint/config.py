@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.files import parse_object, read_small
+from halfbyte.checkpoint.files import check_link, parse_object, read_small
 from halfbyte.checkpoint.foreign import Fields, check_plain
 
 CONFIG = "config.json"
@@ -28,6 +28,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists() and not path.is_symlink():
         return {}
+    check_link(folder, path)
     # not strict: configs of real models contain Infinity
     config = parse_object(read_small(path), str(path), strict=False)
     check_config(config, str(path))

@@ -15,6 +15,8 @@ from halfbyte.errors import CheckpointError
 
 # One system call moves at most 2 GiB - 4 KiB on Linux and fails beyond that on macOS.
 _LARGEST_READ = 1 << 30
+#: Configurations and indexes of the largest models have a few MB.
+MAX_SMALL_BYTES = 200_000_000
 
 
 def open_regular(path: Path) -> tuple[int, int]:
@@ -23,10 +25,34 @@ def open_regular(path: Path) -> tuple[int, int]:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
             raise CheckpointError(f"{path} is not a regular file")
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        # without waiting, should a pipe take its place meanwhile
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)})") from error
     return descriptor, status.st_size
+
+
+def check_link(root: Path, path: Path) -> None:
+    """Refuse a link that leads out of a checkpoint's folder, or to nothing.
+
+    Links into the hub cache's own blobs (snapshots/REV/f -> ../../blobs/HASH) are followed. A stranger's folder must
+    not put the content of other files into an output.
+    """
+    try:
+        base, target = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+        if target.is_relative_to(base) and target.exists():
+            return
+        cached = base.parent.name == "snapshots" and target.parent == base.parent.parent / "blobs"
+        there = target.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be followed ({reason(error)})") from error
+    if not there:
+        raise CheckpointError(f"{path} is a link to a file that is not there; restore or remove it")
+    if not cached:
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside of the checkpoint's folder, and is not followed; copy the file "
+            "there or remove the link"
+        )
 
 
 def read_into(descriptor: int, view: memoryview, offset: int) -> int:
@@ -70,11 +96,17 @@ def forget_pages(descriptor: int, offset: int, size: int) -> None:
 
 
 def read_small(path: Path) -> bytes:
-    """A whole small file (config, index)."""
+    """A whole small file (config, index); CheckpointError for a pipe, a device or more than ``MAX_SMALL_BYTES``."""
+    descriptor, size = open_regular(path)
     try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
+        if size > MAX_SMALL_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes; {MAX_SMALL_BYTES} are the limit for such a file")
+        buffer = bytearray(size)
+        return bytes(buffer[: read_into(descriptor, memoryview(buffer), 0)])
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)})") from error
+    finally:
+        os.close(descriptor)
 
 
 def reason(error: BaseException) -> str:

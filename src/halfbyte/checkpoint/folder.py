@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from halfbyte.checkpoint.config import CONFIG
-from halfbyte.checkpoint.files import check_unicode, parse_object, read_small, reason
+from halfbyte.checkpoint.files import check_link, check_unicode, parse_object, read_small, reason
 from halfbyte.checkpoint.foreign import check_plain
 from halfbyte.errors import CheckpointError
 
@@ -17,6 +17,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 #: Weights in other formats (and their indexes): another copy of the model, never side files.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", ".bin.index.json")
+
+#: Endings of the files that travel with a checkpoint; others are named, not copied.
+SIDE_FILES = (
+    *(".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm", ".py", ".yaml", ".yml"),
+    *(".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
+)
+_DOCUMENTS = ("license", "licence", "notice", "readme", "copying", "use_policy")
+_PLAIN_BYTES = 1_000_000
 
 _SHARD = re.compile(r"(?P<stem>.+?)-(?P<number>\d+)(?:-of-(?P<count>\d+))?\.safetensors")
 
@@ -51,13 +59,22 @@ def scan(root: Path, only: str | None = None) -> Contents:
     for name, size in sorted(names.items()):
         if name in contents.weights or name in (index_name, CONFIG):
             continue
-        if size is None or name.endswith((".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)):
+        if size is None or not belongs(name, size):
             contents.ignored.append(name)
         else:
             contents.side_files[name] = size
     if only and CONFIG not in names:
         contents.side_files = {}  # a lone file in a folder of other things: they do not belong to it
     return contents
+
+
+def belongs(name: str, size: int) -> bool:
+    """Tell whether a file that holds no weights belongs to a checkpoint: configuration, tokenizer, code, documents."""
+    base = name.rpartition("/")[2].lower()
+    if base.endswith((".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)):
+        return False
+    # licences and notices often have no ending
+    return base.endswith(SIDE_FILES) or base.startswith(_DOCUMENTS) or ("." not in base and size <= _PLAIN_BYTES)
 
 
 def find_index(names: Iterable[str]) -> str | None:
@@ -104,23 +121,25 @@ def _list(root: Path) -> dict[str, int | None]:
             if path.name.startswith("."):
                 continue
             if path.is_dir():
+                if path.is_symlink():
+                    check_link(root, path)
                 for inner in path.iterdir():
                     if not inner.name.startswith("."):
-                        _note(found, inner, f"{path.name}/{inner.name}")
+                        _note(found, root, inner, f"{path.name}/{inner.name}")
             else:
-                _note(found, path, path.name)
+                _note(found, root, path, path.name)
     except OSError as error:
         raise CheckpointError(f"{root} cannot be listed ({reason(error)})") from error
     return found
 
 
-def _note(found: dict[str, int | None], path: Path, name: str) -> None:
+def _note(found: dict[str, int | None], root: Path, path: Path, name: str) -> None:
+    if path.is_symlink() and (path.exists() or not name.endswith((".safetensors", *OTHER_WEIGHTS))):
+        check_link(root, path)
     if path.is_dir():
         found[name + "/"] = None
     elif path.is_file():
         found[name] = path.stat().st_size
-    elif path.is_symlink() and not path.exists() and not name.endswith((".safetensors", *OTHER_WEIGHTS)):
-        raise CheckpointError(f"{path} is a link to a file that is not there; restore or remove it")
 
 
 def _without_index(root: Path, top: list[str], names: dict[str, int | None]) -> list[str]:
@@ -140,6 +159,9 @@ def _without_index(root: Path, top: list[str], names: dict[str, int | None]) -> 
         raise CheckpointError(
             f"{root} has several safetensors files and no index ({', '.join(top[:4])}); name the file to read"
         )
+    for path in sorted(root.iterdir()):
+        if path.name.endswith(".safetensors") and path.is_symlink():
+            check_link(root, path)
     other = next((n for n in sorted(names) if n.endswith(OTHER_WEIGHTS)), None)
     hint = f"; {other} is in another format, save it as safetensors first" if other else ""
     raise CheckpointError(f"{root} holds no .safetensors weights{hint}")

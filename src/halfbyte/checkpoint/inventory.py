@@ -14,7 +14,7 @@ from typing import Any
 
 from halfbyte.checkpoint.config import check_config, read_config
 from halfbyte.checkpoint.dtypes import nbytes
-from halfbyte.checkpoint.files import check_unicode, collector_paused, parse_object, read_small
+from halfbyte.checkpoint.files import check_link, check_unicode, collector_paused, parse_object, read_small
 from halfbyte.checkpoint.folder import Contents, scan
 from halfbyte.checkpoint.foreign import check_plain
 from halfbyte.checkpoint.gguf_header import find_gguf, read_gguf
@@ -159,6 +159,8 @@ def _read_headers(
     files: dict[str, int] = {}
     for file in contents.weights:
         path = root / file
+        if (path.is_symlink() or "/" in file) and (path.exists() or path.is_symlink()):
+            check_link(root, path)
         if contents.index is not None and not path.exists():
             raise CheckpointError(f"shard {file} is named by the index but is missing from {root}")
         infos, metadata[file], files[file] = read_header(path, file)

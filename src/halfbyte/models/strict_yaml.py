@@ -8,6 +8,10 @@ import yaml
 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+#: More than any recipe or family needs; beyond it the parser itself may overflow its stack.
+MAX_DEPTH = 50
+MAX_LENGTH = 10_000_000
+
 
 class _StrictLoader(_Base):  # type: ignore[misc]
     """The safe loader; plain data only."""
@@ -36,10 +40,37 @@ def load_yaml(text: str) -> Any:
 
     Raises `ValueError` with the line for a syntax error, an unsafe tag or a key that is given twice.
     """
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"it has more than {MAX_LENGTH} characters")
     try:
+        _check_depth(text)
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{line}{error.problem or error.context or 'not valid YAML'}") from None
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+    except (RecursionError, MemoryError):
+        raise ValueError("it is nested too deeply") from None
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:  # constructors of tags check little
+        raise ValueError(f"a value does not fit its tag ({type(error).__name__}: {error})") from None
+
+
+def _check_depth(text: str) -> None:
+    """Look through the document's events, which need no recursion, before anything is composed of them."""
+    depth, anchored = 0, 0  # the depth at which an anchor's collection begins
+    for event in yaml.parse(text, Loader=_StrictLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"line {line}: it is nested more than {MAX_DEPTH} levels deep")
+        if depth < anchored:
+            anchored = 0
+        # such documents stand for endless or exponentially large values
+        if isinstance(event, yaml.AliasEvent) and anchored:
+            raise ValueError(f"line {line}: an alias stands inside of what an anchor names")
+        if isinstance(event, yaml.CollectionStartEvent) and event.anchor and not anchored:
+            anchored = depth
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!", "tag:yaml.org,2002:str"):
+            raise ValueError(f"line {line}: the tag {tag[:60]} is not used here; write the value without one")
