@@ -176,3 +176,11 @@ def test_builtins_are_listed_with_descriptions() -> None:
 def test_keys_that_contradict_each_other_are_refused(keys: str, message: str) -> None:
     with pytest.raises(RecipeError, match="here, rule 1: .*" + message):
         parse_recipe(rules(f"match: linear, format: nvfp4, {keys}"), "here")
+
+
+@pytest.mark.parametrize("name", ["q4_k_m", "Q4_K_M", "IQ4_XS", "q5_k_s"])
+def test_a_quantization_of_llama_cpp_gets_what_there_is_instead(name: str) -> None:
+    with pytest.raises(
+        RecipeError, match=r"llama\.cpp's; .*--recipe mxfp4 --for llama\.cpp.*`halfbyte recipes` lists all"
+    ):
+        load_recipe(name)

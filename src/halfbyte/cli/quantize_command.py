@@ -137,7 +137,7 @@ def usage_of(out: str) -> list[tuple[str, str]]:
 def _one_line(snippet: str) -> str:
     """A snippet without comments, its statements one after the other."""
     lines = [line.partition("  # ")[0].partition("    # ")[0].strip() for line in snippet.splitlines()]
-    return "; ".join(line for line in lines if line)
+    return "; ".join(line for line in lines if line and not line.startswith("#"))
 
 
 def _say_more(made: Plan, done: Conversion) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -219,7 +220,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             return recipe
     known = [name for recipe in recipes for name in (recipe.name, *recipe.aliases)]
     raise RecipeError(
-        f"there is no recipe {str(name_or_path)!r}{nearest(wanted, known)}; "
+        f"there is no recipe {str(name_or_path)!r}{_of_llama(wanted) or nearest(wanted, known)}; "
         "`halfbyte recipes` lists all, and a file is given by its path"
     )
 
@@ -260,6 +261,13 @@ def known_roles() -> list[str]:
     """All roles, their prefixes and the aliases: what a rule may match by name."""
     prefixes = {role.split(".")[0] for role in ROLES}
     return sorted({*ROLES, *prefixes, *ALIASES})
+
+
+def _of_llama(word: str) -> str:
+    """What to take instead of llama.cpp's K and I quantizations, which halfbyte does not write."""
+    if not re.fullmatch(r"(ud-)?i?q[1-8]-(k|[01x])(-?[a-z]+)?|iq\d-[a-z]+", word):
+        return ""
+    return ", which is llama.cpp's; of its formats halfbyte writes MXFP4 and NVFP4 (--recipe mxfp4 --for llama.cpp)"
 
 
 def nearest(word: str, known: list[str], count: int = 3) -> str:

@@ -58,7 +58,8 @@ def usage(found: Overview, place: str) -> Iterator[tuple[str, str, str]]:
         install = own if plugin else ""
         yield VLLM, "sh", f"{install}vllm serve {shlex.quote(place)}"
     if runs(found, TRANSFORMERS):
-        own = "import halfbyte.transformers  # registers the format\n" if found.dialect == "halfbyte" else ""
+        needs = "# pip install transformers compressed-tensors\n" if found.dialect == "compressed-tensors" else ""
+        own = "import halfbyte.transformers  # registers the format\n" if found.dialect == "halfbyte" else needs
         load = f'AutoModelForCausalLM.from_pretrained({json.dumps(place)}, dtype="auto")'
         yield TRANSFORMERS, "python", f"{own}from transformers import AutoModelForCausalLM\n\nmodel = {load}"
     if runs(found, MLX):
