@@ -48,6 +48,7 @@ def commands() -> list[tuple[str, str]]:
     return [(page, re.split(r"\s{3,}|\s#", line)[0]) for page, line in lines if line.startswith("halfbyte ")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", named(blocks("python")))
 def test_python_of_the_pages_runs(code: str, tmp_path: Path) -> None:
     if "halfbyte.load(" in code:

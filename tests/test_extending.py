@@ -62,6 +62,7 @@ def test_the_page_has_one_of_each_kind() -> None:
     assert registered >= {f"register{kind}" for kind in kinds}
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_python_of_the_page_run(desk: Path) -> None:
     for line in COMMANDS:
         word, *argv = shlex.split(line)
@@ -73,6 +74,7 @@ def test_the_commands_and_the_python_of_the_page_run(desk: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_outputs_of_plugins_are_loaded(desk: Path) -> None:
     pytest.importorskip("torch")
     code = (

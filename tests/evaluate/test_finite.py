@@ -72,6 +72,7 @@ def test_a_source_that_is_not_finite_ends_the_measurement_and_the_layer_is_named
         measure([good], bad, settings(text, dtype=dtype))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite_is_a_row_that_is_not_valid_beside_others_that_are(
     source: Path, good: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_the_generic_family_is_no_less_careful(checkpoint: Inventory) -> None:
         assert not (linear(weight) and any(part in weight.name for part in NOT_LINEAR)), weight.name
 
 
+@pytest.mark.slow
 def test_every_linear_weight_has_two_dimensions_or_more(weights: list[Weight]) -> None:
     assert all(len(w.shape) >= 2 for w in weights if linear(w) and "quantized" not in w.role)
 

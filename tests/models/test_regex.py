@@ -36,6 +36,7 @@ expressions = st.recursive(atoms, nested, max_leaves=8).filter(is_valid)
 texts = st.text(alphabet="aAb1_. \n", min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(expressions, texts)
 def test_matches_are_those_of_python(expression: str, text: str) -> None:
@@ -44,6 +45,7 @@ def test_matches_are_those_of_python(expression: str, text: str) -> None:
     assert Patterns([f"re:{expression}"], "it", anywhere=True).match(text) == bool(compiled.search(text))
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.lists(expressions, min_size=2, max_size=4), texts)
 def test_a_list_matches_what_one_of_its_expressions_matches(several: list[str], text: str) -> None:
@@ -91,6 +93,7 @@ def test_what_cannot_be_matched_in_linear_time_is_refused_with_a_reason(expressi
         Patterns([f"re:{expression}"], "the targets of it")
 
 
+@pytest.mark.slow
 def test_many_large_expressions_do_not_fill_the_memory() -> None:
     with pytest.raises(CheckpointError, match="too large"):
         Patterns([f"re:(a{{0,900}}b){i}" for i in range(10_000)], "it")

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import halfbyte
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"
 
 
+@pytest.mark.slow
 def test_stock_transformers_refuses_the_dialect_and_says_what_is_missing(tmp_path: Path) -> None:
     halfbyte.quantize(DEMO, tmp_path / "out", "mixfp4")
     code = f"import transformers as t; t.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
