@@ -88,9 +88,11 @@ def test_a_damaged_shard_is_named(sharded: Path) -> None:
     assert f"{SHARDS[1]} is truncated" in refused(sharded)
 
 
-def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
+def test_of_a_tensor_in_two_shards_the_index_decides_which_one_counts(sharded: Path) -> None:
     write_floats(sharded / SHARDS[1], "c", "a")
-    assert f"tensor a is in both {SHARDS[0]} and {SHARDS[1]}" in refused(sharded)
+    inventory = Inventory.open(sharded)
+    assert inventory.tensors["a"].file == SHARDS[0]
+    assert f"{SHARDS[1]}: a (the index takes the one in {SHARDS[0]})" in inventory.ignored_files
 
 
 def test_a_tensor_in_two_shards_is_refused_without_an_index_too(sharded: Path) -> None:

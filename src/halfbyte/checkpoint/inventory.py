@@ -165,6 +165,15 @@ def _read_headers(
             raise CheckpointError(f"shard {file} is named by the index but is missing from {root}")
         infos, metadata[file], files[file] = read_header(path, file)
         for info in infos:
+            if contents.index is not None and info.name in tensors and info.name in contents.index:
+                # the index says which of two copies counts
+                placed = contents.index[info.name]
+                if placed in (file, tensors[info.name].file) and tensors[info.name].file != file:
+                    other = tensors[info.name].file if placed == file else file
+                    contents.ignored.append(f"{other}: {info.name} (the index takes the one in {placed})")
+                    if placed != file:
+                        continue
+                    del tensors[info.name]
             if info.name in tensors:
                 raise CheckpointError(f"tensor {info.name} is in both {tensors[info.name].file} and {file}")
             tensors[info.name] = info

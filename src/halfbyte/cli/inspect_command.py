@@ -27,6 +27,7 @@ EXAMPLES = """\
   halfbyte inspect ./my-model --roles
   halfbyte inspect --inventory tensors.json
 """
+_NOTHING = "none: nothing is quantized"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,13 +58,22 @@ def _head(found: Overview) -> None:
         say(f"note        {found.note}")
     has = ", ".join(n for n, there in (("vision", found.vision), ("multi-token prediction", found.mtp)) if there)
     say(
-        f"dialect     {found.dialect or 'none: nothing is quantized'}",
+        f"dialect     {found.dialect or _undeclared(found)}",
         f"also holds  {has or 'neither vision nor multi-token prediction'}",
         f"files       {len(found.files)} with weights, {len(found.side_files)} others ({size(found.side_file_bytes)})",
     )
     if found.ignored_files:
         say(f"ignored     {', '.join(found.ignored_files)}")
     say("")
+
+
+def _undeclared(found: Overview) -> str:
+    """What to say of a checkpoint in no dialect: nothing may be vouched for that was not recognised."""
+    if found.method:
+        return f"none that is read: config.json says that it is quantized by {found.method[:60]!r}"
+    if any(role.role.startswith("quantized.") for role in found.roles):
+        return "none that is read: it holds packed codes, and config.json does not say how they are quantized"
+    return _NOTHING
 
 
 def _weights(found: Overview, by_role: bool) -> None:
@@ -105,7 +115,8 @@ def _engines(found: Overview) -> None:
     if rows := [_row(f) for _, known in each for f in known if f.effect != "unknown"]:
         table(("engine", "effect", "~what is known"), rows)
         say("")
-    if silent := [name for name, known in each if not known]:
+    recognised = found.dialect or _undeclared(found) == _NOTHING
+    if recognised and (silent := [name for name, known in each if not known]):
         say(f"nothing is known to be lost in {', '.join(silent)}")
     if untried := [name for name, known in each if any(f.effect == "unknown" for f in known)]:
         say(f"not tried with this dialect: {', '.join(untried)}")

@@ -105,6 +105,9 @@ def _format_of(name: str, tensors: Mapping[str, TensorInfo]) -> Format:
         return get_format("fp8_block128")
     if f"{name}_scale" in tensors:
         return get_format("fp8_tensor")
+    spelled = f"{name.removesuffix('.weight')}.scale"
+    if spelled in tensors:
+        raise CheckpointError(f"{name} is FP8 and its scale is called {spelled}, a spelling that is not supported")
     raise CheckpointError(f"{name} is FP8, but {name}_scale_inv is missing; the checkpoint is incomplete")
 
 

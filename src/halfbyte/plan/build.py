@@ -30,6 +30,8 @@ from halfbyte.source.checkpoint import Checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
 
+_PACKED = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F4")
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -111,6 +113,12 @@ def check_source(checkpoint: Checkpoint) -> Refusal | None:
     if dialect is None and method:
         return Refusal(
             f"{inventory.source} is quantized by {method!r}, which cannot be read; start from another source"
+        )
+    packed = (w for w in checkpoint.weights if w.role.startswith("quantized.") and w.dtype in _PACKED)
+    if dialect is None and (first := next(packed, None)):
+        return Refusal(
+            f"{first.name} in {inventory.source} holds packed codes ({first.dtype}), but config.json does not say how "
+            "they are quantized; restore its quantization_config or start from another source"
         )
     if dialect and dialect.package.standalone:
         return Refusal(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.compatibility.engine_facts import CompatibilityNote, RoleHolding, compatibility_notes
+from halfbyte.dialects import quantization_config_of
 from halfbyte.models.roles import is_under
 from halfbyte.source.checkpoint import Checkpoint
 
@@ -89,6 +90,7 @@ class Overview:
     side_files: dict[str, int]
     side_file_bytes: int
     ignored_files: list[str]
+    method: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -142,6 +144,7 @@ def overview(checkpoint: Checkpoint) -> Overview:
         side_files=inventory.side_files,
         side_file_bytes=inventory.side_file_bytes,
         ignored_files=list(inventory.ignored_files),
+        method="" if checkpoint.dialect else str(quantization_config_of(inventory).get("quant_method") or ""),
     )
 
 
