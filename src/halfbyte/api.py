@@ -146,14 +146,15 @@ def respelling(
 
 def verify(
     out: str | Path,
-    against: str | Path,
+    against: str | Path | None = None,
     *,
     revision: str | None = None,
     max_relmse: float = MAX_RELMSE,
     progress: Progress | None = None,
 ) -> Verification:
-    """Compare a quantized checkpoint with its source, byte for byte where kept; ``.problems`` is empty if it is right.
+    """Check every file of an output against its checksums; ``.problems`` is empty if it is right.
 
+    With ``against``, its source, all weights are compared with that too, byte for byte where kept.
     ``max_relmse`` is the largest squared error, relative to the sum of squares, that a quantized weight may have.
     """
     return verify_output(out, against, revision, max_relmse, progress)

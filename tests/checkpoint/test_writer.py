@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -222,7 +223,8 @@ def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
 def test_copies_are_bit_for_bit(tmp_path: Path, monkeypatch, size: int) -> None:
     monkeypatch.setattr(writer, "_COPY_CHUNK", 16)
     (tmp_path / "a").write_bytes(bytes(range(size)))
-    assert copy_file_atomic(tmp_path / "a", tmp_path / "sub" / "b") == size
+    sha256 = copy_file_atomic(tmp_path / "a", tmp_path / "sub" / "b")
+    assert sha256 == hashlib.sha256(bytes(range(size))).hexdigest()
     assert (tmp_path / "sub" / "b").read_bytes() == bytes(range(size))
 
 

@@ -17,6 +17,7 @@ from halfbyte.calibration.importance import Importance
 from halfbyte.checkpoint import ShardWriter, TensorInfo, build_header, numpy_dtype, write_file_atomic
 from halfbyte.checkpoint.files import parse_object, reason
 from halfbyte.checkpoint.header import read_header
+from halfbyte.checkpoint.identity import identities
 from halfbyte.errors import CheckpointError, MeasurementError, OutputError
 
 Array = NDArray[Any]
@@ -104,6 +105,7 @@ class Statistics:
         self.about = read_about(self.folder)
         if not self.about.get("complete"):
             raise CheckpointError(f"{folder} holds statistics that are not complete; run the calibration again")
+        self.identities = identities(self.folder, [ABOUT, *(f"{part}.safetensors" for part in self.about["parts"])])
         self._entries: dict[str, TensorInfo] = {}
         self.same: dict[str, str] = {}
         for part in self.about["parts"]:

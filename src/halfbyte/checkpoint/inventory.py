@@ -19,6 +19,7 @@ from halfbyte.checkpoint.folder import Contents, scan
 from halfbyte.checkpoint.foreign import check_plain
 from halfbyte.checkpoint.gguf_header import find_gguf, read_gguf
 from halfbyte.checkpoint.header import TensorInfo, check_shape, read_header
+from halfbyte.checkpoint.identity import FileIdentity, identities
 from halfbyte.checkpoint.source import resolve
 from halfbyte.errors import CheckpointError
 
@@ -34,7 +35,8 @@ class Inventory:
     along unchanged, name -> bytes; ignored_files: weights in the folder that are not part of this checkpoint,
     and folders too deep to be copied ("a/b/"); meta: what an index or an inventory file says besides; files:
     weight file -> bytes; metadata: weight file -> its __metadata__; source: what the user typed; revision: the
-    hub's commit; ggml_types: tensor -> ggml type, for GGUF files alone, whose blocks are U8 here.
+    hub's commit; ggml_types: tensor -> ggml type, for GGUF files alone, whose blocks are U8 here; identities: who the
+    weight and side files are, as they were before their headers were read.
     """
 
     tensors: dict[str, TensorInfo]
@@ -49,6 +51,7 @@ class Inventory:
     source: str = ""
     revision: str | None = None
     ggml_types: dict[str, str] = field(default_factory=dict)
+    identities: dict[str, FileIdentity] = field(default_factory=dict)
 
     @classmethod
     def open(cls, src: str | Path, revision: str | None = None) -> Inventory:
@@ -69,8 +72,11 @@ class Inventory:
                 source=str(src),
                 revision=found.revision,
                 ggml_types=headers.types,
+                identities=identities(found.root, headers.files),
             )
         contents = scan(found.root, found.file)
+        present = [name for name in contents.weights if (found.root / name).is_file()]
+        files_then = identities(found.root, [*present, *contents.side_files])
         tensors, metadata, files = _read_headers(found.root, contents)
         if not tensors:
             raise CheckpointError(f"{src} holds no tensor")
@@ -86,6 +92,7 @@ class Inventory:
             metadata=metadata,
             source=str(src),
             revision=found.revision,
+            identities=files_then,
         )
 
     @classmethod

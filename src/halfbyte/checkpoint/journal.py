@@ -6,30 +6,36 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.files import reason
+from halfbyte.checkpoint.lock import FOLDER, LOCK
+from halfbyte.checkpoint.stream_hash import hash_path
 from halfbyte.checkpoint.writer import sync_folder
 from halfbyte.errors import OutputError
 
-FOLDER = ".halfbyte"
 NAME = "journal.jsonl"
+VERSION = 2
 
 
 class Journal:
     """Finished files of one conversion, in ``<folder>/.halfbyte/journal.jsonl``; opened or created.
 
-    The first line holds the conversion's fingerprint; a journal of another one is an OutputError. ``done`` maps
-    a file name to {"nbytes": n, **extra}, only for files that are there with that size.
+    The first line holds the conversion's fingerprint and ``source``, who the files are that it reads; a journal of
+    another conversion is an OutputError. ``done`` maps a file name to {"nbytes": n, **extra}, only for files that
+    are there with that size. ``continued``: whether an earlier run began it.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+    def __init__(self, folder: str | Path, fingerprint: str, source: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         self.fingerprint = fingerprint
         self.path = self.folder / FOLDER / NAME
+        self.source: dict[str, Any] = dict(source or {})
         self.done: dict[str, dict[str, Any]] = {}
-        if not self.path.exists():
+        self.continued = self.path.exists()
+        if not self.continued:
             self._start()
         self.refresh()
 
@@ -40,11 +46,17 @@ class Journal:
         except OSError as error:
             raise OutputError(f"the journal {self.path} cannot be read ({reason(error)})") from error
         first = _object(lines[0])
+        if first is not None and first.get("journal") != VERSION:
+            raise OutputError(
+                f"{self.folder} holds the unfinished output of another release of halfbyte; remove it to start anew"
+            )
         if first is None or first.get("fingerprint") != self.fingerprint:
             raise OutputError(
                 f"{self.folder} holds the unfinished output of another conversion; choose another folder"
                 " or remove this one"
             )
+        source = first.get("source")
+        self.source = source if isinstance(source, dict) else {}
         self.done = {}
         for line in lines[1:]:
             record = _object(line)  # None for a line that was torn when its process was killed
@@ -78,9 +90,22 @@ class Journal:
             raise OutputError(f"the journal {self.path} cannot be written ({reason(error)})") from error
         self.done[filename] = {"nbytes": nbytes, **extra}
 
+    def check_files(self, report: Callable[[int], None] | None = None) -> None:
+        """Read every finished file whose ``sha256`` is noted, and forget those that hold something else now."""
+        for name, entry in list(self.done.items()):
+            try:
+                right = "sha256" not in entry or hash_path(self.folder / name) == entry["sha256"]
+            except OSError:
+                right = False
+            if not right:
+                del self.done[name]
+            elif report is not None:
+                report(entry["nbytes"])
+
     def finish(self) -> None:
         """The conversion is complete: remove the journal and its folder."""
         try:
+            self.path.unlink()
             shutil.rmtree(self.path.parent)
             sync_folder(self.folder)
         except OSError as error:
@@ -88,7 +113,8 @@ class Journal:
 
     def _start(self) -> None:
         """Write the first line; where several processes start at once, the first one wins and none fails."""
-        line = json.dumps({"journal": 1, "fingerprint": self.fingerprint}) + "\n"
+        first = {"journal": VERSION, "fingerprint": self.fingerprint, "source": self.source}
+        line = json.dumps(first) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(".partial", NAME, self.path.parent)
@@ -114,11 +140,19 @@ class Journal:
             return None
 
 
-def prepare_output(out: str | Path, source_root: str | Path | None, fingerprint: str) -> Journal:
-    """Make the output folder, or continue in one whose journal has this fingerprint.
+def prepare_output(
+    out: str | Path, source_root: str | Path | None, fingerprint: str, source: Mapping[str, Any] | None = None
+) -> Journal:
+    """Make the output folder, or continue in one whose journal has this fingerprint; ``source`` as in ``Journal``.
 
     OutputError for a file, a folder that holds anything else, or a folder that is the input or inside it.
     """
+    check_output(out, source_root)
+    return Journal(Path(out).expanduser(), fingerprint, source)
+
+
+def check_output(out: str | Path, source_root: str | Path | None) -> None:
+    """Make the output folder; OutputError where ``prepare_output`` raises it for the folder itself."""
     out = Path(out).expanduser()
     try:
         resolved = out.resolve()
@@ -130,12 +164,13 @@ def prepare_output(out: str | Path, source_root: str | Path | None, fingerprint:
         names = [path.name for path in resolved.iterdir()]
         inner = resolved / FOLDER
         # Killed before its first line, a run leaves an empty journal folder behind.
-        fresh = not names or (names == [FOLDER] and all(p.name.endswith(".partial") for p in inner.iterdir()))
+        fresh = not names or (
+            names == [FOLDER] and all(p.name == LOCK or p.name.endswith(".partial") for p in inner.iterdir())
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise OutputError(f"the output folder {out} cannot be used ({reason(error)})") from error
     if not fresh and not (inner / NAME).is_file():
         raise OutputError(f"the output folder {out} is not empty; choose another folder or empty it")
-    return Journal(out, fingerprint)
 
 
 def _refuse_inside(out: Path, resolved: Path, source: Path) -> None:

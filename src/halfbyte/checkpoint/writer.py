@@ -14,6 +14,7 @@ import numpy as np
 
 from halfbyte.checkpoint.files import forget_pages, open_regular, read_into, reason
 from halfbyte.checkpoint.layout import Layout
+from halfbyte.checkpoint.stream_hash import StreamHash
 from halfbyte.errors import CheckpointError, OutputError
 
 _LARGEST_WRITE = 1 << 30
@@ -40,6 +41,7 @@ class _AtomicFile:
             )
             self._ours = True
             _allocate(self._descriptor, total, path)
+            self.hash = StreamHash(self._descriptor)
         except OSError as error:
             self.abort()
             raise self._error(error) from error
@@ -51,6 +53,7 @@ class _AtomicFile:
         try:
             while done < len(data):
                 done += os.pwrite(self._descriptor, data[done : done + _LARGEST_WRITE], offset + done)
+            self.hash.add(offset, data)
         except OSError as error:
             raise self._error(error) from error
         with self._lock:
@@ -58,16 +61,19 @@ class _AtomicFile:
             enough = self._fresh >= _WRITE_BACK_BYTES
             if enough:
                 self._fresh = 0
-        if enough:
-            forget_pages(self._descriptor, 0, 0)
+        # what is not hashed yet is still to be read back
+        if enough and self.hash.hashed:
+            forget_pages(self._descriptor, 0, self.hash.hashed)
 
-    def commit(self) -> None:
+    def commit(self) -> str:
+        """Make the file durable under its name; the SHA-256 of its bytes."""
         if self._descriptor is None:
             raise OutputError(f"{self.path} is closed already and cannot be committed")
         try:
+            sha256 = self.hash.finish(self.total)
             os.fsync(self._descriptor)
-            mine, there = os.fstat(self._descriptor), os.stat(self.partial)
-            self._ours = (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+            held, there = os.fstat(self._descriptor), os.stat(self.partial)
+            self._ours = (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino)
             self._close()
             if not self._ours:
                 raise OutputError(f"another process is writing {self.path} too; run only one at a time")
@@ -77,6 +83,7 @@ class _AtomicFile:
         except OSError as error:
             self.abort()
             raise self._error(error) from error
+        return sha256
 
     def abort(self) -> None:
         self._close()
@@ -110,13 +117,15 @@ class ShardWriter:
         self._lock = threading.Lock()
         try:
             self._file.write(0, memoryview(layout.header))
+            for start, end in layout.gaps:
+                self._file.hash.add(start, memoryview(bytes(end - start)))
         except OutputError:
             self.abort()
             raise
 
     def write_at(self, offset: int, buffer: Any) -> None:
         """Write bytes, or the bytes of a NumPy array (any dtype), at an absolute offset behind the header."""
-        data = _bytes_of(buffer)
+        data = bytes_of(buffer)
         end = offset + len(data)
         if offset < len(self.layout.header) or end > self.layout.total:
             raise OutputError(f"bytes {offset} to {end} are outside the data of {self.path}")
@@ -124,8 +133,11 @@ class ShardWriter:
         with self._lock:
             self._written.append((offset, end))
 
-    def commit(self) -> None:
-        """Make the file durable and give it its name. OutputError when a byte of it was never written."""
+    def commit(self) -> str:
+        """Make the file durable and give it its name; returns the SHA-256 (hex) of its bytes.
+
+        OutputError when a byte of it was never written.
+        """
         reached = len(self.layout.header)
         for start, end in sorted(self._written):
             if start > reached:
@@ -134,7 +146,7 @@ class ShardWriter:
         if reached < self.layout.total:
             self.abort()
             raise OutputError(f"byte {reached} of {self.path} was never written, so the file is not complete")
-        self._file.commit()
+        return self._file.commit()
 
     def abort(self) -> None:
         """Remove the temporary file. Only once no thread writes any more; harmless after a commit."""
@@ -161,8 +173,8 @@ def write_file_atomic(path: str | Path, data: bytes) -> None:
         file.abort()
 
 
-def copy_file_atomic(src: str | Path, dst: str | Path) -> int:
-    """Copy a file bit for bit, completely or not at all; returns its bytes. Links are followed."""
+def copy_file_atomic(src: str | Path, dst: str | Path) -> str:
+    """Copy a file bit for bit, completely or not at all; returns its SHA-256 (hex). Links are followed."""
     source, target = Path(src), Path(dst)
     descriptor, size = open_regular(source)
     try:
@@ -175,14 +187,14 @@ def copy_file_atomic(src: str | Path, dst: str | Path) -> int:
                 if read_into(descriptor, part, offset) < len(part):
                     raise CheckpointError(f"{source} became shorter while it was copied")
                 file.write(offset, part)
-            file.commit()
+            sha256 = file.commit()
         finally:
             file.abort()
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read ({reason(error)})") from error
     finally:
         os.close(descriptor)
-    return size
+    return sha256
 
 
 def sync_folder(folder: Path) -> None:
@@ -221,7 +233,8 @@ def _allocate(descriptor: int, total: int, path: Path) -> None:
     os.ftruncate(descriptor, total)
 
 
-def _bytes_of(buffer: Any) -> memoryview:
+def bytes_of(buffer: Any) -> memoryview:
+    """The bytes of a buffer, or of a NumPy array of any dtype and layout, in order."""
     if isinstance(buffer, np.ndarray):
         # Through uint8, since the types of ml_dtypes have no buffer interface; reshape(-1) lets scalars pass.
         return np.ascontiguousarray(buffer).reshape(-1).view(np.uint8).data

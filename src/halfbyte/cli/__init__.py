@@ -29,6 +29,7 @@ from halfbyte.cli import (
     verify_command,
 )
 from halfbyte.cli.json_stdout import divert_the_rest, only_documents
+from halfbyte.cli.signals import as_interrupt
 from halfbyte.errors import HalfbyteError
 
 OK, FOUND_PROBLEMS, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:
-        with only_documents() if args.json else nullcontext():
+        with as_interrupt(), only_documents() if args.json else nullcontext():
             code = COMMANDS[args.command].run(args)
         if args.json and argv is None:
             divert_the_rest()

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the card; say what it lacks, and what it replaces."""
     from halfbyte.checkpoint import write_file_atomic
     from halfbyte.report.model_card import model_card
+    from halfbyte.verify.checksums import update_checksum
     from halfbyte.verify.output_folder import CARD_MARK
 
     card = model_card(
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.output) if args.output else Path(args.out) / "README.md"
     replaced = path.is_file() and CARD_MARK.encode() not in path.read_bytes()
     write_file_atomic(path, card.text.encode())
+    if path.parent.resolve() == Path(args.out).resolve():
+        update_checksum(path.parent, path.name)
     if args.json:
         print_json({"file": path, "missing": card.missing, "replaced": replaced})
         return 0

@@ -49,7 +49,7 @@ def say(*lines: str) -> None:
 
 def warn(message: str) -> None:
     """Print a note on stderr."""
-    print(f"halfbyte: {clean(message)}", file=sys.stderr)
+    print(f"halfbyte: {clean(message)}", file=sys.stderr, flush=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], last: Sequence[Cell] | None = None) -> None:

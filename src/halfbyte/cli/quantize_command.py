@@ -72,13 +72,14 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
         warn(note)
     total = source_bytes(made)
     with progress(verb, total, args.json) as report:
-        done = convert(made, args.out, args.threads, report, memory=args.memory)
+        done = convert(made, args.out, args.threads, report, args.memory, warn)
     report_json = {
         **plan_command.document(made, args),
         "out": str(done.out),
         "seconds": done.seconds,
         "resumed_shards": done.resumed_shards,
-        "relmse": done.relmse,
+        "already_complete": done.already_complete,
+        "relmse": None if done.already_complete else done.relmse,
         "folds": [asdict(fold) for fold in done.smoothings],
         "carried": [
             {
@@ -96,7 +97,9 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
     }
     loads = usage_of(args.out)
     report_json["loads"] = [{"engine": engine, "command": command} for engine, command in loads]
-    if not args.json:
+    if done.already_complete and not args.json:
+        say(f"{done.out} is already complete: nothing to do; `halfbyte verify {done.out}` checks every bit of it")
+    elif not args.json:
         for note in made.notes:
             if note not in made.recipe.notes:
                 say(f"note        {note}")

@@ -1,19 +1,23 @@
-"""``halfbyte verify``: a quantized checkpoint against its source."""
+"""``halfbyte verify``: a quantized checkpoint against its checksums and its source."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli import accuracy, options
 from halfbyte.cli.output import print_json, progress, say
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from halfbyte.verify.weights import Verification
 
-SUMMARY = "compare a quantized checkpoint with its source: everything there, kept tensors identical, errors in bounds"
+SUMMARY = "check a quantized checkpoint: every file against its SHA-256, every weight against the source"
 EXAMPLES = """\
-  halfbyte verify ./out --against ./Qwen3.5-35B-A3B
+  halfbyte verify ./out                                     every bit is what was written; needs no source
+  halfbyte verify ./out --against ./Qwen3.5-35B-A3B         kept tensors identical, errors in bounds
   halfbyte verify ./out --against Qwen/Qwen3-8B --revision main --json
 
 exit code 1 means that problems were found; they are listed
@@ -24,7 +28,7 @@ SHOWN = 20
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     parser.add_argument("out", metavar="OUT", help="the quantized checkpoint")
-    parser.add_argument("--against", metavar="SRC", required=True, help=f"its source: {options.SOURCE}")
+    parser.add_argument("--against", metavar="SRC", help=f"its source, to compare with: {options.SOURCE}")
     options.add_revision(parser)
     parser.add_argument(
         "--max-relmse",
@@ -41,18 +45,25 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(document(result))
     else:
-        accuracy.show(result.errors, result.relmse)
-        say("")
+        if result.wrong_source:
+            say(result.wrong_source, "")
+        if result.errors:
+            accuracy.show(result.errors, result.relmse)
+            say("")
         verdict(result)
     return 0 if result.ok else 1
 
 
-def compare(out: str, against: str, revision: str | None, silent: bool, bound: float | None = None) -> Verification:
+def compare(
+    out: str, against: str | None, revision: str | None, silent: bool, bound: float | None = None
+) -> Verification:
     """Verify under a progress bar."""
     from halfbyte.checkpoint import Inventory
+    from halfbyte.verify.checksums import stated_bytes
     from halfbyte.verify.weights import MAX_RELMSE, verify
 
-    with progress("verifying", Inventory.open(against, revision).total_bytes, silent) as report:
+    total = stated_bytes(Path(out)) + (Inventory.open(against, revision).total_bytes if against else 0)
+    with progress("verifying", total, silent) as report:
         return verify(out, against, revision, MAX_RELMSE if bound is None else bound, report)
 
 
@@ -62,7 +73,15 @@ def document(result: Verification) -> dict[str, Any]:
         "ok": result.ok,
         "out": result.out,
         "source": result.source,
+        "wrong_source": result.wrong_source or None,
         "problems": result.problems,
+        "checksums": {
+            "stated": result.checksums.stated,
+            "files": result.checksums.files,
+            "bytes": result.checksums.bytes,
+            "other_files": result.checksums.others,
+        },
+        "recomputed": result.recomputed,
         "kept": result.kept,
         "quantized": result.quantized,
         "folded": result.folded,
@@ -89,17 +108,35 @@ def document(result: Verification) -> dict[str, Any]:
 
 def verdict(result: Verification) -> None:
     """The outcome in words."""
+    parts = [*_checksums(result), *_weights(result)]
+    if result.ok:
+        error = f"; relative error {result.relmse:.5f}" if result.errors else ""
+        say(f"verified: {'; '.join(parts)}{error}")
+    else:
+        say(f"{len(result.problems)} problem(s) found; {'; '.join(parts)}:" if parts else "problems found:")
+        say(*(f"  {problem}" for problem in result.problems[:SHOWN]))
+        if len(result.problems) > SHOWN:
+            say(f"  and {len(result.problems) - SHOWN} more; --json lists all")
+    if result.checksums.others:
+        names = ", ".join(result.checksums.others[:5])
+        say(f"not written by the conversion, not checked: {names}{', ...' if result.checksums.others[5:] else ''}")
+
+
+def _checksums(result: Verification) -> Iterator[str]:
+    checked = result.checksums
+    if checked.stated and not checked.problems:
+        yield f"all {checked.files} files have the SHA-256 that was noted when they were written"
+    elif result.recomputed and result.ok:
+        yield "no checksums are there, but every quantized weight is what the recorded recipe gives"
+
+
+def _weights(result: Verification) -> Iterator[str]:
+    if result.source is None:
+        return
     dropped = f", {len(result.dropped)} left out" if result.dropped else ""
-    counts = f"{result.quantized} weights quantized, {result.kept} kept byte for byte{dropped}"
+    yield f"{result.quantized} weights quantized, {result.kept} kept byte for byte{dropped}"
     if result.folded:
-        counts += f"; {result.folded} compared after what AWQ folded into them"
+        yield f"{result.folded} compared after what AWQ folded into them"
     already = sum(bool(error.source) for error in result.errors)
     if already:
-        counts += f"; of {already} that the source holds quantized, {result.lossless} have exactly its values"
-    if result.ok:
-        say(f"verified: {counts}; relative error {result.relmse:.5f}")
-        return
-    say(f"{len(result.problems)} problem(s) found; {counts}:")
-    say(*(f"  {problem}" for problem in result.problems[:SHOWN]))
-    if len(result.problems) > SHOWN:
-        say(f"  and {len(result.problems) - SHOWN} more; --json lists all")
+        yield f"of {already} that the source holds quantized, {result.lossless} have exactly its values"

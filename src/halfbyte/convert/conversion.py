@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from halfbyte.checkpoint import (
-    Journal,
-    Reader,
-    ShardWriter,
-    copy_file_atomic,
-    prepare_output,
-    write_file_atomic,
-)
+from halfbyte.checkpoint import Journal, Reader, ShardWriter, copy_file_atomic, write_file_atomic
+from halfbyte.checkpoint.identity import SourceIdentity
+from halfbyte.checkpoint.lock import OutputLock
 from halfbyte.convert.encode_slice import Context, Progress
 from halfbyte.convert.hessian_cache import Hessians
+from halfbyte.convert.output_folder_state import already_complete, continue_or_begin, source_identity
 from halfbyte.convert.pipeline import Pipeline, Stages
 from halfbyte.convert.smoothing_search import FOLD_BYTES, FoldReport, sample_bytes, settle_folds
 from halfbyte.convert.work_unit import WorkUnit
 from halfbyte.errors import OutputError, PlanError
 from halfbyte.kernels import backend, use_backend_here
 from halfbyte.kernels.tensor_error import TensorError
-from halfbyte.plan.conversion_plan import CONFIG, INDEX, PROVENANCE, Plan
+from halfbyte.plan.conversion_plan import CONFIG, PROVENANCE, Plan
 from halfbyte.plan.resources import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
 from halfbyte.plan.shards import Shard
 from halfbyte.renamed import accepts_old_names
@@ -44,15 +41,23 @@ TINY_BYTES = 1 << 17
 _TINY_LOCK = threading.Lock()
 
 
+Announce = Callable[[str], None]
+"""Called with one line on what a conversion found in its output folder."""
+
+
 @dataclass
 class Conversion:
-    """What a conversion did; ``smoothings``: what AWQ chose for every group that could be folded."""
+    """What a conversion did; ``smoothings``: what AWQ chose for every group that could be folded.
+
+    ``already_complete``: there was nothing left to do, so nothing was done and no error measured.
+    """
 
     out: Path
     errors: list[TensorError]
     seconds: float
     resumed_shards: int
     smoothings: list[FoldReport] = field(default_factory=list)
+    already_complete: bool = False
 
     @property
     def relmse(self) -> float:
@@ -73,44 +78,60 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
     memory: int | None = None,
+    announce: Announce | None = None,
 ) -> Conversion:
     """Write the plan's output to the folder ``out``, or continue there after an interruption.
 
-    At most ``threads`` (default: one per core; fewer where ``memory``, by default 2 GiB, does not allow so many) work
-    on slices of weights side by side, while finished files are made durable in the background. The bytes written
-    depend on neither. Raises OutputError for an unusable folder or a full disk, CheckpointError for a
-    damaged source.
+    At most ``threads`` (default: one per core; fewer where ``memory``, by default 2 GiB, does not allow so many) work on slices of weights side by side, while finished files are made durable in the background. The bytes
+    written depend on neither. ``announce`` is told at the beginning if an earlier run is continued. An output that
+    is complete already is left alone. Raises OutputError for an unusable folder, one that another process writes,
+    or a full disk, CheckpointError for a source that is damaged or changes.
     """
     began = time.monotonic()
-    inventory = plan.checkpoint.inventory
-    if inventory.root is None:
-        raise PlanError(f"{inventory.source} is an inventory without weights; give the checkpoint itself")
-    out = Path(out)
-    journal = prepare_output(out, inventory.root, plan.fingerprint)
+    root = plan.checkpoint.inventory.root
+    if root is None:
+        raise PlanError(
+            f"{plan.checkpoint.inventory.source} is an inventory without weights; give the checkpoint itself"
+        )
+    out = Path(out).expanduser()
+    source = source_identity(plan, root)
+    if already_complete(plan, out, root, source):
+        return Conversion(out, [], time.monotonic() - began, len(plan.shards), already_complete=True)
+    with OutputLock(out):
+        journal = continue_or_begin(plan, out, root, source, announce or (lambda _: None))
+        done = _convert(plan, out, journal, source, Limits(threads or cores(), memory or MEMORY), progress)
+        journal.finish()
+    done.seconds = time.monotonic() - began
+    return done
+
+
+def _convert(
+    plan: Plan, out: Path, journal: Journal, source: SourceIdentity, limits: Limits, progress: Progress | None
+) -> Conversion:
+    """All files that the journal does not hold yet."""
     todo = [shard for shard in plan.shards if shard.name not in journal.done]
     _check_disk(plan, out, todo)
     report = progress or (lambda _: None)
     for shard in plan.shards:
         if shard.name in journal.done:
             report(sum(map(item_bytes, shard.items)))
-    limits = Limits(threads or cores(), memory or MEMORY)
     count = plan.resources(limits).threads
-    with Reader(inventory) as reader:
+    with Reader(plan.checkpoint.inventory) as reader:
         with ThreadPoolExecutor(
             min(count, max(1, limits.memory // FOLD_BYTES)), "halfbyte-smoothing", use_backend_here, (backend(),)
         ) as pool:
             smoothings, chosen = settle_folds(plan, out, journal, reader, pool, report)
         known = plan.calibration_use.calibration if plan.calibration_use else None
         hessians = Hessians(known, limits.memory // 8) if known and known.statistics else None
-        _write_shards(Context(plan, reader, smoothings, report, limits, hessians), count, todo, out, journal)
-    _finish(plan, out, inventory.root)
+        context = Context(plan, reader, smoothings, report, limits, hessians)
+        _write_shards(context, count, todo, out, journal, source)
+    _finish(plan, out, journal, source)
     errors: dict[str, TensorError] = {}
     for shard in plan.shards:
         for error in (TensorError(**e) for e in journal.done[shard.name]["errors"]):
             if errors.setdefault(error.name, error) is not error:
                 errors[error.name].merge(error)
-    journal.finish()
-    return Conversion(out, list(errors.values()), time.monotonic() - began, len(plan.shards) - len(todo), chosen)
+    return Conversion(out, list(errors.values()), 0.0, len(plan.shards) - len(todo), chosen)
 
 
 class _OpenShard:
@@ -127,14 +148,17 @@ class _OpenShard:
         """The units, each made when it is asked for."""
         return (WorkUnit(context, items, self.writer) for items in self.shard.units)
 
-    def commit(self, journal: Journal) -> None:
-        """Make the file durable and note that it is finished."""
-        self.writer.commit()
+    def commit(self, journal: Journal, source: SourceIdentity) -> None:
+        """Make the file durable and note that it is finished, unless the source changed while it was written."""
+        sha256 = self.writer.commit()
+        source.check()
         errors = [vars(error) for job in self.errors for error in job]
-        journal.record(self.shard.name, self.shard.layout.total, {"errors": errors})
+        journal.record(self.shard.name, self.shard.layout.total, {"sha256": sha256, "errors": errors})
 
 
-def _write_shards(context: Context, threads: int, todo: Sequence[Shard], out: Path, journal: Journal) -> None:
+def _write_shards(
+    context: Context, threads: int, todo: Sequence[Shard], out: Path, journal: Journal, source: SourceIdentity
+) -> None:
     """All files, one after the other: while one is made durable, the next one is written already."""
     opened: list[_OpenShard] = []
     resident: list[WorkUnit] = []
@@ -143,7 +167,7 @@ def _write_shards(context: Context, threads: int, todo: Sequence[Shard], out: Pa
         with Pipeline(threads) as pipeline:
 
             def commit(file: _OpenShard) -> None:
-                file.commit(journal)
+                file.commit(journal, source)
                 opened.remove(file)
 
             def ended(file: _OpenShard, units: Sequence[WorkUnit], errors: list[TensorError]) -> None:
@@ -216,18 +240,19 @@ def _check_disk(plan: Plan, out: Path, todo: Sequence[Shard]) -> None:
         )
 
 
-def _finish(plan: Plan, out: Path, root: Path) -> None:
-    """Side files, then index, then config.json: a folder with a config is complete."""
+def _finish(plan: Plan, out: Path, journal: Journal, source: SourceIdentity) -> None:
+    """Side files, then index and halfbyte.json, then config.json: a folder with a config is complete."""
+    root = plan.checkpoint.inventory.root
+    assert root is not None
+    hashes = {name: entry["sha256"] for name, entry in journal.done.items()}
     for name in plan.side_files:
-        copy_file_atomic(root / name, out / name)
-    for name, content in _written(plan):
+        hashes[name] = copy_file_atomic(root / name, out / name)
+    source.check()
+    written = plan.written
+    hashes |= {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}
+    last = written.pop(CONFIG, None)
+    sealed = plan.sealed_provenance(hashes, source.digest(plan.checkpoint.inventory.files))
+    for name, content in [*written.items(), (PROVENANCE, sealed)]:
         write_file_atomic(out / name, content)
-
-
-def _written(plan: Plan) -> Iterator[tuple[str, bytes]]:
-    yield from plan.extra_files.items()
-    if plan.index is not None:
-        yield INDEX, plan.index
-    yield PROVENANCE, plan.provenance
-    if plan.config is not None:
-        yield CONFIG, plan.config
+    if last is not None:
+        write_file_atomic(out / CONFIG, last)

@@ -95,8 +95,8 @@ def _choose_all(
                 if not job.cancelled():
                     job.exception()  # let what is running end before files are closed
             raise
-        writer.commit()
-    journal.record(FOLDS, planned.total, {"folds": entries})
+        sha256 = writer.commit()
+    journal.record(FOLDS, planned.total, {"sha256": sha256, "folds": entries})
 
 
 def _choose(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.checkpoint import ShardWriter, nbytes, numpy_dtype
+from halfbyte.checkpoint import nbytes, numpy_dtype
 from halfbyte.convert.encode_slice import (
     Context,
     encode_slice,
@@ -35,6 +35,13 @@ from halfbyte.source.checkpoint import FLOATS
 from halfbyte.source.smoothing import resmoothed
 
 
+class Writer(Protocol):
+    """Takes the bytes of a planned file: ``ShardWriter``, or what compares them."""
+
+    def write_at(self, offset: int, buffer: Any) -> None:
+        """Take bytes, or the bytes of an array, for an absolute offset."""
+
+
 class WorkUnit:
     """Items that stay together, since engines fuse them: all that becomes of them, and the errors measured.
 
@@ -42,7 +49,7 @@ class WorkUnit:
     larger, has one amax, and stays in memory until it is encoded.
     """
 
-    def __init__(self, common: Context, items: Sequence[Item], writer: ShardWriter) -> None:
+    def __init__(self, common: Context, items: Sequence[Item], writer: Writer) -> None:
         self.plan, self.reader, self.smoothings = common.plan, common.reader, common.smoothings
         self.report, self.limits, self._common = common.report, common.limits, common
         self.items = items

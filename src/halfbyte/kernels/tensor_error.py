@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from halfbyte.formats import QuantizedTensor
 from halfbyte.kernels import ErrorStats, compare
 
+MAX_RELMSE = 0.1
+"""A quantized tensor further than this from its source is not the same tensor."""
+MAX_RELMSE_FEEDBACK = 0.5
+"""The same where rounding fed errors back: weights move for the sake of outputs then, far where tokens are few."""
+
 
 @dataclass
 class TensorError:

@@ -212,7 +212,7 @@ def _finish(
         shards=shards,
         index=None if dialect.package.standalone else make_index(shards),
         config=make_config(checkpoint, dialect, settings, extra_config),
-        provenance=make_provenance(checkpoint, draft.recipe, dialect, draft.use),
+        origin=make_provenance(checkpoint, draft.recipe, dialect, draft.use),
         extra_files=dialect.package.extra_files(settings) | extra_files,
         notes=[
             *draft.notes,

@@ -16,7 +16,7 @@ from halfbyte.source.checkpoint import Checkpoint
 
 CONFIG, INDEX, PROVENANCE = "config.json", "model.safetensors.index.json", "halfbyte.json"
 # part of the fingerprint: raise it when the same plan would give other bytes
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 def make_settings(
@@ -42,7 +42,7 @@ def make_config(
     return None if dialect.package.standalone else json_bytes(dialect.package.config_json(config))
 
 
-def make_provenance(checkpoint: Checkpoint, recipe: Recipe, dialect: Dialect, use: CalibrationUse | None) -> bytes:
+def make_provenance(checkpoint: Checkpoint, recipe: Recipe, dialect: Dialect, use: CalibrationUse | None) -> dict[str, Any]:
     """halfbyte.json: where an output comes from, and the recipe that it was made with."""
     inventory = checkpoint.inventory
     provenance: dict[str, Any] = {
@@ -57,7 +57,7 @@ def make_provenance(checkpoint: Checkpoint, recipe: Recipe, dialect: Dialect, us
     }
     if use:
         provenance |= use.provenance()
-    return json_bytes(provenance)
+    return provenance
 
 
 def json_bytes(content: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -11,6 +12,7 @@ from typing import Any
 
 from halfbyte.dialects import Dialect
 from halfbyte.models.smoothing_groups import SmoothingGroup
+from halfbyte.plan import provenance
 from halfbyte.plan.calibration_use import CalibrationUse
 from halfbyte.plan.configuration import CONFIG, INDEX, PLAN_VERSION, PROVENANCE
 from halfbyte.plan.resources import Limits, Resources, find_resources
@@ -25,7 +27,10 @@ __all__ = ["CONFIG", "INDEX", "PLAN_VERSION", "PROVENANCE", "Plan"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about the output that does not depend on the weights' values."""
+    """Everything about the output that does not depend on the weights' values.
+
+    ``origin``: what halfbyte.json says of source, dialect and recipe.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -34,7 +39,7 @@ class Plan:
     shards: list[Shard]
     index: bytes | None
     config: bytes | None
-    provenance: bytes
+    origin: dict[str, Any]
     extra_files: dict[str, bytes]
     notes: list[str]
     calibration_use: CalibrationUse | None = None
@@ -52,8 +57,38 @@ class Plan:
     @property
     def repository_bytes(self) -> int:
         """Bytes of the whole output folder: weight files, index, configuration, side files."""
-        written = [self.index or b"", self.config or b"", self.provenance, *self.extra_files.values()]
+        written = [self.provenance, *self.written.values()]
         return self.shard_bytes + self.smoothing_bytes + sum(map(len, written)) + self.side_file_bytes
+
+    @property
+    def written(self) -> dict[str, bytes]:
+        """Files whose content is known already, in the order in which they are written; config.json is the last."""
+        files = dict(self.extra_files)
+        if self.index is not None:
+            files[INDEX] = self.index
+        if self.config is not None:
+            files[CONFIG] = self.config
+        return files
+
+    @property
+    def file_bytes(self) -> dict[str, int]:
+        """Bytes of every file of the output but halfbyte.json, by name."""
+        side_bytes = self.checkpoint.inventory.side_files
+        return {
+            **{shard.name: shard.layout.total for shard in self.shards},
+            **({FOLDS: self.smoothing_bytes} if self.smoothings else {}),
+            **{name: side_bytes[name] for name in self.side_files},
+            **{name: len(content) for name, content in self.written.items()},
+        }
+
+    @cached_property
+    def provenance(self) -> bytes:
+        """halfbyte.json with zeros for the hashes that are known only when the files are written."""
+        return self.sealed_provenance({}, provenance.UNKNOWN)
+
+    def sealed_provenance(self, hashes: Mapping[str, str], source: str) -> bytes:
+        """halfbyte.json with the SHA-256 of every file; ``source``: the digest of the source's samples."""
+        return provenance.spell(self.origin, self.fingerprint, self.file_bytes, hashes, source)
 
     @property
     def smoothings(self) -> list[SmoothingGroup]:
@@ -134,6 +169,7 @@ class Plan:
             self.checkpoint.inventory.fingerprint,
             self.recipe.model_dump(mode="json"),
             self.dialect.name,
+            self.origin,
         )
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for shard in self.shards:
@@ -144,6 +180,8 @@ class Plan:
         if self.calibration_use:
             names = [i.weight.name for i in self.items if i.weighted], [group.name for group in self.smoothings]
             digest.update(json.dumps([self.calibration_use.calibration.digest, names]).encode())
+        constants = [(o.name, o.constant) for i in self.items for o in i.outputs if o.constant is not None]
+        digest.update(repr(constants).encode())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from halfbyte.report.studies import Study, make_studies
 from halfbyte.report.wording import between, nats, size, some, task_name
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.overview import Overview, overview
-from halfbyte.verify.output_folder import CARD_MARK, provenance
+from halfbyte.verify.checksums import read_provenance
+from halfbyte.verify.output_folder import CARD_MARK
 
 SKIPPED = ("aliases", "source", "name", "description", "calibration")
 """Of a recipe, what says nothing about the checkpoint, or is said elsewhere."""
@@ -56,7 +57,7 @@ def model_card(
     if not folder.is_dir():
         raise ReportError(f"{out} is no folder with a checkpoint")
     checkpoint = Checkpoint.open(folder)
-    about, made = overview(checkpoint), provenance(folder)
+    about, made = overview(checkpoint), read_provenance(folder)
     if about.dialect is None:
         raise ReportError(f"{out} holds nothing quantized, so there is no card to write")
     measured = _measured(checkpoint, folder, results)

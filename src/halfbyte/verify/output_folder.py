@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.files import parse_object
+from halfbyte.checkpoint.journal import NAME
+from halfbyte.checkpoint.lock import FOLDER
 from halfbyte.dialects import unquantized_config
-from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
+from halfbyte.errors import HalfbyteError, VerifyError
 from halfbyte.plan.conversion_plan import INDEX, PROVENANCE
 from halfbyte.recipes import Decision, parse_recipe, resolve
 from halfbyte.source.checkpoint import Checkpoint
@@ -20,27 +21,16 @@ CARD_MARK = "<!-- written by halfbyte card -->"
 
 def unfinished(folder: Path) -> None:
     """VerifyError for the folder of a conversion that has not come to its end."""
-    if folder.is_dir() and (folder / ".halfbyte").exists():
+    if (folder / FOLDER / NAME).exists():
         raise VerifyError(f"{folder} is an unfinished conversion; run the same quantize command again to complete it")
 
 
-def provenance(folder: Path) -> dict[str, Any]:
-    """halfbyte.json, {} where there is none."""
-    path = folder / PROVENANCE
-    if not path.is_file():
-        return {}
-    try:
-        return parse_object(path.read_bytes(), PROVENANCE)
-    except CheckpointError as error:
-        raise VerifyError(f"{path} cannot be used ({error}); convert again") from error
-
-
-def decisions_of(folder: Path, told: dict[str, Any], source: Checkpoint) -> dict[str, Decision]:
+def decisions_of(folder: Path, record: dict[str, Any], source: Checkpoint) -> dict[str, Decision]:
     """What the recipe in halfbyte.json wants of each weight; nothing where there is no such file."""
-    if not told:
+    if not record:
         return {}
     try:
-        recipe = parse_recipe(json.dumps(told["recipe"]), "its recipe")
+        recipe = parse_recipe(json.dumps(record["recipe"]), "its recipe")
         decisions = resolve(recipe, source.weights)
     except (ValueError, KeyError, TypeError, HalfbyteError) as error:
         where = folder / PROVENANCE

@@ -1,0 +1,47 @@
+"""What a verification found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from halfbyte.kernels.tensor_error import TensorError
+from halfbyte.verify.checksums import Checksums
+
+
+@dataclass
+class Verification:
+    """The outcome: ``problems`` is empty when the output is complete and right.
+
+    ``source`` is None where only the output's own checksums were checked. ``folded``: weights that are compared with
+    the source after what was folded into them. ``recomputed``: the output has no checksums, and every quantized
+    weight was compared with what its recorded recipe gives. ``wrong_source``: what there is to say where it was made
+    from another source.
+    """
+
+    out: str
+    source: str | None
+    problems: list[str] = field(default_factory=list)
+    kept: int = 0
+    quantized: int = 0
+    folded: int = 0
+    dropped: dict[str, str] = field(default_factory=dict)
+    errors: list[TensorError] = field(default_factory=list)
+    checksums: Checksums = field(default_factory=Checksums)
+    recomputed: bool = False
+    wrong_source: str = ""
+
+    @property
+    def lossless(self) -> int:
+        """How many weights that the source holds quantized have exactly its values."""
+        return sum(error.lossless for error in self.errors)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    @property
+    def relmse(self) -> float:
+        """Squared error over sum of squares, all quantized weights together."""
+        squares = sum(e.squares for e in self.errors)
+        return sum(e.squared_error for e in self.errors) / squares if squares else 0.0
