@@ -228,6 +228,7 @@ def test_different_tensor_scales_of_gate_and_up_of_one_expert(moe: Path, out: Pa
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_an_unfinished_conversion(moe: Path, out: Path) -> None:
     (out / ".halfbyte").mkdir()
+    (out / ".halfbyte" / "journal.jsonl").write_text("")
     with pytest.raises(VerifyError, match="is an unfinished conversion"):
         verify(out, moe)
 
@@ -235,6 +236,7 @@ def test_an_unfinished_conversion(moe: Path, out: Path) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_missing_file_of_several(moe: Path, tmp_path: Path, dialect: str) -> None:
     plan = run(moe, tmp_path / "out", linear("nvfp4"), dialect, max_shard_bytes=200_000)
+    without_checksums(tmp_path / "out")
     (tmp_path / "out" / plan.shards[1].name).unlink()
     with pytest.raises(CheckpointError, match=f"shard {plan.shards[1].name} is named by the index but is missing"):
         verify(tmp_path / "out", moe)
@@ -243,6 +245,7 @@ def test_a_missing_file_of_several(moe: Path, tmp_path: Path, dialect: str) -> N
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_stray_weight_file_beside_the_index_and_a_wrong_total(moe: Path, tmp_path: Path, dialect: str) -> None:
     plan = run(moe, tmp_path / "out", linear("nvfp4"), dialect, max_shard_bytes=200_000)
+    without_checksums(tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")
     index = tmp_path / "out" / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(str(plan.data_bytes), "12345"))
@@ -257,6 +260,7 @@ def test_a_stray_weight_file_beside_the_index_and_a_wrong_total(moe: Path, tmp_p
 
 def test_experts_that_were_left_in_bf16(moe: Path, tmp_path: Path) -> None:
     run(moe, tmp_path / "out", recipe({"match": "attention", "format": "nvfp4", "scale_search": "absmax"}))
+    without_checksums(tmp_path / "out")
     told = json.loads((tmp_path / "out" / "halfbyte.json").read_text())
     told["recipe"]["rules"][0]["match"] = ["attention", "experts"]
     (tmp_path / "out" / "halfbyte.json").write_text(json.dumps(told))
@@ -313,6 +317,7 @@ def test_a_damaged_provenance_file_is_an_error(moe: Path, out: Path) -> None:
 @pytest.mark.parametrize("ending", ["weight_shape", "weight_zero_point"])
 def test_a_wrong_shape_entry_or_zero_point_of_int4(moe: Path, tmp_path: Path, ending: str) -> None:
     run(moe, tmp_path / "out", linear("int4_asym_g32"), "compressed-tensors")
+    without_checksums(tmp_path / "out")
 
     def spoil(tensors: Tensors) -> None:
         name = f"{LAYER}linear_attn.out_proj.{ending}"

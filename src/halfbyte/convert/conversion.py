@@ -82,10 +82,11 @@ def convert(
 ) -> Conversion:
     """Write the plan's output to the folder ``out``, or continue there after an interruption.
 
-    At most ``threads`` (default: one per core; fewer where ``memory``, by default 2 GiB, does not allow so many) work on slices of weights side by side, while finished files are made durable in the background. The bytes
-    written depend on neither. ``announce`` is told at the beginning if an earlier run is continued. An output that
-    is complete already is left alone. Raises OutputError for an unusable folder, one that another process writes,
-    or a full disk, CheckpointError for a source that is damaged or changes.
+    At most ``threads`` (default: one per core; fewer where ``memory``, by default 2 GiB, does not allow so many) work
+    on slices of weights side by side, while finished files are made durable in the background. The bytes written
+    depend on neither. ``announce`` is told at the beginning if an earlier run is continued. An output that is
+    complete already is left alone. Raises OutputError for an unusable folder, one that another process writes, or a
+    full disk, CheckpointError for a source that is damaged or changes.
     """
     began = time.monotonic()
     root = plan.checkpoint.inventory.root

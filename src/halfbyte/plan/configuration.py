@@ -42,7 +42,9 @@ def make_config(
     return None if dialect.package.standalone else json_bytes(dialect.package.config_json(config))
 
 
-def make_provenance(checkpoint: Checkpoint, recipe: Recipe, dialect: Dialect, use: CalibrationUse | None) -> dict[str, Any]:
+def make_provenance(
+    checkpoint: Checkpoint, recipe: Recipe, dialect: Dialect, use: CalibrationUse | None
+) -> dict[str, Any]:
     """halfbyte.json: where an output comes from, and the recipe that it was made with."""
     inventory = checkpoint.inventory
     provenance: dict[str, Any] = {
