@@ -48,8 +48,14 @@ def test_bound_on_the_error_can_be_set(run_json: Callable[..., Any], quantized: 
 
 def test_an_unfinished_output_is_told_apart(refusal: Callable[..., str], demo_model: str, tmp_path: Path) -> None:
     (tmp_path / ".halfbyte").mkdir()
+    (tmp_path / ".halfbyte" / "journal.jsonl").write_text("")
     assert "unfinished conversion" in refusal("verify", str(tmp_path), "--against", demo_model, code=1)
 
 
-def test_source_must_be_named(refusal: Callable[..., str], quantized: str) -> None:
-    assert "--against" in refusal("verify", quantized)
+def test_an_output_is_checked_without_its_source(run_json: Callable[..., Any], quantized: str) -> None:
+    document = run_json("verify", quantized)
+    assert document["ok"] and document["source"] is None and document["checksums"]["files"] >= 3
+
+
+def test_source_must_be_named_where_there_are_no_checksums(refusal: Callable[..., str], demo_model: str) -> None:
+    assert "--against SRC" in refusal("verify", demo_model, code=1)

@@ -108,7 +108,7 @@ def document(result: Verification) -> dict[str, Any]:
 
 def verdict(result: Verification) -> None:
     """The outcome in words."""
-    parts = [*_checksums(result), *_weights(result)]
+    parts = [*_weights(result), *_checksums(result)]
     if result.ok:
         error = f"; relative error {result.relmse:.5f}" if result.errors else ""
         say(f"verified: {'; '.join(parts)}{error}")
