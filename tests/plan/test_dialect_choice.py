@@ -48,3 +48,11 @@ def test_an_engine_given_for_a_dialect_gets_a_suggestion() -> None:
     assert (
         "reads compressed-tensors" in suggestion("vllm") and suggestion("mlx-lm") != "" and not suggestion("nonsense")
     )
+
+
+def test_a_dialect_that_is_called_like_an_engine_is_a_dialect() -> None:
+    from halfbyte.dialects import list_dialects
+    from halfbyte.plan.dialect_choice import suggestion
+
+    assert not any(suggestion(dialect.name) for dialect in list_dialects())
+    assert "is an engine" in suggestion("vllm")

@@ -90,7 +90,7 @@ def _holds(dialect: str, name: str) -> bool:
 def suggestion(name: str) -> str:
     """What to say of an engine's name given for a dialect's; "" where it is none."""
     key = str(name).lower().replace("mlx-lm", "mlx")
-    if key not in ENGINES:
+    if key not in ENGINES or any(dialect.name == str(name) for dialect in list_dialects()):
         return ""
     engine = next(e for e in engines() if e.name == ENGINES[key])
     reads = [dialect for dialect in engine.reads if dialect not in ("plain", OWN) and get_dialect(dialect)]
