@@ -19,14 +19,9 @@ PICTURE = REPOSITORY / "docs" / "images" / "architecture.svg"
 
 FLOORS: tuple[dict[str, str], ...] = (
     {"errors": "one sentence each", "renamed": "old arguments"},
-    {
-        "formats": "what a number is",
-        "checkpoint": "files and headers",
-        "models": "roles and families",
-        "plugins": "what others add",
-    },
-    {"kernels": "compiled code", "dialects": "engines' layouts", "compatibility": "facts about engines"},
-    {"search": "numbers to codes"},
+    {"formats": "what a number is", "checkpoint": "files and headers", "plugins": "what others add"},
+    {"kernels": "compiled code", "models": "roles and families"},
+    {"search": "numbers to codes", "dialects": "engines' layouts", "compatibility": "facts about engines"},
     {"recipes": "rules", "source": "a checkpoint as weights"},
     {"calibration": "files of statistics", "runtime": "torch modules"},
     {"plan": "fate and place of all tensors"},

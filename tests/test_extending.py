@@ -58,7 +58,7 @@ def test_a_plugin_is_one_file_of_at_most_60_lines(name: str) -> None:
 
 def test_the_page_has_one_of_each_kind() -> None:
     registered = {word for name in PLUGINS for word in re.findall(r"^(register\w*)\(", FILES[name], re.MULTILINE)}
-    kinds = {"", "_dialect", "_family", "_recipe", "_command"}
+    kinds = {"", "_search", "_dialect", "_family", "_recipe", "_command"}
     assert registered >= {f"register{kind}" for kind in kinds}
 
 
@@ -109,6 +109,20 @@ def test_outputs_of_plugins_are_loaded(desk: Path) -> None:
             "from halfbyte.models import register_family\nregister_family('name: llama\\nextends: base')\n",
             "there is a family 'llama' already",
         ),
+        (
+            "from halfbyte.search import Search, register_search\nregister_search(Search('sweep', 'mine'))\n",
+            "there is a search 'sweep' already",
+        ),
+        (
+            "from dataclasses import replace\nfrom halfbyte.formats import get_format, register\n"
+            "register(replace(get_format('nvfp4'), global_top=1.0))\n",
+            "belongs to the format nvfp4 already",
+        ),
+        (
+            "from halfbyte.dialects import get_dialect, register_dialect\n"
+            "register_dialect(type('Other', (type(get_dialect('fp8')),), {})())\n",
+            "there is a dialect 'fp8' already",
+        ),
         ("from halfbyte.cli import register_command\nregister_command('plan', None)\n", "there is a command 'plan'"),
     ],
 )
@@ -152,6 +166,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page's files as an installed package."""
     points = {
         "formats": {"squares": "acme_halfbyte.squares"},
+        "searches": {"shrinking": "acme_halfbyte.shrinking"},
         "dialects": {"toy-engine": "acme_halfbyte.toy_engine"},
         "families": {"acme": "acme_halfbyte.acme"},
         "recipes": {"careful": "acme_halfbyte.careful"},
@@ -186,3 +201,16 @@ def test_a_broken_installed_plugin_is_left_out_with_a_warning(desk: Path, tmp_pa
     assert "squares_g16" in {fmt["name"] for fmt in json.loads(done.stdout)["formats"]}
     done = program(desk, "-c", "import halfbyte; halfbyte.list_formats(); halfbyte.list_recipes()", target=target)
     assert done.returncode == 0 and done.stderr.count(f"UserWarning: {sentence}") == 1
+
+
+def test_a_search_of_a_plugin_changes_the_scales(desk: Path) -> None:
+    code = (
+        "import halfbyte, numpy as np\n"
+        "halfbyte.load_plugin('shrinking.py')\n"
+        "x = np.random.default_rng(0).standard_t(4, (64, 256)).astype(np.float32)\n"
+        "error = {s: float(((halfbyte.encode(x, 'nvfp4', search=s).decode() - x) ** 2).sum())\n"
+        "         for s in ('absmax', 'near', 'shrinking')}\n"
+        "assert error['near'] < error['absmax'] and error['shrinking'] < error['absmax'], error\n"
+    )
+    done = program(desk, "-c", code)
+    assert done.returncode == 0, done.stderr

@@ -67,10 +67,10 @@ def resolve(recipe: Recipe, weights: Sequence[Weight]) -> list[Decision]:
         decision = _decision(rule, number, recipe.name)
         for entry in rule.match:
             where = f"recipe {recipe.name}, rule {number}"
-            found = _matches(entry, weights, by_role, where)
-            if not found and not rule.optional:
+            matching = _matches(entry, weights, by_role, where)
+            if not matching and not rule.optional:
                 raise RecipeError(_nothing(entry, weights, by_role, where))
-            for index in found:
+            for index in matching:
                 result[index] = decision
     _check_groups(weights, result, recipe.name)
     return result
@@ -119,16 +119,16 @@ def _matches(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]
     if entry == "all":
         return range(len(weights))
     prefixes = LINEAR if entry == "linear" else (entry,)
-    found = [i for role, ids in by_role.items() if any(is_under(role, p) for p in prefixes) for i in ids]
-    return [i for i in found if len(weights[i].shape) >= 2] if entry == "linear" else found
+    under = [i for role, ids in by_role.items() if any(is_under(role, p) for p in prefixes) for i in ids]
+    return [i for i in under if len(weights[i].shape) >= 2] if entry == "linear" else under
 
 
 def _regex_matches(entry: str, weights: Sequence[Weight], where: str) -> list[int]:
     search = Patterns([entry], where, anywhere=True).match
-    found = []
+    matching = []
     for index, weight in enumerate(weights):
         if search(weight.name):
-            found.append(index)
+            matching.append(index)
             continue
         hits = [piece.source for piece in weight.pieces if search(piece.source)]
         if hits and len(hits) < len(weight.pieces):
@@ -137,10 +137,10 @@ def _regex_matches(entry: str, weights: Sequence[Weight], where: str) -> list[in
                 f"{weight.name} (e.g. {hits[0]}), but a fused weight has one format; match all of it or none"
             )
         if hits:
-            found.append(index)
+            matching.append(index)
     # `mtp.layers.0.mlp.experts` looks like a layer of the main model to most expressions
-    main = [index for index in found if not weights[index].role.startswith("mtp.")]
-    return main if main and "mtp" not in entry else found
+    main = [index for index in matching if not weights[index].role.startswith("mtp.")]
+    return main if main and "mtp" not in entry else matching
 
 
 def _nothing(entry: str, weights: Sequence[Weight], by_role: dict[str, list[int]], where: str) -> str:
@@ -168,7 +168,7 @@ def _check_groups(weights: Sequence[Weight], decisions: list[Decision], recipe: 
         if other != index and _fate(decisions[other]) != _fate(decisions[index]):
             raise RecipeError(
                 f"recipe {recipe} splits the fusion group {weight.group}: "
-                f"{_said(weights[other], decisions[other])} but {_said(weight, decisions[index])}; "
+                f"{_in_words(weights[other], decisions[other])} but {_in_words(weight, decisions[index])}; "
                 "engines fuse these tensors, so give all of them the same format and global scale"
             )
 
@@ -179,7 +179,7 @@ def _fate(decision: Decision) -> tuple[str | None, ...]:
     return decision.action, decision.format, decision.global_scale, room, decision.activations
 
 
-def _said(weight: Weight, decision: Decision) -> str:
+def _in_words(weight: Weight, decision: Decision) -> str:
     what = decision.format if decision.action == "quantize" else decision.action
     by = f"rule {decision.rule}" if decision.rule else "no rule"
     how = f" by {decision.search}" if decision.search not in (None, "sweep") else ""

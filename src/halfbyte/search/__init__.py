@@ -1,7 +1,7 @@
 """How numbers become codes: searches over scales and codebooks, with the NumPy reference encoder."""
 
 from halfbyte.search.encode import encode
-from halfbyte.search.options import EncodeOptions, GptqOptions
+from halfbyte.search.encode_options import EncodeOptions, GptqOptions
 from halfbyte.search.searches import SEARCHES, Search, get_search, global_scale, register_search
 
 __all__ = [

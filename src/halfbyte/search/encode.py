@@ -14,12 +14,12 @@ from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.formats.arrays import Array, Floats
 from halfbyte.formats.format import check_finite
 from halfbyte.formats.losses import SMALLEST
+from halfbyte.search.encode_options import EncodeKeywords, EncodeOptions, ScaleOptions
 from halfbyte.search.numpy_backend import encode_reference
-from halfbyte.search.options import EncodeKeywords, EncodeOptions, ScaleOptions
 from halfbyte.search.searches import Search, get_search, global_scale
 
 if TYPE_CHECKING:
-    from halfbyte.search.options import Unpack
+    from halfbyte.search.encode_options import Unpack
 
 
 def encode(

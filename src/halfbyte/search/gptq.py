@@ -22,14 +22,14 @@ from halfbyte.formats.arrays import Array, Doubles
 from halfbyte.formats.format import check_finite
 from halfbyte.formats.packing import pack_codes
 from halfbyte.search.encode import as_weight, empty, encode, set_scales
+from halfbyte.search.encode_options import EncodeOptions, GptqKeywords, GptqOptions, Mode, Order
 from halfbyte.search.gptq_reference import Rounding, round_reference
 from halfbyte.search.hessian import Factors, checked, diagonal_blocks, factor
-from halfbyte.search.options import EncodeOptions, GptqKeywords, GptqOptions, Mode, Order
 from halfbyte.search.rotated_space import hessian_in_block_space
 from halfbyte.search.searches import Search, get_search
 
 if TYPE_CHECKING:
-    from halfbyte.search.options import Unpack
+    from halfbyte.search.encode_options import Unpack
 
 _LARGEST = 1e30  # errors of larger weights would overflow FP32
 

@@ -25,7 +25,7 @@ from halfbyte.formats import Format, get_format
 from halfbyte.formats.arrays import Doubles
 from halfbyte.formats.losses import SMALLEST
 from halfbyte.search.encode import as_weight, encode, relative_importance
-from halfbyte.search.options import EncodeOptions
+from halfbyte.search.encode_options import EncodeOptions
 from halfbyte.search.searches import get_search
 from halfbyte.search.searches import global_scale as absmax_scale
 
