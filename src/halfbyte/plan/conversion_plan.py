@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.dialects import Dialect
 from halfbyte.models.smoothing_groups import SmoothingGroup
-from halfbyte.plan import provenance
+from halfbyte.plan import sealed_provenance
 from halfbyte.plan.calibration_use import CalibrationUse
 from halfbyte.plan.configuration import CONFIG, INDEX, PLAN_VERSION, PROVENANCE
 from halfbyte.plan.resources import Limits, Resources, find_resources
@@ -84,11 +84,11 @@ class Plan:
     @cached_property
     def provenance(self) -> bytes:
         """halfbyte.json with zeros for the hashes that are known only when the files are written."""
-        return self.sealed_provenance({}, provenance.UNKNOWN)
+        return self.sealed_provenance({}, sealed_provenance.UNKNOWN)
 
     def sealed_provenance(self, hashes: Mapping[str, str], source: str) -> bytes:
         """halfbyte.json with the SHA-256 of every file; ``source``: the digest of the source's samples."""
-        return provenance.spell(self.origin, self.fingerprint, self.file_bytes, hashes, source)
+        return sealed_provenance.spell(self.origin, self.fingerprint, self.file_bytes, hashes, source)
 
     @property
     def smoothings(self) -> list[SmoothingGroup]:

@@ -13,7 +13,7 @@ from halfbyte.checkpoint import write_file_atomic
 from halfbyte.checkpoint.files import parse_object, reason
 from halfbyte.checkpoint.stream_hash import hash_path
 from halfbyte.errors import CheckpointError, VerifyError
-from halfbyte.plan import provenance
+from halfbyte.plan import sealed_provenance
 from halfbyte.plan.conversion_plan import CONFIG, PROVENANCE
 from halfbyte.plan.resources import cores
 
@@ -43,7 +43,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         content = parse_object(path.read_bytes(), PROVENANCE)
     except (CheckpointError, OSError) as error:
         raise VerifyError(f"{path} cannot be used ({error}); convert again") from error
-    provenance.check_keys(content, str(path))
+    sealed_provenance.check_keys(content, str(path))
     return content
 
 
@@ -52,7 +52,7 @@ def check_files(folder: Path, record: dict[str, Any], report: Callable[[int], No
     result = Checksums(stated="files" in record)
     if not result.stated:
         return result
-    if not provenance.is_sealed((folder / PROVENANCE).read_bytes()):
+    if not sealed_provenance.is_sealed((folder / PROVENANCE).read_bytes()):
         result.problems.append(f"{PROVENANCE} is not what was written: its own SHA-256 differs")
     stated = _stated(record["files"], result.problems)
     with ThreadPoolExecutor(min(4, cores())) as pool:
@@ -78,12 +78,12 @@ def stated_bytes(folder: Path) -> int:
 def update_checksum(folder: Path, name: str) -> bool:
     """Note the SHA-256 of a file that was replaced on purpose, as a model card is; False where none are noted."""
     record = read_provenance(folder)
-    if "files" not in record or not provenance.is_sealed((folder / PROVENANCE).read_bytes()):
+    if "files" not in record or not sealed_provenance.is_sealed((folder / PROVENANCE).read_bytes()):
         return False
     path = folder / name
     record["files"][name] = {"bytes": path.stat().st_size, "sha256": hash_path(path)}
     record["files"] = dict(sorted(record["files"].items()))
-    write_file_atomic(folder / PROVENANCE, provenance.seal({k: v for k, v in record.items() if k != "sha256"}))
+    write_file_atomic(folder / PROVENANCE, sealed_provenance.seal({k: v for k, v in record.items() if k != "sha256"}))
     return True
 
 
