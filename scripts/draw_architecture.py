@@ -25,17 +25,13 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"recipes": "rules", "source": "a checkpoint as weights"},
     {"calibration": "files of statistics", "runtime": "torch modules"},
     {"plan": "fate and place of all tensors"},
-    {
-        "verify": "files against source",
-        "convert": "plan to files",
-        "allocate": "a format for each weight",
-        "engines": "plugins of engines",
-    },
-    {"evaluate": "measurements", "transformers": "a name to import"},
+    {"convert": "plan to files", "engines": "plugins of engines"},
+    {"verify": "files against source", "evaluate": "measurements", "transformers": "a name to import"},
     {
         "calibrate": "text through a model",
         "api": "Python functions",
         "demo": "the bundled model",
+        "allocate": "a format for each",
         "report": "pages and cards",
     },
     {"cli": "one file per command"},
@@ -143,7 +139,7 @@ def _boxes() -> dict[str, tuple[float, int, float]]:
     """Left edge, top edge and width of every room."""
     boxes = {}
     for number, floor in enumerate(FLOORS):
-        width = min(200.0, (WIDTH - 40 - GAP * (len(floor) - 1)) / len(floor))
+        width = min(200.0, (WIDTH - 60 - GAP * 3 * (len(floor) - 1)) / len(floor))
         # single rooms would hide the arrows that pass them
         left = 30 + (WIDTH - 30 - len(floor) * width - GAP * 3 * (len(floor) - 1)) / 2
         for i, name in enumerate(floor):

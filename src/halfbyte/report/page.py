@@ -12,8 +12,8 @@ from typing import Any
 import halfbyte
 from halfbyte.checkpoint import write_file_atomic
 from halfbyte.report import bundle, charts, datasets
-from halfbyte.report.provenance import provenance
 from halfbyte.report.read import Inputs, read_inputs
+from halfbyte.report.source_provenance import provenance
 from halfbyte.report.studies import Study, make_studies
 from halfbyte.report.table import columns, lines
 from halfbyte.report.wording import includes, nats, size, task_name
