@@ -7,6 +7,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # processes of make test-fast
 JOBS ?= 2
+# faults of make mutation
+SAMPLE ?= 200
 # of make test-engines, such as ENGINES="mlx llamacpp"; empty: all
 ENGINES ?=
 
@@ -16,12 +18,13 @@ SOURCES := pyproject.toml constraints.txt README.md LICENSE $(wildcard CMakeList
 INSTALL := $(VENV)/bin/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help demo test test-fast test-engines lint install clean
+.PHONY: help demo test test-fast test-engines mutation lint install clean
 help:
 	@echo "make demo          quantize the bundled model with six recipes and compare them, offline (about 2 minutes)"
 	@echo "make test          ruff, mypy and all tests"
 	@echo "make test-fast     the tests without the slow ones, in two processes (about 2 minutes)"
 	@echo "make test-engines  each engine in an environment of its own, and the tests that need it"
+	@echo "make mutation      small faults put into the core, SAMPLE=200 of them: does a test notice each? (hours)"
 	@echo "make lint          ruff and mypy only"
 	@echo "make clean         remove $(VENV), the engines and what tools left behind"
 
@@ -36,6 +39,10 @@ test-fast: $(VENV)/.test
 
 test-engines:
 	$(PYTHON) scripts/test_engines.py $(ENGINES)
+
+mutation: $(VENV)/.test
+	$(INSTALL) cosmic-ray
+	$(VENV)/bin/python scripts/mutation.py --sample $(SAMPLE)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
