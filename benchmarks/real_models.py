@@ -96,7 +96,7 @@ def measure(source: Path, scratch: Path, recipe: str) -> dict[str, Any]:
     out = scratch / "out"
     shutil.rmtree(out, ignore_errors=True)
     plan = halfbyte.plan(source, recipe)
-    quantized = run(scratch, "quantize", str(source), str(out), "--recipe", recipe)
+    quantized = run(scratch, "quantize", str(source), str(out), "--recipe", recipe, "--dialect", plan.dialect.name)
     row: dict[str, Any] = {"recipe": recipe, "dialect": plan.dialect.name, "bits_per_weight": plan.bits_per_weight}
     row |= {"planned_bytes": plan.repository_bytes, "quantize": _numbers(quantized)}
     problems = [f"quantize: {quantized['error']}"] if quantized["exit_code"] else []

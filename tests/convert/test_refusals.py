@@ -103,9 +103,10 @@ def test_negative_offsets(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path / "out", CheckpointError, "impossible data_offsets")
 
 
-def test_a_name_that_is_there_twice(source: Path, tmp_path: Path) -> None:
+def test_a_shard_that_holds_the_tensors_of_another_one(source: Path, tmp_path: Path) -> None:
     shutil.copy(shard(source, 1), shard(source, 2))
-    refused(source, tmp_path / "out", CheckpointError, "is in both model-00001-of-00003.safetensors and")
+    message = r"is not in model-00002-of-00003\.safetensors, where the index places it"
+    refused(source, tmp_path / "out", CheckpointError, message)
 
 
 def test_an_index_that_leads_out_of_the_folder(source: Path, tmp_path: Path) -> None:

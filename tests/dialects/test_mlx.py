@@ -327,3 +327,8 @@ def test_projections_with_a_global_scale_each_are_read(tmp_path: Path) -> None:
         ours, theirs = bad.read(left, weight), good.read(right, weight)
     assert np.array_equal(ours[:, :128], theirs[:, :128])
     assert np.array_equal(ours[:, 128:], 2 * theirs[:, 128:])
+
+
+def test_keys_of_the_configuration_that_are_null_stay(tmp_path: Path) -> None:
+    run(moe(tmp_path / "moe", pad_token_id=None), tmp_path / "out", MIXED, "mlx")
+    assert settings(tmp_path / "out")["pad_token_id"] is None

@@ -33,6 +33,7 @@ def weight(name: str, shape: tuple[int, ...], seed: int = 0, selector: str = "mi
     if isinstance(fmt, AffineFormat) and fmt.offset == "bias":
         middle = fmt.levels / 2 * r.uniform(0.8, 1.2, arrays["offsets"].shape)
         arrays["offsets"] = (-middle * arrays["scales"].astype(np.float32)).astype(ml_dtypes.bfloat16)
+    fmt = fmt.plain
     if isinstance(fmt, BlockFormat):
         if fmt.bits == 8 and fmt.codebooks[0].kind == "e4m3":
             arrays["codes"][arrays["codes"] & 0x7F == 0x7F] = 0x7E
@@ -42,7 +43,7 @@ def weight(name: str, shape: tuple[int, ...], seed: int = 0, selector: str = "mi
             extra = {"mixed": r.randint(0, 256, scales.shape), "zero": 0, "one": 255}[selector]
             mask = 255 & ~((1 << fmt.scale.bits) - 1) if len(fmt.codebooks) > 1 else 0
             arrays["scales"] = (scales | (extra & mask)).astype(np.uint8)
-    return QuantizedTensor(fmt, shape, **arrays)
+    return QuantizedTensor(get_format(name), shape, **arrays)
 
 
 def _draw(part: str, dtype: np.dtype[Any], size: tuple[int, ...], r: np.random.RandomState) -> NDArray[Any]:

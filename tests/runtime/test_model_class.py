@@ -33,7 +33,6 @@ def with_config(folder: Path, **changes: object) -> Path:
         "LlamaForCausalLM",
         "Trainer",
         "os",
-        3,
         "",
     ],
 )

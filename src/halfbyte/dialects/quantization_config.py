@@ -36,7 +36,7 @@ def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: unquantized_config(value) if id(value) in parts else value
         for key, value in config.items()
-        if key not in QUANTIZATION and STOP.get(key) != value
+        if key not in QUANTIZATION and not (key in STOP and STOP[key] == value)
     }
 
 
