@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,24 +144,34 @@ def test_an_expert_whose_exponents_do_not_fit_is_requantized_alone(tmp_path: Pat
     assert same == [True, True, False, True]
 
 
-def test_matrices_that_share_a_tensor_scale_fit_together_or_not_at_all(dense: Path, tmp_path: Path) -> None:
-    tensors = dense_tensors()
-    for layer, halvings in ((0, 10), (1, 30)):
-        name = f"model.layers.{layer}.self_attn.k_proj.weight"
-        tensors[name] = (tensors[name].astype(np.float32) * 2.0**-halvings).astype(ml_dtypes.bfloat16)
+@pytest.mark.parametrize("halvings", [10, 30])
+def test_matrices_that_share_a_tensor_scale_fit_together_or_are_refused(
+    dense: Path, tmp_path: Path, halvings: int
+) -> None:
+    tensors, name = dense_tensors(), "model.layers.1.self_attn.k_proj.weight"
+    tensors[name] = (tensors[name].astype(np.float32) * 2.0**-halvings).astype(ml_dtypes.bfloat16)
     plain = write_checkpoint(tmp_path / "plain", tensors, DENSE_CONFIG)
     run(plain, tmp_path / "a", linear("mxfp4"), "compressed-tensors")
+    if halvings == 30:  # of its neighbours, which no global scale holds together with them
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)} has a relative error of 1 in nvfp4"):
+            carried(tmp_path / "a", tmp_path / "b", linear("nvfp4"), "compressed-tensors")
+        assert not (tmp_path / "b" / "config.json").exists() and not list((tmp_path / "b").glob("*.partial"))
+        return
     _, results = carried(tmp_path / "a", tmp_path / "b", linear("nvfp4"), "compressed-tensors")
     attention = {result.name: result.lossless for result in results}
-    requantized = {result.name: result.requantized for result in results}
-    for part in "qkv":
-        assert attention[f"model.layers.0.self_attn.{part}_proj.weight"]
-        assert requantized[f"model.layers.1.self_attn.{part}_proj.weight"]
-    assert attention["model.layers.1.self_attn.o_proj.weight"]
-    # 2**-30 of its neighbours cannot be held in one global scale with them, whatever is done
-    result = verify(tmp_path / "b", tmp_path / "a")
-    assert result.lossless == sum(attention.values())
-    assert [problem.split()[0] for problem in result.problems] == ["model.layers.1.self_attn.k_proj.weight"]
+    assert all(attention[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkvo")
+    assert verify(tmp_path / "b", tmp_path / "a").lossless == sum(attention.values())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-40])
+def test_a_global_scale_without_a_finite_reciprocal_is_refused(dense: Path, tmp_path: Path, scale: float) -> None:
+    run(dense, tmp_path / "a", linear("nvfp4"), "modelopt")
+    stored, name = read_file(tmp_path / "a"), "model.layers.0.mlp.down_proj"
+    stored[f"{name}.weight_scale_2"] = np.full_like(stored[f"{name}.weight_scale_2"], scale)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    other = write_checkpoint(tmp_path / "b", stored, config)
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight: its global scale is zero or so small"):
+        carried(other, tmp_path / "c", linear("nvfp4"), "compressed-tensors")
 
 
 def test_fused_matrices_with_a_tensor_scale_each_are_requantized_to_share_one(dense: Path, tmp_path: Path) -> None:

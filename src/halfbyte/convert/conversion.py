@@ -22,9 +22,9 @@ from halfbyte.convert.output_folder_state import already_complete, continue_or_b
 from halfbyte.convert.pipeline import Pipeline, Stages
 from halfbyte.convert.smoothing_search import FOLD_BYTES, FoldReport, sample_bytes, settle_folds
 from halfbyte.convert.work_unit import WorkUnit
-from halfbyte.errors import OutputError, PlanError
+from halfbyte.errors import CheckpointError, OutputError, PlanError
 from halfbyte.kernels import backend, use_backend_here
-from halfbyte.kernels.tensor_error import TensorError
+from halfbyte.kernels.tensor_error import MAX_RELMSE_FEEDBACK, TensorError
 from halfbyte.plan.conversion_plan import CONFIG, PROVENANCE, Plan
 from halfbyte.plan.resources import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
 from halfbyte.plan.shards import Shard
@@ -151,6 +151,12 @@ class _OpenShard:
 
     def commit(self, journal: Journal, source: SourceIdentity) -> None:
         """Make the file durable and note that it is finished, unless the source changed while it was written."""
+        for error in (error for job in self.errors for error in job):
+            if not error.relmse <= MAX_RELMSE_FEEDBACK:
+                raise CheckpointError(
+                    f"{error.name} has a relative error of {error.relmse:.3g} in {error.format}, whose scales cannot "
+                    "hold its values; give it another format, or keep it by a rule"
+                )
         sha256 = self.writer.commit()
         source.check()
         errors = [vars(error) for job in self.errors for error in job]

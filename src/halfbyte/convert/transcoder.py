@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats import QuantizedTensor
 from halfbyte.formats.transcode import top_exponent, transcode
 from halfbyte.plan.conversion_plan import Plan
@@ -65,7 +65,13 @@ class Transcoder:
         tensor = transcode(before, item.format, self._top)
         if tensor is None:
             return None
-        after = respell(tensor, self.global_scale_inv)
+        try:
+            after = respell(tensor, self.global_scale_inv)
+        except FormatError as error:
+            raise CheckpointError(
+                f"{item.weight.name}: {error}, and the dialect stores reciprocals; repair the source, or drop the "
+                "tensor by a rule"
+            ) from error
         return TranscodedSlice(before, after, after is tensor or _same_scales(after, tensor))
 
     def _agree(self, items: Sequence[Item], cuts: Sequence[Cuts]) -> bool:
@@ -93,8 +99,11 @@ def respell(tensor: QuantizedTensor, global_scale_inv: bool) -> QuantizedTensor:
     if tensor.global_scale is None or (tensor.global_scale_inv is not None) == global_scale_inv:
         return tensor
     one = np.float32(1)
-    reciprocal = np.asarray(one / tensor.global_scale) if global_scale_inv else None
-    scale = tensor.global_scale if reciprocal is None else np.asarray(one / reciprocal)
+    with np.errstate(divide="ignore", over="ignore"):
+        reciprocal = np.asarray(one / tensor.global_scale) if global_scale_inv else None
+        scale = tensor.global_scale if reciprocal is None else np.asarray(one / reciprocal)
+    if not all(np.isfinite(part).all() for part in (scale, reciprocal) if part is not None):
+        raise FormatError("its global scale is zero or so small that its reciprocal is infinite")
     return replace(tensor, global_scale=scale, global_scale_inv=reciprocal)
 
 
