@@ -17,9 +17,9 @@ import halfbyte
 from halfbyte.cli import main
 from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.evaluate.results import describe
-from halfbyte.report import serve
 from halfbyte.report.model_card import model_card
 from halfbyte.report.read import ReportError
+from halfbyte.source import running
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.overview import overview
 
@@ -169,16 +169,16 @@ def test_a_gguf_file_is_named_where_llama_cpp_runs_it(shared: Path, tmp_path: Pa
     model = shared / "data/models/qwen3-tiny-wiki"
     halfbyte.quantize(halfbyte.plan(model, "mxfp4", dialect="gguf"), tmp_path / "out")
     found = overview(Checkpoint.open(tmp_path / "out"))
-    (engine, _, command), *others = serve.usage(found, "me/it")
+    (engine, _, command), *others = running.usage(found, "me/it")
     assert (engine, command) == ("llama.cpp", "llama-server -m me/it/qwen3-tiny-wiki-mxfp4.gguf") and not others
-    assert serve.library_of(found) == "gguf"
+    assert running.library_of(found) == "gguf"
 
 
 def test_an_engine_that_computes_wrong_numbers_is_not_recommended(tmp_path: Path) -> None:
     halfbyte.quantize(halfbyte.plan(DEMO, "nvfp4-fp8", dialect="compressed-tensors"), tmp_path / "out")
     found = overview(Checkpoint.open(tmp_path / "out"))
-    assert not serve.runs(found, "transformers") and serve.library_of(found) == "vllm"
-    assert any("computes wrong numbers" in line for line in serve.cautions(found))
+    assert not running.runs(found, "transformers") and running.library_of(found) == "vllm"
+    assert any("computes wrong numbers" in line for line in running.cautions(found))
 
 
 def _numbers(value: Any) -> list[float]:

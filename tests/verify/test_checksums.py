@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.verify.weights import verify
 from small_models import MOE_CONFIG, linear, moe_tensors, run, write_checkpoint
 
@@ -46,6 +46,11 @@ def test_a_missing_file_is_found_without_a_source(moe: Path, tmp_path: Path) -> 
         (copy / path.name).unlink()
         assert not _passes(copy), path.name
         shutil.rmtree(copy)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no folder .*nowhere"):
+        verify(tmp_path / "nowhere")
 
 
 def _passes(out: Path) -> bool:

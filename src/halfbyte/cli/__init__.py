@@ -200,6 +200,11 @@ def _forget_output() -> None:
 
 def _unexpected(error: Exception) -> int:
     """One sentence for what nobody has thought of; ``HALFBYTE_DEBUG=1`` shows where it happened."""
+    from halfbyte.cli.extras import missing_extra
+
+    missing = missing_extra(error)
+    if missing:
+        return _fail(missing, BAD_INPUT)
     if os.environ.get("HALFBYTE_DEBUG") == "1":
         traceback.print_exc()
     frames = traceback.extract_tb(error.__traceback__)

@@ -128,12 +128,12 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
 
 def usage_of(out: str) -> list[tuple[str, str]]:
     """Engines that load a checkpoint, the most general first, and the command of each in one line."""
-    from halfbyte.report import serve
+    from halfbyte.source import running
     from halfbyte.source.checkpoint import Checkpoint
     from halfbyte.source.overview import overview
 
     path = out if out.startswith(("/", ".", "~")) else f"./{out}"
-    snippets = serve.usage(overview(Checkpoint.open(serve.file_of(out))), path)
+    snippets = running.usage(overview(Checkpoint.open(running.file_of(out))), path)
     return [(engine, _one_line(snippet)) for engine, _, snippet in snippets]
 
 

@@ -13,13 +13,13 @@ import yaml
 import halfbyte
 from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.plan.conversion_plan import PROVENANCE
-from halfbyte.report import serve
 from halfbyte.report.private_paths import HUB_ID, public_command
 from halfbyte.report.read import Inputs, ReportError, read_results
 from halfbyte.report.results_schema import Divergence, DivergenceIntervals, NoiseFloor, Row
 from halfbyte.report.source_card import inherited
 from halfbyte.report.studies import Study, make_studies
 from halfbyte.report.wording import between, nats, size, some, task_name
+from halfbyte.source import running
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.overview import Overview, overview
 from halfbyte.verify.checksums import read_provenance
@@ -104,7 +104,7 @@ def _front_matter(about: Overview, made: dict[str, Any], told: dict[str, Any], b
         **told,
         base_model=base,
         base_model_relation="quantized" if base else None,
-        library_name=serve.library_of(about),
+        library_name=running.library_of(about),
         tags=list(dict.fromkeys(["halfbyte", *formats, *([about.dialect] if about.dialect else [])])),
     )
     return data.to_yaml().strip()
@@ -213,9 +213,9 @@ def _significance(study: Study, row: Row) -> Iterable[str]:
 
 
 def _use(about: Overview, place: str) -> Iterable[str]:
-    for engine, language, snippet in serve.usage(about, place):
+    for engine, language, snippet in running.usage(about, place):
         yield f"{engine}:\n\n```{language}\n{snippet}\n```"
-    notes = serve.cautions(about)
+    notes = running.cautions(about)
     if notes:
         yield (
             "What is known of engines in the versions named (of formats and families, not of this checkpoint):\n\n"

@@ -37,6 +37,8 @@ def verify(
     cannot be read at all, or where there is neither a source nor a checksum.
     """
     folder = Path(out)
+    if not folder.exists():
+        raise CheckpointError(f"there is no folder {folder}; name the output of a conversion")
     unfinished(folder)
     report = progress or (lambda _: None)
     result = Verification(str(out), None if against is None else str(against))

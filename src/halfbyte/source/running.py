@@ -1,4 +1,4 @@
-"""How a checkpoint is run, and what engines are known to make of it (``compatibility/engine_facts.yaml``)."""
+"""How engines run a checkpoint, and what is known to go wrong there (``compatibility/engine_facts.yaml``)."""
 
 from __future__ import annotations
 
