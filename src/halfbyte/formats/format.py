@@ -121,19 +121,22 @@ class Format(ABC):
 
     def column_choices(self, y: Floats, search: ScaleSearch) -> Iterator[tuple[ColumnChoice, bool]]:
         """Candidates for blocks y [B, rows], the first one first, and whether errors must judge them."""
-        raise NotImplementedError
+        raise self._without_columns()
 
     def column_unit(self, y: Floats, first: ColumnChoice) -> Floats:
         """Power of two [rows] that keeps the squares of a block's errors in range."""
-        raise NotImplementedError
+        raise self._without_columns()
 
     def round_column(self, y: Floats, choice: ColumnChoice) -> tuple[Codes, Floats]:
         """Codes and values of one column y [rows]."""
-        raise NotImplementedError
+        raise self._without_columns()
 
     def stored_choice(self, stored: Array, offset: Array | None) -> ColumnChoice:
         """The choice that stored scales [rows] and offsets stand for."""
-        raise NotImplementedError
+        raise self._without_columns()
+
+    def _without_columns(self) -> FormatError:
+        return FormatError(f"{self.name} has no rounding of single columns, which GPTQ needs; choose another format")
 
     def settled_choice(self, choice: ColumnChoice, y: Floats) -> ColumnChoice:
         """The best candidate for blocks y [B, rows] as it is stored: with selector bits, and blocks of zeros."""
