@@ -97,9 +97,8 @@ int run_linear(const hb_linear_kernels& kernels, const hb_weight& w, int64_t lea
   return 0;
 }
 
-// Activations of a dense product as FP32; null where they are wanted as they are.
-int run_dense(const hb_linear_kernels& kernels, bool has_bf16, const hb_dense& w, hb_product p) {
-  const bool as_is = p.x_type == HB_FP32 || (has_bf16 && p.x_type == HB_BF16 && w.type == HB_BF16);
+int run_dense(const hb_linear_kernels& kernels, const hb_dense& w, hb_product p) {
+  const bool as_is = p.x_type == HB_FP32 || (kernels.dense_bf16 && p.x_type == HB_BF16 && w.type == HB_BF16);
   const int64_t k = (w.k + 31) / 32 * 32;
   Buffer<float> wide(as_is ? 0 : p.rows * k);
   if (!wide.data) return 3;
@@ -173,7 +172,7 @@ int hb_linear(int isa, const hb_weight* weight, int64_t lead, const hb_product* 
 int hb_linear_dense(int isa, const hb_dense* weight, const hb_product* product) {
   const StandardArithmetic guard;
   const hb_linear_kernels* kernels = linear_kernels(isa);
-  return kernels ? run_dense(*kernels, isa == HB_LINEAR_AVX512BF16, *weight, *product) : 2;
+  return kernels ? run_dense(*kernels, *weight, *product) : 2;
 }
 
 int hb_experts(int isa, const hb_mixture* mixture, const hb_product* product) {

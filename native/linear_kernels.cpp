@@ -71,9 +71,15 @@ void panels(const hb_weight* w, int64_t lead, int arithmetic, int64_t first, int
                         y, y_type, stride);
 }
 
+#if defined(__AVX512BF16__)
+constexpr int DENSE_BF16 = 1;
+#else
+constexpr int DENSE_BF16 = 0;
+#endif
+
 }  // namespace
 
 extern "C" {
 extern const hb_linear_kernels HB_NAME;
-const hb_linear_kernels HB_NAME = {arithmetic_of, layout_of, prepare, panels, dense, activate, combine};
+const hb_linear_kernels HB_NAME = {arithmetic_of, layout_of, prepare, panels, DENSE_BF16, dense, activate, combine};
 }

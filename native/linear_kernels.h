@@ -19,7 +19,8 @@ struct hb_linear_kernels {
   // Panels first .. end - 1 of a product with `count` prepared rows; row i of the result starts at y + i * stride.
   void (*panels)(const hb_weight* w, int64_t lead, int arithmetic, int64_t first, int64_t end, const void* const* rows,
                  int64_t count, void* y, int y_type, int64_t y_stride);
-  // Rows first .. end - 1 of a dense matrix.
+  // Rows first .. end - 1 of a dense matrix; activations are FP32, or BF16 as the matrix where `dense_bf16` says so.
+  int dense_bf16;
   void (*dense)(const hb_dense* w, const hb_product* p, int64_t first, int64_t end);
   // `width` activations of one row of gate and up.
   void (*activate)(const hb_mixture* m, const float* gate_up, int64_t width, float* out);
