@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from halfbyte.kernels import linear, linear_runtime, rotate
+from halfbyte.kernels import linear, linear_runtime
 from halfbyte.kernels.linear import PackedDense, PackedExperts, PackedLinear
 from halfbyte.kernels.linear_native import LinearNative
 from kernels.linear_cases import (
@@ -43,7 +43,7 @@ def check_format(name: str) -> int:
             assert miss(packed(part), expected(part, tensor, packed.weight.bias)) <= 1e-6, (name, rows, part.dtype)
             turned = part.astype(np.float32)
             if plain.format is not tensor.format:
-                rotate(turned, tensor.format, tensor.rotation)
+                tensor.format.rotate_in_place(turned, tensor.rotation)
             if name not in FP32_ONLY:
                 wanted = expected(rounded_to_int8(turned), plain, packed.weight.bias)
                 assert miss(packed(part, "int8"), wanted) <= 2e-6, (name, rows, part.dtype)

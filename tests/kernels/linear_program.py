@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.kernels import rotate
 from halfbyte.kernels.linear import PackedWeight
 from halfbyte.kernels.linear_native import TYPES
 from kernels.linear_cases import (
@@ -53,7 +52,7 @@ def cases() -> list[Case]:
             x = activations(rows, tensor.shape[1], dtype=np.float16 if rows == 9 else np.float32)
             turned = x.astype(np.float32)
             if plain.format is not tensor.format:
-                rotate(turned, tensor.format, tensor.rotation)
+                tensor.format.rotate_in_place(turned, tensor.rotation)
             for mode in (0, 1):
                 integers = mode == 1 and name not in FP32_ONLY
                 wanted = expected(rounded_to_int8(turned), plain) if integers else expected(x, tensor)

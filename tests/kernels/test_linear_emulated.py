@@ -57,6 +57,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return built
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(EMULATED))
 def test_the_code_for_other_x86_processors_gives_right_products(libraries: dict[str, Path], name: str) -> None:
     program = [sys.executable, str(HERE / "every_product.py"), str(libraries[name]), "baseline"]
@@ -65,6 +66,7 @@ def test_the_code_for_other_x86_processors_gives_right_products(libraries: dict[
     assert done.stdout.split() == ["baseline", str(12 * len(PRODUCT_FORMATS) + 27)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extension", ["", "+dotprod"])
 def test_the_code_for_arm_gives_right_products(tmp_path: Path, extension: str) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
