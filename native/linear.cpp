@@ -74,6 +74,11 @@ bool is_known(const hb_weight& w) {
   return w.k % w.rotation == 0 && (w.rotation == 16 || w.rotation == 32 || w.rotation == 64 || w.rotation == 128);
 }
 
+hb_product decided(hb_product p, bool exact) {
+  if (p.mode == HB_AUTO) p.mode = exact ? HB_EXACT : HB_INT8;
+  return p;
+}
+
 int run_linear(const hb_linear_kernels& kernels, const hb_weight& w, int64_t lead, const hb_product& p) {
   const int arithmetic = kernels.arithmetic(&w, p.mode, p.x_type);
   hb_row_layout layout;
@@ -162,11 +167,16 @@ void hb_unpack(const hb_weight* weight, void* codes, void* scales, void* offsets
   Repacking(*weight).all_panels<false>((uint8_t*)codes, (uint8_t*)scales, (uint8_t*)offsets);
 }
 
+void hb_unpack_rows(const hb_weight* weight, int64_t lead, const int64_t* rows, int64_t count, void* codes,
+                    void* scales, void* offsets) {
+  Repacking(*weight).some_rows(lead, rows, count, (uint8_t*)codes, (uint8_t*)scales, (uint8_t*)offsets);
+}
+
 int hb_linear(int isa, const hb_weight* weight, int64_t lead, const hb_product* product) {
   const StandardArithmetic guard;
   const hb_linear_kernels* kernels = linear_kernels(isa);
   if (!kernels || !is_known(*weight) || lead < 0 || lead >= weight->lead) return 2;
-  return run_linear(*kernels, *weight, lead, *product);
+  return run_linear(*kernels, *weight, lead, decided(*product, product->rows <= HB_FEW_ROWS));
 }
 
 int hb_linear_dense(int isa, const hb_dense* weight, const hb_product* product) {
@@ -182,7 +192,8 @@ int hb_experts(int isa, const hb_mixture* mixture, const hb_product* product) {
   if (!kernels || !is_known(up) || !is_known(down) || up.lead != down.lead) return 2;
   if (mixture->gated && up.n % 2) return 2;
   if (down.k != (mixture->gated ? up.n / 2 : up.n)) return 2;
-  return Experts{*kernels, *mixture, *product}.run();
+  const hb_product p = decided(*product, true);
+  return Experts{*kernels, *mixture, p}.run();
 }
 
 void hb_set_threads(int threads) { pool.set_threads(threads); }

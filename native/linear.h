@@ -20,7 +20,8 @@ enum { HB_CODE_TABLE = 0, HB_CODE_HIF4 = 1, HB_CODE_INT8 = 2, HB_CODE_UINT8 = 3,
 // How a stored scale becomes a number, beside those of the codec (HB_SCALE_...).
 enum { HB_SCALE_FP16 = 6 };
 enum { HB_NO_OFFSET = 0, HB_BIAS = 1, HB_ZERO_POINT = 2 };
-enum { HB_EXACT = 0, HB_INT8 = 1 };
+// HB_AUTO: exact for mixtures of experts and up to HB_FEW_ROWS rows of activations, else int8.
+enum { HB_EXACT = 0, HB_INT8 = 1, HB_AUTO = 2, HB_FEW_ROWS = 8 };
 enum { HB_SILU = 0, HB_GELU_TANH = 1, HB_CLAMPED_SWIGLU = 2, HB_RELU2 = 3, HB_IDENTITY = 4 };
 
 // A weight [lead, n, k] in panels of 16 rows, or with codes as a file has them where it is to be packed.
@@ -92,6 +93,9 @@ HB_EXPORT void hb_packed_bytes(const hb_weight* weight, int64_t* codes, int64_t*
 // Fills the packed arrays of a weight from those of a file, and the other way round.
 HB_EXPORT void hb_repack(const hb_weight* weight, const void* codes, const void* scales, const void* offsets);
 HB_EXPORT void hb_unpack(const hb_weight* weight, void* codes, void* scales, void* offsets);
+// The same of rows `rows` [count] of one matrix: codes [count, ...], scales and offsets [count, blocks].
+HB_EXPORT void hb_unpack_rows(const hb_weight* weight, int64_t lead, const int64_t* rows, int64_t count, void* codes,
+                              void* scales, void* offsets);
 // y = x W^T + bias with the matrix `lead` of a weight. Returns 0, 2 for what there is no kernel for, 3 without memory.
 HB_EXPORT int hb_linear(int isa, const hb_weight* weight, int64_t lead, const hb_product* product);
 HB_EXPORT int hb_linear_dense(int isa, const hb_dense* weight, const hb_product* product);

@@ -93,6 +93,23 @@ struct Repacking {
                  scales + (row * file_blocks + block) * scale_size, scale_size);
   }
 
+  // One row of one matrix as a file has it; scales are the row's own even where rows share them.
+  void one_row(int64_t lead, int64_t row, uint8_t* codes, uint8_t* scales, uint8_t* offsets) const {
+    const int64_t at = lead * panels + row / 16, r = row % 16, step = rows_with_scales(), first = step == 1 ? 0 : r;
+    code_row<false>((uint8_t*)w.codes + at * units * 64 * code_bits + 4 * r, codes);
+    for (int64_t block = 0; block < file_blocks; ++block)
+      move<false>((uint8_t*)w.scales + ((at * blocks + block) * step + first) * scale_size, scales + block * scale_size,
+                  scale_size);
+    if (offset_size) row_blocks<false>((uint8_t*)w.offsets + (at * blocks * 16 + r) * offset_size, offsets, offset_size);
+  }
+
+  void some_rows(int64_t lead, const int64_t* rows, int64_t count, uint8_t* codes, uint8_t* scales,
+                 uint8_t* offsets) const {
+    for (int64_t i = 0; i < count; ++i)
+      one_row(lead, rows[i], codes + i * width, scales + i * file_blocks * scale_size,
+              offsets + i * file_blocks * offset_size);
+  }
+
   template <bool PACK>
   void all_panels(uint8_t* codes, uint8_t* scales, uint8_t* offsets) const {
     if (PACK) {

@@ -110,6 +110,12 @@ def test_bf16_in_and_out() -> None:
     assert y.dtype == x.dtype and miss(y.astype(np.float32), wanted) <= 5e-3
 
 
+def test_auto_is_exact() -> None:
+    experts = PackedExperts(weight("nvfp4", (E, 64, 64)), weight("nvfp4", (E, 40, 32), 1))
+    x, routes = inputs(33, 64), routing(33)
+    assert experts(x, *routes, "auto").tobytes() == experts(x, *routes, "exact").tobytes()
+
+
 def test_bad_experts_are_refused_with_a_sentence() -> None:
     up, down = weight("nvfp4", (E, 64, 64)), weight("nvfp4", (E, 40, 32), 1)
     with pytest.raises(FormatError, match="not of the same experts"):

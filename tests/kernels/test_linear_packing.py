@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import pickle
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfbyte.errors import FormatError
 from halfbyte.formats import get_format
 from halfbyte.kernels.linear import PackedLinear, PackedWeight
-from kernels.linear_cases import PRODUCT_FORMATS, activations, expected, miss, weight
+from kernels.linear_cases import PRODUCT_FORMATS, activations, columns, expected, miss, weight
 
 PARTS = ("codes", "scales", "offsets", "global_scale", "global_scale_inv", "rotation")
 
@@ -70,3 +72,23 @@ def test_packing_copies_what_it_needs() -> None:
 def test_packed_weights_are_not_pickled() -> None:
     with pytest.raises(TypeError, match=r"unpack\(\)"):
         pickle.dumps(PackedLinear(weight("nvfp4", (16, 64))))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", PRODUCT_FORMATS)
+def test_rows_are_those_of_the_decoded_weight(name: str, dtype: type) -> None:
+    tensor = weight(name, (150, columns(name, 3)))
+    packed, decoded = PackedLinear(tensor), tensor.decode(dtype)
+    for indices in (np.array([[149, 0], [17, 17]]), np.array(130), np.zeros(0, dtype=np.int64)):
+        rows = packed.rows(indices, dtype)
+        assert rows.dtype == dtype and rows.shape == (*indices.shape, tensor.shape[1])
+        assert rows.tobytes() == decoded[indices].tobytes()
+
+
+def test_rows_that_are_not_there_are_refused() -> None:
+    packed = PackedLinear(weight("nvfp4", (16, 64)))
+    for index in (16, -1):
+        with pytest.raises(IndexError, match=f"no row {index}"):
+            packed.rows(np.array([3, index]))
+    with pytest.raises(FormatError, match="matrix"):
+        PackedWeight(weight("nvfp4", (2, 16, 64))).rows(np.array([0]))

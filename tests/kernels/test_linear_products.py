@@ -6,7 +6,7 @@ import pytest
 
 from halfbyte.errors import FormatError
 from halfbyte.formats import get_format
-from halfbyte.kernels import linear, use_backend
+from halfbyte.kernels import linear, linear_runtime, use_backend
 from halfbyte.kernels.linear import NoKernelError, PackedDense, PackedLinear
 from halfbyte.search import encode
 from kernels.linear_cases import (
@@ -191,6 +191,12 @@ def test_dense_products_read_rows_of_a_larger_matrix(isa: str) -> None:
     assert miss(packed(x), x.astype(np.float64) @ wide[2:9, 8:72].astype(np.float64).T) <= EXACT
 
 
+def test_auto_is_exact_for_few_rows_and_int8_for_many() -> None:
+    packed, x = PackedLinear(weight("mixfp4", (40, 96))), activations(9, 96)
+    assert packed(x[:8], "auto").tobytes() == packed(x[:8], "exact").tobytes()
+    assert packed(x, "auto").tobytes() == packed(x, "int8").tobytes() != packed(x, "exact").tobytes()
+
+
 def test_what_has_no_kernel_says_so() -> None:
     with pytest.raises(NoKernelError, match="affine3_g64"):
         PackedLinear(weight("affine3_g64", (16, 64)))
@@ -220,3 +226,14 @@ def test_bad_input_is_refused_with_a_sentence() -> None:
 
 def test_no_rows_give_no_results() -> None:
     assert PackedLinear(weight("nvfp4", (16, 64)))(np.zeros((0, 64), dtype=np.float32)).shape == (0, 16)
+
+
+def test_a_processor_without_vector_instructions_says_once_that_it_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+    linear_runtime._say_slow.cache_clear()
+    tensor, x = weight("nvfp4", (16, 64)), activations(2, 64)
+    with use_backend("baseline"):
+        if linear.isa() != "baseline":
+            pytest.skip("the baseline's backend has dot products here")
+        for _ in range(2):
+            assert miss(PackedLinear(tensor)(x), expected(x, tensor)) <= EXACT
+    assert [record.getMessage().count("slower") for record in caplog.records] == [1]

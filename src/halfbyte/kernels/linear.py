@@ -3,9 +3,10 @@
 A weight is packed once into panels of 16 rows, of as many bytes as its file has, and unpacked into the file's bytes
 again. ``mode="exact"`` multiplies FP32 activations with the weight's exact values (BF16 ones too, with the
 processor's BF16 products where it has them); ``mode="int8"`` rounds activations to int8 in groups of 32, except for
-formats whose values are no integers times a scale (FP8, NF4), which it runs like ``exact``. A result does not depend
-on the number of threads, nor on the other rows of the batch. The library has threads of its own; Python's lock is
-released meanwhile.
+formats whose values are no integers times a scale (FP8, NF4), which it runs like ``exact``; ``mode="auto"`` is
+``exact`` for mixtures of experts and up to 8 rows of activations, else ``int8``. A result does not depend on the
+number of threads, nor, in one mode, on the other rows of the batch. The library has threads of its own; Python's lock
+is released meanwhile.
 """
 
 from __future__ import annotations
@@ -74,6 +75,13 @@ class PackedLinear:
         """The same on raw addresses, which are not checked: see ``product_of``."""
         library, name = native_library()
         library.linear(name, self.weight.native, 0, product)
+
+    def rows(self, indices: NDArray[Any], dtype: Any = np.float32) -> NDArray[Any]:
+        """Rows of the weight, as an embedding looks them up: [..., K] in ``dtype`` for integers [...].
+
+        They are what ``unpack().decode(dtype)`` has there. IndexError for an index that is no row's.
+        """
+        return self.weight.rows(indices, dtype)
 
     @property
     def nbytes(self) -> int:

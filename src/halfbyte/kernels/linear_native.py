@@ -27,7 +27,7 @@ ISAS = {
 }
 """Instruction sets by name, the fastest first."""
 TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
-MODES = {"exact": 0, "int8": 1}
+MODES = {"exact": 0, "int8": 1, "auto": 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "clamped_swiglu": 2, "relu2": 3, "identity": 4}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -43,6 +43,7 @@ class LinearNative:
             raise OSError(f"{path} belongs to another version of halfbyte")
         library.hb_packed_bytes.argtypes = (c_void_p, *(POINTER(c_int64),) * 3)
         library.hb_repack.argtypes = library.hb_unpack.argtypes = (c_void_p,) * 4
+        library.hb_unpack_rows.argtypes = (c_void_p, c_int64, c_void_p, c_int64, *(c_void_p,) * 3)
         library.hb_linear.argtypes = (c_int, c_void_p, c_int64, c_void_p)
         library.hb_linear_dense.argtypes = (c_int, c_void_p, c_void_p)
         library.hb_experts.argtypes = (c_int, c_void_p, c_void_p)
@@ -63,6 +64,13 @@ class LinearNative:
     def unpack(self, weight: NativeWeight, *arrays: NDArray[Any] | None) -> None:
         """Fill codes, scales and offsets as files have them from the packed arrays."""
         self._library.hb_unpack(byref(weight), *(_address(array) for array in arrays))
+
+    def unpack_rows(
+        self, weight: NativeWeight, lead: int, rows: NDArray[np.int64], *arrays: NDArray[Any] | None
+    ) -> None:
+        """Fill codes, scales and offsets [len(rows), ...] from these rows of a matrix."""
+        given = (_address(array) for array in arrays)
+        self._library.hb_unpack_rows(byref(weight), lead, rows.ctypes.data, len(rows), *given)
 
     def linear(self, isa: str, weight: NativeWeight, lead: int, product: NativeProduct) -> None:
         """Run hb_linear."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ _ALLOWED = {
     "reference": (),
 }
 _forced: str | None = None
+_log = logging.getLogger("halfbyte")
 
 
 class NoKernelError(HalfbyteError):
@@ -83,7 +86,17 @@ def native_library() -> tuple[LinearNative, str]:
     native, name = load(), isa()
     if native is None or name is None:
         raise NoKernelError("there are no compiled kernels here, so weights must be decoded to be multiplied")
+    if name == "baseline" and _forced is None:
+        _say_slow()
     return native, name
+
+
+@cache
+def _say_slow() -> None:
+    _log.warning(
+        "products with quantized weights run without AVX2 (on ARM: without the dot products of ARMv8.2) on this "
+        "processor, several times slower"
+    )
 
 
 def product_of(

@@ -87,10 +87,43 @@ class PackedWeight:
             if name in ("codes", "scales", "offsets")
         }
         self._library.unpack(self.native, arrays["codes"], arrays["scales"], arrays.get("offsets"))
-        scale = None if self._global is None else self._global.reshape(self.shape[:-2]).copy()
+        return self._tensor(self.shape, arrays)
+
+    def rows(self, indices: NDArray[Any], dtype: Any = np.float32) -> NDArray[Any]:
+        """Rows of a matrix [N, K] as their codes decode them, rounded to ``dtype``: [..., K] for integers [...].
+
+        IndexError for an index that is no row's.
+        """
+        chosen = np.ascontiguousarray(indices, dtype=np.int64).reshape(-1)
+        if len(self.shape) != 2:
+            raise FormatError(f"rows are looked up in a matrix, not in a weight of shape {list(self.shape)}")
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.shape[0]:
+            raise IndexError(
+                f"a weight {list(self.shape)} has no row {chosen[(chosen < 0) | (chosen >= self.shape[0])][0]}"
+            )
+        out = np.empty((chosen.size, self.shape[1]), dtype=dtype)
+        # rows that share scales with others are decoded one by one, each with its own copy of them
+        step = max(1, chosen.size) if self.native.block_rows == 1 else 1
+        for first in range(0, chosen.size, step):
+            out[first : first + step] = self._some_rows(chosen[first : first + step]).decode(dtype)
+        return out.reshape(*np.shape(indices), self.shape[1])
+
+    def _some_rows(self, chosen: NDArray[np.int64]) -> QuantizedTensor:
+        shape = (chosen.size, self.shape[1])
+        parts = self.format.parts(shape)
+        arrays: dict[str, Any] = {
+            name: np.empty(size, dtype=dtype)
+            for name, (dtype, size) in parts.items()
+            if name in ("codes", "scales", "offsets")
+        }
+        self._library.unpack_rows(self.native, 0, chosen, arrays["codes"], arrays["scales"], arrays.get("offsets"))
+        return self._tensor(shape, arrays)
+
+    def _tensor(self, shape: tuple[int, ...], arrays: dict[str, Any]) -> QuantizedTensor:
+        scale = None if self._global is None else self._global.reshape(shape[:-2]).copy()
         arrays["global_scale_inv" if self._has_inverse else "global_scale"] = scale
         arrays["rotation"] = None if self._swaps is None else self._swaps.copy()
-        return QuantizedTensor(self.format, self.shape, **arrays)
+        return QuantizedTensor(self.format, shape, **arrays)
 
     def __reduce__(self) -> Any:
         raise TypeError("packed weights hold addresses and cannot be pickled; pickle what unpack() gives")
