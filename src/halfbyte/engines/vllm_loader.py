@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from halfbyte.dialects import quantization_config_of
 from halfbyte.engines.stream import decoded, is_input_scale
-from halfbyte.engines.vllm_plugin import METHOD, fp8_cache
+from halfbyte.engines.vllm_claims import METHOD, fp8_cache
 from halfbyte.source.checkpoint import Checkpoint
 
 logger = init_logger("vllm.halfbyte")

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.platforms import current_platform
 
-from halfbyte.engines.vllm_plugin import METHOD, fp8_cache, takes_over
+from halfbyte.engines.vllm_claims import METHOD, fp8_cache, takes_over
 
 
 class HalfbyteConfig(QuantizationConfig):

