@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_an_expert_that_no_token_reached_has_count_zero(tmp_path: Path) -> None:
         ({"w.in_sum2": np.float32([[1, -2]]), "w.counts": np.float32([[1]])}, "negative or not finite"),
         ({"w.in_sum2": np.float32([[1, 2]]), "w.counts": np.float32([[np.nan]])}, "counts of w"),
         ({"w.in_sum2": np.float32([[1]]), "w.counts": np.float32([[1]]), "x": np.float32([1])}, "holds x"),
-        ({"w.in_sum2": np.float16([[1, 2]]), "w.counts": np.float32([[1]])}, "is float16"),
+        ({"w.in_sum2": np.float16([[1, 2]]), "w.counts": np.float32([[1]])}, "is F16, but importance is FP32"),
         ({}, "no importance entries"),
     ],
 )
@@ -185,11 +186,20 @@ def test_damaged_gguf_files_are_refused_or_harmless(tmp_path: Path, data: st.Dat
         assert str(error)
 
 
-def test_a_missing_library_is_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "i.gguf").write_bytes(b"GGUF" + bytes(20))
+def test_only_writing_needs_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tensors(tmp_path / "i.gguf", {"w.in_sum2": np.float32([[2, 4]]), "w.counts": np.float32([[2]])})
     monkeypatch.setitem(sys.modules, "gguf", None)
+    found = read_importance(path)
+    np.testing.assert_array_equal(found.values["w"], np.float32([1, 2]))
     with pytest.raises(HalfbyteError, match=r"pip install 'halfbyte\[gguf\]'"):
-        read_importance(tmp_path / "i.gguf")
+        write_gguf(found, tmp_path / "again.gguf")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are needed")
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "i.dat")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_importance(tmp_path / "i.dat")
 
 
 def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 import halfbyte
+from halfbyte.source.checkpoint import Checkpoint
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"
 PROGRAM = """
@@ -51,6 +55,21 @@ def test_a_checkpoint_is_made_converted_and_verified_without_any_extra(tmp_path:
     ):
         done = halfbyte_alone(*command)
         assert done.returncode == 0, (command, done.stderr[-600:])
+
+
+def test_importance_of_llama_cpp_is_read_without_its_library(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "imatrix.gguf", "imatrix")
+    writer.add_type("imatrix")
+    shape = next(w.shape for w in Checkpoint.open(DEMO).weights if w.name.endswith("layers.0.mlp.experts.down_proj"))
+    writer.add_tensor("blk.0.ffn_down_exps.weight.in_sum2", np.ones((shape[0], shape[2]), np.float32))
+    writer.add_tensor("blk.0.ffn_down_exps.weight.counts", np.ones((shape[0], 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    done = halfbyte_alone("plan", str(DEMO), "--recipe", "nvfp4", "--importance", str(tmp_path / "imatrix.gguf"))
+    assert done.returncode == 0, done.stderr[-600:]
 
 
 def test_a_command_that_needs_an_extra_names_it(tmp_path: Path) -> None:

@@ -49,10 +49,10 @@ def gguf_targets(names: Iterable[str], weights: Sequence[Weight]) -> dict[str, W
 
 def gguf_names(weights: Sequence[Weight]) -> dict[str, str]:
     """The inverse: names in GGUF files and the weights (by name) whose inputs those tensors have."""
-    main = [w.layer for w in weights if w.layer is not None and not w.role.startswith(("mtp.", "vision."))]
+    blocks = {w.layer for w in weights if w.layer is not None and not w.role.startswith(("mtp.", "vision."))}
     candidates = [
         template.replace("{layer}", str(block))
-        for block in range(max(main, default=-1) + 1)
+        for block in sorted(blocks)
         for template in _roles()
         if "{layer}" in template
     ]

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.calibration.importance import Importance, add_entry
+from halfbyte.calibration.importance import MAX_IMPORTANCE_BYTES, Importance, add_entry
 from halfbyte.checkpoint import write_file_atomic
-from halfbyte.checkpoint.files import reason
+from halfbyte.checkpoint.files import read_small
+from halfbyte.checkpoint.foreign import Fields
+from halfbyte.checkpoint.gguf_parser import GgufFile, parse_gguf
 from halfbyte.errors import CheckpointError, HalfbyteError
 
 _LONGEST_NAME = 4096
@@ -96,22 +98,16 @@ def write_dat(importance: Importance, path: str | Path) -> None:
 
 
 def read_gguf(path: Path) -> Importance:
-    """Read ``imatrix.gguf``: ``NAME.in_sum2`` [n_mat, n_in] over ``NAME.counts`` [n_mat]; needs the extra ``gguf``."""
-    gguf = _library()
-    try:
-        reader = gguf.GGUFReader(path)
-        kind = _field(reader, "general.type")
-        found = {str(t.name): np.array(t.data) for t in reader.tensors}
-        names = _field(reader, "imatrix.datasets") or []
-        chunks = int(_field(reader, "imatrix.chunk_count") or 0)
-    except Exception as error:  # the library checks little: a damaged file ends in any exception
-        raise CheckpointError(f"{path.name} is damaged or no GGUF file ({type(error).__name__}: {error})") from error
+    """Read ``imatrix.gguf``: ``NAME.in_sum2`` [n_mat, n_in] over ``NAME.counts`` [n_mat]."""
+    parsed = parse_gguf(path)
+    fields = Fields(parsed.metadata, path.name)
+    kind, names = parsed.metadata.get("general.type"), fields.texts("imatrix.datasets")
+    chunks = fields.count("imatrix.chunk_count", 0) or 0
     if kind != "imatrix":
         raise CheckpointError(f"{path.name} is a GGUF file but no importance matrix (general.type is {kind!r})")
-    result = Importance({}, {}, "gguf", tuple(map(str, names)), chunks)
+    result = Importance({}, {}, "gguf", tuple(names), chunks)
+    found = _arrays(path, parsed)
     for name, array in found.items():
-        if array.dtype != np.float32:
-            raise CheckpointError(f"{name} in {path.name} is {array.dtype}, but importance is FP32")
         if name.endswith(_SUMS):
             entry = name.removesuffix(_SUMS)
             _add_sums(result, entry, array, found.get(entry + _COUNTS), path.name)
@@ -120,6 +116,20 @@ def read_gguf(path: Path) -> Importance:
     if not result.values:
         raise CheckpointError(f"{path.name} holds no importance entries")
     return result
+
+
+def _arrays(path: Path, parsed: GgufFile) -> dict[str, NDArray[np.float32]]:
+    """The tensors of a file, which must all be FP32."""
+    arrays = {}
+    data = _read(path)
+    for tensor in parsed.tensors:
+        if tensor.kind != "F32":
+            raise CheckpointError(f"{tensor.name} in {path.name} is {tensor.kind}, but importance is FP32")
+        raw = data[tensor.offset : tensor.offset + tensor.nbytes]
+        if len(raw) < tensor.nbytes:
+            raise CheckpointError(f"{path.name} became shorter while it was read")
+        arrays[tensor.name] = np.frombuffer(raw, dtype="<f4").reshape(tensor.shape)
+    return arrays
 
 
 def _add_sums(into: Importance, name: str, sums: NDArray[Any], counts: NDArray[Any] | None, file: str) -> None:
@@ -158,21 +168,15 @@ def write_gguf(importance: Importance, path: str | Path) -> None:
     os.replace(partial, path)
 
 
-def _field(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
-
-
 def _library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise HalfbyteError("imatrix.gguf needs the gguf library; install it: pip install 'halfbyte[gguf]'") from error
+        raise HalfbyteError(
+            "writing imatrix.gguf needs the gguf library; install it: pip install 'halfbyte[gguf]'"
+        ) from error
     return gguf
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read ({reason(error)})") from error
+    return read_small(path, MAX_IMPORTANCE_BYTES)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from halfbyte.calibration.gguf_names import gguf_names, gguf_targets, head_order
 from halfbyte.checkpoint import ShardWriter, build_header
-from halfbyte.checkpoint.files import reason
+from halfbyte.checkpoint.files import read_small, read_start
 from halfbyte.checkpoint.header import read_header
 from halfbyte.errors import CheckpointError
 from halfbyte.models import Weight
@@ -21,6 +21,8 @@ from halfbyte.models.roles import bare_role, is_matrix
 Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
 _KIND = "halfbyte-importance"
+MAX_IMPORTANCE_BYTES = 1 << 34
+"""Models of a trillion parameters have importance of about a GB."""
 _COUNTS = ".counts"
 
 
@@ -68,11 +70,7 @@ def read_importance(path: str | Path) -> Importance:
     path = Path(path)
     if path.is_dir():
         return Statistics(path).importance()
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read ({reason(error)})") from error
+    start = read_start(path, 9)
     if start[:4] == b"GGUF":
         return read_gguf(path)
     if start[8:] == b"{" or path.suffix == ".safetensors":
@@ -104,7 +102,7 @@ def _read_safetensors(path: Path) -> Importance:
         raise CheckpointError(f"{path.name} is a safetensors file but holds no importance that halfbyte wrote")
     if metadata.get("version") != "1":
         raise CheckpointError(f"{path.name} is of a newer version than this halfbyte reads; update halfbyte")
-    data = path.read_bytes()
+    data = read_small(path, MAX_IMPORTANCE_BYTES)
     found: dict[str, NDArray[Any]] = {}
     for tensor in tensors:
         wanted = "I64" if tensor.name.endswith(_COUNTS) else "F32"

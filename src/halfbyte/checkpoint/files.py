@@ -95,13 +95,25 @@ def forget_pages(descriptor: int, offset: int, size: int) -> None:
             os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
-def read_small(path: Path) -> bytes:
-    """A whole small file (config, index); CheckpointError for a pipe, a device or more than ``MAX_SMALL_BYTES``."""
+def read_small(path: Path, most: int = MAX_SMALL_BYTES) -> bytes:
+    """Read a whole small file (config, index); CheckpointError for a pipe, a device or more than ``most`` bytes."""
     descriptor, size = open_regular(path)
     try:
-        if size > MAX_SMALL_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes; {MAX_SMALL_BYTES} are the limit for such a file")
+        if size > most:
+            raise CheckpointError(f"{path} has {size} bytes; {most} are the limit for such a file")
         buffer = bytearray(size)
+        return bytes(buffer[: read_into(descriptor, memoryview(buffer), 0)])
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)})") from error
+    finally:
+        os.close(descriptor)
+
+
+def read_start(path: Path, count: int) -> bytes:
+    """Read the first bytes of a regular file, fewer where it is shorter."""
+    descriptor, _ = open_regular(path)
+    try:
+        buffer = bytearray(count)
         return bytes(buffer[: read_into(descriptor, memoryview(buffer), 0)])
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)})") from error

@@ -1,16 +1,18 @@
 """The headers of GGUF files: tensors, their ggml types, and as much of a config.json as the metadata tells.
 
-The library gguf parses them; blocks appear as U8 tensors whose rows are rows of blocks.
+Blocks appear as U8 tensors whose rows are rows of blocks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.config import check_config
+from halfbyte.checkpoint.files import check_link
+from halfbyte.checkpoint.gguf_parser import GGML_SIZES, GgufTensor, parse_gguf
 from halfbyte.checkpoint.header import TensorInfo
 from halfbyte.errors import CheckpointError
 
@@ -43,8 +45,9 @@ _KEYS = {
 
 @dataclass
 class GgufHeaders:
-    """What the files say. files: name -> bytes; metadata: every key of the first file."""
+    """What the files say. files: name -> bytes; metadata: every key of the first file, which is named ``file``."""
 
+    file: str
     tensors: dict[str, TensorInfo]
     types: dict[str, str]
     files: dict[str, int]
@@ -54,7 +57,7 @@ class GgufHeaders:
     def config(self) -> dict[str, Any]:
         """A config.json with what the metadata tells; {} for an architecture that is not known."""
         arch = self.metadata.get("general.architecture")
-        if arch not in _ARCHITECTURES:
+        if not isinstance(arch, str) or arch not in _ARCHITECTURES:
             return {}
         config: dict[str, Any] = {
             "architectures": [_ARCHITECTURES[arch]],
@@ -64,6 +67,7 @@ class GgufHeaders:
         for key, name in _KEYS.items():
             if f"{arch}.{key}" in self.metadata:
                 config[name] = self.metadata[f"{arch}.{key}"]
+        check_config(config, f"the metadata of {self.file}")
         return config
 
 
@@ -85,47 +89,32 @@ def find_gguf(root: Path, only: str | None) -> list[str]:
 
 def read_gguf(root: Path, names: list[str]) -> GgufHeaders:
     """Tensors and metadata of the files of one model; CheckpointError for a damaged or incomplete one."""
-    found = GgufHeaders({}, {}, {}, {})
+    found = GgufHeaders(names[0], {}, {}, {}, {})
     for number, name in enumerate(names):
-        try:
-            reader = _library().GGUFReader(root / name)
-            size = (root / name).stat().st_size
-            for info, kind in _tensors(reader, name):
-                if info.offset + info.nbytes > size:
-                    raise CheckpointError(f"{name} is truncated: {info.name} would end after its {size} bytes")
-                if info.name in found.tensors:
-                    raise CheckpointError(f"tensor {info.name} is in both {found.tensors[info.name].file} and {name}")
-                found.tensors[info.name] = info
-                found.types[info.name] = kind
-            if number == 0:
-                found.metadata = {key: field.contents() for key, field in reader.fields.items()}
-        except CheckpointError:
-            raise
-        except Exception as error:  # a damaged file fails in the library wherever it is damaged
-            raise CheckpointError(f"{name} is no GGUF file or is damaged ({type(error).__name__}: {error})") from error
-        found.files[name] = size
+        check_link(root, root / name)
+        parsed = parse_gguf(root / name)
+        for tensor in parsed.tensors:
+            if tensor.name in found.tensors:
+                raise CheckpointError(f"tensor {tensor.name} is in both {found.tensors[tensor.name].file} and {name}")
+            found.tensors[tensor.name] = _info(tensor, name)
+            found.types[tensor.name] = tensor.kind
+        if number == 0:
+            found.metadata = parsed.metadata
+        found.files[name] = parsed.size
+    if not found.tensors:
+        raise CheckpointError(f"{names[0]} holds no tensor")
     stated = found.metadata.get("split.tensors.count", len(found.tensors))
     if stated != len(found.tensors):
         raise CheckpointError(f"{names[0]} and its splits hold {len(found.tensors)} tensors, but {stated} are stated")
     return found
 
 
-def _tensors(reader: Any, file: str) -> Iterator[tuple[TensorInfo, str]]:
-    for tensor in reader.tensors:
-        kind = tensor.tensor_type.name
-        shape = [int(n) for n in reversed(tensor.shape)]
-        if kind not in _PLAIN:
-            block, size = _library().GGML_QUANT_SIZES[tensor.tensor_type]
-            shape[-1] = shape[-1] // block * size
-        info = TensorInfo(
-            tensor.name,
-            kind if kind in _PLAIN else "U8",
-            tuple(shape),
-            file,
-            int(tensor.data_offset),
-            int(tensor.n_bytes),
-        )
-        yield info, kind
+def _info(tensor: GgufTensor, file: str) -> TensorInfo:
+    if tensor.kind in _PLAIN:
+        return TensorInfo(tensor.name, tensor.kind, tensor.shape, file, tensor.offset, tensor.nbytes)
+    block, size = GGML_SIZES[tensor.kind]
+    shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+    return TensorInfo(tensor.name, "U8", shape, file, tensor.offset, tensor.nbytes)
 
 
 def _splits(root: Path, name: str) -> list[str]:
@@ -138,13 +127,3 @@ def _splits(root: Path, name: str) -> list[str]:
     if missing:
         raise CheckpointError(f"{missing[0]} is missing from {root}, and {name} is one of its {count} parts")
     return names
-
-
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError(
-            "reading GGUF files needs the library gguf; install it with: pip install 'halfbyte[gguf]'"
-        ) from error
-    return gguf

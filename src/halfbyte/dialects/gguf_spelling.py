@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo
+from halfbyte.checkpoint.foreign import Fields
 from halfbyte.dialects.gguf_blocks import BLOCKS, FORMATS, pack_blocks, row_bytes, unpack_blocks
 from halfbyte.dialects.gguf_layout import FLOATS, FP32
 from halfbyte.dialects.gguf_models import Model
@@ -136,7 +137,9 @@ class GgufModelSpelling(GgufSpelling):
         formats: dict[str, Format] = {}
         # made by the writer from the configuration, not a weight
         seen = {"rope_freqs.weight"}
-        for name in self.model.weights(int(inventory.config["num_hidden_layers"])):
+        layers = Fields(inventory.config, f"the metadata of {inventory.source}").count("num_hidden_layers", 0)
+        # a layer has tensors, so that no file has more layers than tensors
+        for name in self.model.weights(min(layers or 0, len(stored))):
             places = [place.name for place in self.model.places(name)]
             if not any(place in stored for place in places):
                 continue
