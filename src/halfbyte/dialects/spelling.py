@@ -106,12 +106,15 @@ class Spelling(ABC):
             if output.part not in wanted or (output.expert is not None and not first <= output.expert < stop):
                 continue
             stored = read(output, first, stop)
+            kind, dims = wanted[output.part]
+            wide = np.dtype(kind).itemsize > 1
+            if wide and stored.dtype.itemsize == 1:
+                stored = stored.astype(np.float32)  # E8M0, whose powers of two are exact
             if output.part not in arrays:
                 # wide scales keep the type that the file has: an FP32 scale is not rounded to BF16
-                kind, dims = wanted[output.part]
-                arrays[output.part] = np.empty(dims, kind if np.dtype(kind).itemsize == 1 else stored.dtype)
+                arrays[output.part] = np.empty(dims, stored.dtype if wide else kind)
             target = arrays[output.part]
-            if target.dtype.itemsize > 1 and target.dtype != stored.dtype:
+            if wide and target.dtype != stored.dtype:
                 raise CheckpointError(f"{output.name} is {stored.dtype}, but others of its kind are {target.dtype}")
             if output.expert is not None:
                 target = target[output.expert - first : output.expert - first + 1]
