@@ -30,12 +30,12 @@ import yaml
 import allocation_tables
 import halfbyte
 from common import REPOSITORY, RESULTS, head, replace_part
-from halfbyte.allocate import Allocated, allocate_recipe
-from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.allocate import Allocated, AllocateOptions, allocate_recipe
+from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 from halfbyte.calibration import Calibration, calibration_of
 from halfbyte.demo import MODEL as DEMO
 from halfbyte.dialects import get_dialect
-from halfbyte.evaluate import Settings, measure, sensitivity
+from halfbyte.evaluate import Settings, TextSettings, measure, sensitivity
 from halfbyte.recipes import load_recipe
 from halfbyte.source.checkpoint import Checkpoint
 
@@ -78,7 +78,9 @@ class Bench:
     def prepare(self) -> None:
         """Importance, and the divergence that each unit causes alone in the smallest format."""
         statistics = self.work / "statistics"
-        collect_statistics(self.source, statistics, [self.known_text], SAMPLES, self.length, hessians=False)
+        collect_statistics(
+            self.source, statistics, [self.known_text], CollectOptions(SAMPLES, self.length, hessians=False)
+        )
         self.calibration: Calibration = calibration_of(statistics, self.checkpoint.weights)
         recipe = self.work / "everything.yaml"
         present = {w.role.split(".")[0] for w in self.checkpoint.weights}
@@ -86,9 +88,11 @@ class Bench:
         recipe.write_text(yaml.safe_dump({"rules": [{"match": roles, "format": BASE, "if_not_divisible": "keep"}]}))
         self.sensitivities = self.work / "sensitivity.jsonl"
         self.groups = sensitivity(
-            self.source, recipe, self.sensitivities, self.known_text,
-            length=self.length, max_tokens=SENSITIVITY_TOKENS,
-        )["groups"]  # fmt: skip
+            self.source,
+            recipe,
+            self.sensitivities,
+            TextSettings(self.known_text, length=self.length, max_tokens=SENSITIVITY_TOKENS),
+        )["groups"]
 
     def hand(self, name: str) -> None:
         """A hand-written recipe and its rivals."""
@@ -106,10 +110,7 @@ class Bench:
     ) -> Allocated:
         """An allocation, quantized."""
         present = tuple(r for r in roles if any(r == "linear" or w.role == r for w in self.checkpoint.weights))
-        found = allocate_recipe(
-            self.checkpoint,
-            get_dialect("halfbyte"),
-            "allocated",
+        options = AllocateOptions(
             bits=bits,
             formats=formats,
             roles=present,
@@ -117,6 +118,7 @@ class Bench:
             calibration=None if way in ("errors", "structure") else self.calibration,
             sensitivity=self.sensitivities if way == "sensitivity" else None,
         )
+        found = allocate_recipe(self.checkpoint, get_dialect("halfbyte"), options)
         facts |= {"way": way, "formats": list(formats), "predicted": found.allocation.loss}
         facts["bytes_by_format"] = {f: sum(c.bytes for c in found.allocation.chosen if c.format == f) for f in formats}
         self.quantize(label, found.plan, kind="allocated", **facts)

@@ -29,7 +29,7 @@ from halfbyte.allocate.choices import AllocationUnit, make_units, measure
 from halfbyte.allocate.prior import structure_factors
 from halfbyte.demo import MODEL as DEMO
 from halfbyte.dialects import get_dialect
-from halfbyte.evaluate import sensitivity
+from halfbyte.evaluate import TextSettings, sensitivity
 from halfbyte.models.tied import is_tied
 from halfbyte.source.checkpoint import Checkpoint
 
@@ -46,10 +46,9 @@ def divergences(checkpoint: Checkpoint, roles: list[str], data: Path) -> dict[st
         found = json.loads((RESULTS / "allocation" / f"{name}.json").read_text())
         return dict(found["sensitivity"]["groups"])
     with tempfile.TemporaryDirectory(prefix="halfbyte-prior-") as work:
-        groups = sensitivity(
-            checkpoint.inventory.source, smallest_recipe(checkpoint, (BASE,), roles), Path(work) / "s.jsonl",
-            data / "text/calibration/tiny.utf8", length=STORIES[name], max_tokens=TOKENS,
-        )["groups"]  # fmt: skip
+        text = TextSettings(data / "text/calibration/tiny.utf8", length=STORIES[name], max_tokens=TOKENS)
+        recipe = smallest_recipe(checkpoint, (BASE,), roles)
+        groups = sensitivity(checkpoint.inventory.source, recipe, Path(work) / "s.jsonl", text)["groups"]
     return {g["group"]: g["kl"]["mean"] for g in groups[:-1]}
 
 

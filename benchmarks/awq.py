@@ -21,7 +21,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VER
 
 import halfbyte
 from common import REPOSITORY, RESULTS, head, replace_part, write_results
-from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 from halfbyte.evaluate.errors_document import tensor_errors
 from halfbyte.recipes import Recipe, load_recipe
 
@@ -58,8 +58,8 @@ class Bench:
             content = lzma.decompress((texts / "train_first12MB.txt.xz").read_bytes())[:1_500_000]
             train.write_text(content.decode(errors="ignore"), "utf-8")
         self.seen, self.judge = (work / f"{folder.name}-{name}" for name in ("seen", "judge"))
-        collect_statistics(folder, self.seen, [train], CALIBRATION, LENGTH, hessians=False)
-        collect_statistics(folder, self.judge, [self.held_out], HELD_OUT, LENGTH, hessians=False)
+        collect_statistics(folder, self.seen, [train], CollectOptions(CALIBRATION, LENGTH, hessians=False))
+        collect_statistics(folder, self.judge, [self.held_out], CollectOptions(HELD_OUT, LENGTH, hessians=False))
         self.count = 0
 
     def measure(self, what: Recipe, with_importance: bool) -> dict[str, Any]:

@@ -32,7 +32,7 @@ import numpy as np
 import calibration_tables
 import halfbyte
 from common import REPOSITORY, RESULTS, head, replace_part, write_results
-from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 from halfbyte.calibration.statistics import Statistics
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import HalfbyteError
@@ -159,7 +159,9 @@ class Bench:
     def statistics(self, samples: int, all_experts: bool) -> Path:
         """Collected when first asked for."""
         out = self.work / f"statistics-{samples}{'-all' if all_experts else ''}"
-        collect_statistics(self.source, out, [self.train], samples, self.length, all_experts=all_experts)
+        collect_statistics(
+            self.source, out, [self.train], CollectOptions(samples, self.length, all_experts=all_experts)
+        )
         return out
 
     def make(self, case: Case) -> Path | None:
@@ -187,7 +189,7 @@ class Bench:
         """
         known = self.work / "held-out-statistics"
         samples = self.held_tokens // self.length
-        collect_statistics(self.source, known, [self.held_out], samples, self.length)
+        collect_statistics(self.source, known, [self.held_out], CollectOptions(samples, self.length))
         statistics, ours, source = Statistics(known), Checkpoint.open(out), Checkpoint.open(self.source)
         twins = {w.name: w for w in source.weights}
         found = []

@@ -48,7 +48,7 @@ def worker(model: str, out: str, text: str, kind: str) -> None:
     import torch
     import transformers
 
-    from halfbyte.calibrate.collect import collect_statistics
+    from halfbyte.calibrate.collect import CollectOptions, collect_statistics
     from halfbyte.calibrate.layerwise import LayerwiseModel
 
     assert torch and transformers
@@ -70,7 +70,7 @@ def worker(model: str, out: str, text: str, kind: str) -> None:
         print(f"layer {done}", flush=True)
 
     LayerwiseModel.filled = timed  # type: ignore[method-assign]
-    collect_statistics(model, out, [text], SAMPLES, LENGTH, progress=progress, **KINDS[kind])
+    collect_statistics(model, out, [text], CollectOptions(SAMPLES, LENGTH, **KINDS[kind]), progress)
     layers = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(times[:-1])]
     found = {"bytes": peak() - imports, "imports_bytes": imports, "wall_seconds": [s for s, _ in layers]}
     # the last part that is filled is the final norm

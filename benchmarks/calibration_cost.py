@@ -54,13 +54,13 @@ def forward(model: Path, text: Path) -> None:
 
 
 def calibrate(model: Path, text: Path, kind: str) -> None:
-    from halfbyte.calibrate.collect import collect_statistics
+    from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 
     with tempfile.TemporaryDirectory() as out:
-        collect_statistics(
-            model, Path(out) / "s", [text], SAMPLES, LENGTH,
-            hessians=kind != "importance", all_experts=kind.endswith("all experts"),
-        )  # fmt: skip
+        options = CollectOptions(
+            SAMPLES, LENGTH, hessians=kind != "importance", all_experts=kind.endswith("all experts")
+        )
+        collect_statistics(model, Path(out) / "s", [text], options)
 
 
 def worker(model: Path, text: Path, kind: str) -> None:

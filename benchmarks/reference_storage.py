@@ -23,6 +23,7 @@ from halfbyte.evaluate.divergence import divergence
 from halfbyte.evaluate.forward import log_probabilities
 from halfbyte.evaluate.reference_logprobs import compress, expand
 from halfbyte.evaluate.results import environment, now
+from halfbyte.evaluate.settings import TextSettings
 from halfbyte.evaluate.text import Passage, passage_of
 from halfbyte.runtime import load, load_tokenizer
 
@@ -51,7 +52,9 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--max-tokens", type=int, default=4096)
     args = parser.parse_args()
-    passage = passage_of(args.text, None, load_tokenizer(args.model), "float32", length=256, most=args.max_tokens)
+    passage = passage_of(
+        TextSettings(args.text, length=256, max_tokens=args.max_tokens), None, load_tokenizer(args.model)
+    )
     source = all_of(args.model, passage)
     others = {"itself": source}
     for recipe in RECIPES:

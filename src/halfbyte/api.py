@@ -166,23 +166,23 @@ def evaluate(
     text: str | Path | None = None,
     *,
     length: int | None = None,
-    stride: int | None = None,
     max_tokens: int | None = None,
     device: str | None = None,
     dtype: str = "float32",
-    dequantize: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **more: Any,
 ) -> list[dict[str, Any]]:
     """Perplexity of checkpoints on a text and, with ``against``, their KL divergence from that one; needs torch.
 
     One row per checkpoint, ``against`` first, with ``name``, ``perplexity``, ``kl`` (mean, median, p90, p99, top1),
-    ``bytes``, ``bits_per_weight`` and the ``protocol``; docs/evaluation.md lists all. ``more``: conversations, tasks,
-    emulated activations and the like, see ``halfbyte.evaluate.Settings``.
+    ``bytes``, ``bits_per_weight`` and the ``protocol``; docs/evaluation.md lists all. ``length``: tokens in a window
+    (default 512). ``more``: stride, dequantize, conversations, tasks, emulated activations and the like, see
+    ``halfbyte.evaluate.Settings``.
     """
     from halfbyte.evaluate import evaluate as run
 
-    return run(paths, against, text, length, stride, max_tokens, device, dtype, dequantize, progress, **more)
+    text_settings = {"length": length, "max_tokens": max_tokens, "device": device, "dtype": dtype}
+    return run(paths, against, text, progress=progress, **text_settings, **more)
 
 
 def load(

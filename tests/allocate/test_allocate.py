@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.allocate import allocate_recipe, smallest_recipe
+from halfbyte.allocate import AllocateOptions, allocate_recipe, smallest_recipe
 from halfbyte.allocate.choices import AllocationUnit, Choice, make_units, measure, predict
 from halfbyte.allocate.solve import allocate, frontier
 from halfbyte.cli import main
@@ -77,7 +77,7 @@ def test_a_unit_s_bytes_are_those_that_the_plan_gives_it(demo: Checkpoint, units
 
 @pytest.mark.slow
 def test_only_the_weights_of_the_units_are_quantized(demo: Checkpoint, units: list[AllocationUnit]) -> None:
-    found = allocate_recipe(demo, HALFBYTE, bits=8.0, formats=FORMATS)
+    found = allocate_recipe(demo, HALFBYTE, AllocateOptions(bits=8.0, formats=FORMATS))
     chosen = {w.name: c.format for u, c in zip(found.units, found.allocation.chosen, strict=True) for w in u.weights}
     for item in found.plan.items:
         assert (item.format.name if item.format else "keep") == chosen.get(item.weight.name, "keep"), item.weight.name
@@ -87,7 +87,7 @@ def test_only_the_weights_of_the_units_are_quantized(demo: Checkpoint, units: li
 @pytest.mark.parametrize("dialect", ["halfbyte", "compressed-tensors"])
 def test_the_output_has_at_most_the_budget_and_little_less(demo: Checkpoint, dialect: str) -> None:
     budget = 3_600_000
-    found = allocate_recipe(demo, get_dialect(dialect), budget=budget, formats=FORMATS)
+    found = allocate_recipe(demo, get_dialect(dialect), AllocateOptions(budget=budget, formats=FORMATS))
     assert found.plan.repository_bytes <= budget
     # what remains is smaller than the smallest step that another format would take
     assert budget - found.plan.repository_bytes < 120_000
@@ -96,7 +96,7 @@ def test_the_output_has_at_most_the_budget_and_little_less(demo: Checkpoint, dia
 
 @pytest.mark.slow
 def test_bits_per_weight_are_kept(demo: Checkpoint) -> None:
-    found = allocate_recipe(demo, HALFBYTE, bits=9.0, formats=FORMATS)
+    found = allocate_recipe(demo, HALFBYTE, AllocateOptions(bits=9.0, formats=FORMATS))
     assert 8.9 < found.plan.bits_per_weight <= 9.0
 
 
@@ -118,7 +118,7 @@ def test_a_sensitive_unit_gets_the_bytes(tmp_path: Path, demo: Checkpoint, units
     groups = {u.name: ([w.name for w in u.weights], 1.0 if u is special else 1e-6) for u in units}
     groups["all"] = ([w.name for u in units for w in u.weights], 2.0)
     path = _sensitivity(tmp_path / "s.jsonl", groups)
-    found = allocate_recipe(demo, HALFBYTE, bits=8.5, formats=FORMATS, sensitivity=path)
+    found = allocate_recipe(demo, HALFBYTE, AllocateOptions(bits=8.5, formats=FORMATS, sensitivity=path))
     chosen = {u.name: c.format for u, c in zip(found.units, found.allocation.chosen, strict=True)}
     assert chosen[special.name] == "keep"
 
@@ -128,14 +128,14 @@ def test_sensitivities_that_lack_a_unit_are_refused(
 ) -> None:
     path = _sensitivity(tmp_path / "s.jsonl", {units[0].name: ([w.name for w in units[0].weights], 1.0)})
     with pytest.raises(CheckpointError, match="say nothing of"):
-        allocate_recipe(demo, HALFBYTE, bits=8.5, formats=FORMATS, sensitivity=path)
+        allocate_recipe(demo, HALFBYTE, AllocateOptions(bits=8.5, formats=FORMATS, sensitivity=path))
 
 
 def test_sensitivities_may_be_measured_in_a_format_that_is_no_choice(
     tmp_path: Path, demo: Checkpoint, units: list[AllocationUnit]
 ) -> None:
     path = _sensitivity(tmp_path / "s.jsonl", {u.name: ([w.name for w in u.weights], 1.0) for u in units})
-    found = allocate_recipe(demo, HALFBYTE, bits=8.5, formats=("mxfp4", "keep"), sensitivity=path)
+    found = allocate_recipe(demo, HALFBYTE, AllocateOptions(bits=8.5, formats=("mxfp4", "keep"), sensitivity=path))
     assert {c.format for c in found.allocation.chosen} == {"mxfp4", "keep"}
     unit = found.units[0]
     mxfp4 = next(c for c in unit.choices if c.format == "mxfp4")
@@ -148,17 +148,17 @@ def test_sensitivities_of_a_group_with_several_formats_are_refused(
     path = _sensitivity(tmp_path / "s.jsonl", {u.name: ([w.name for w in u.weights], 1.0) for u in units})
     path.write_text(path.read_text().replace('"format": "nvfp4"', '"format": "mixed"'))
     with pytest.raises(CheckpointError, match="in several formats at once"):
-        allocate_recipe(demo, HALFBYTE, bits=8.5, formats=FORMATS, sensitivity=path)
+        allocate_recipe(demo, HALFBYTE, AllocateOptions(bits=8.5, formats=FORMATS, sensitivity=path))
 
 
 def test_a_budget_below_the_smallest_formats_is_refused_with_the_size_that_is_needed(demo: Checkpoint) -> None:
     with pytest.raises(PlanError, match=r"the smallest formats need \d+ bytes"):
-        allocate_recipe(demo, HALFBYTE, bits=6.0, formats=FORMATS)
+        allocate_recipe(demo, HALFBYTE, AllocateOptions(bits=6.0, formats=FORMATS))
 
 
 def test_a_budget_that_other_weights_use_up_is_refused(demo: Checkpoint) -> None:
     with pytest.raises(PlanError, match=r"other roles alone need \d+ bytes"):
-        allocate_recipe(demo, HALFBYTE, bits=2.0, formats=FORMATS)
+        allocate_recipe(demo, HALFBYTE, AllocateOptions(bits=2.0, formats=FORMATS))
 
 
 @pytest.mark.slow
@@ -257,4 +257,4 @@ def test_tied_embeddings_that_are_stored_twice_are_one_unit(tmp_path: Path) -> N
     ends = ("embedding", "lm_head")
     assert [len(unit.weights) for unit in make_units(tied, HALFBYTE, FORMATS, ends)] == [2]
     # else the plan would refuse two formats
-    allocate_recipe(tied, HALFBYTE, bits=15.3, formats=FORMATS, roles=ends)
+    allocate_recipe(tied, HALFBYTE, AllocateOptions(bits=15.3, formats=FORMATS, roles=ends))

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from halfbyte.calibrate.caches import arrays_of, watch_caches
-from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 from halfbyte.calibrate.layerwise import LayerwiseModel, enter, run_layer
 from halfbyte.calibrate.observe import Observer
 from halfbyte.calibrate.samples import make_samples
@@ -29,7 +29,7 @@ ATTENTION = "model.layers.3.self_attn"
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory, demo_text: str) -> Statistics:
     out = tmp_path_factory.mktemp("statistics") / "demo"
-    return collect_statistics(MODEL, out, [demo_text], SAMPLES, LENGTH, hessians=False)
+    return collect_statistics(MODEL, out, [demo_text], CollectOptions(SAMPLES, LENGTH, hessians=False))
 
 
 def _of_cache(folder: Path, ids: torch.Tensor) -> dict[int, tuple[float, float]]:
@@ -91,7 +91,7 @@ def test_merging_takes_the_larger(tmp_path: Path, demo_text: str) -> None:
     content = Path(demo_text).read_text(encoding="utf-8")
     for i, part in enumerate((content[:20000], content[20000:40000])):
         (tmp_path / f"{i}.txt").write_text(part, encoding="utf-8")
-        collect_statistics(MODEL, tmp_path / str(i), [tmp_path / f"{i}.txt"], 2, LENGTH, hessians=False)
+        collect_statistics(MODEL, tmp_path / str(i), [tmp_path / f"{i}.txt"], CollectOptions(2, LENGTH, hessians=False))
     merge([tmp_path / "0", tmp_path / "1"], tmp_path / "both")
     one, two, both = (Statistics(tmp_path / n) for n in ("0", "1", "both"))
     for kind in ("keys", "values"):
@@ -102,11 +102,13 @@ def test_merging_takes_the_larger(tmp_path: Path, demo_text: str) -> None:
 def test_statistics_of_an_older_halfbyte_are_read_but_not_continued_or_merged(
     tmp_path: Path, demo_text: str, collected: Statistics
 ) -> None:
-    old = collect_statistics(MODEL, tmp_path / "old", [demo_text], SAMPLES, LENGTH, hessians=False).folder
+    old = collect_statistics(
+        MODEL, tmp_path / "old", [demo_text], CollectOptions(SAMPLES, LENGTH, hessians=False)
+    ).folder
     about = read_about(old)
     write_about(old, {key: value for key, value in about.items() if key != "caches"})
     assert Statistics(old).importance().values.keys() == collected.importance().values.keys()
     with pytest.raises(CheckpointError, match="differ in 'caches'"):
         merge([collected.folder, old], tmp_path / "both")
     with pytest.raises(OutputError, match="another folder"):
-        collect_statistics(MODEL, old, [demo_text], SAMPLES, LENGTH, hessians=False)
+        collect_statistics(MODEL, old, [demo_text], CollectOptions(SAMPLES, LENGTH, hessians=False))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 from halfbyte.calibrate.samples import make_samples
 from halfbyte.calibration import match_importance
 from halfbyte.calibration.statistics import Statistics, merge
@@ -28,7 +28,7 @@ SAMPLES, LENGTH = 6, 64
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory, demo_text: str) -> Statistics:
     out = tmp_path_factory.mktemp("statistics") / "demo"
-    return collect_statistics(MODEL, out, [demo_text], samples=SAMPLES, length=LENGTH)
+    return collect_statistics(MODEL, out, [demo_text], CollectOptions(samples=SAMPLES, length=LENGTH))
 
 
 def _inputs(module_name: str, text: str) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_shared_inputs_are_stored_once(collected: Statistics) -> None:
 
 @pytest.mark.slow
 def test_all_experts_see_all_tokens_where_that_is_wanted(tmp_path: Path, demo_text: str, collected: Statistics) -> None:
-    every = collect_statistics(MODEL, tmp_path / "s", [demo_text], SAMPLES, LENGTH, all_experts=True)
+    every = collect_statistics(MODEL, tmp_path / "s", [demo_text], CollectOptions(SAMPLES, LENGTH, all_experts=True))
     name = next(n for n in every.names if n.endswith("layers.1.mlp.experts.down_proj"))
     count, routed = every.array(name, "count"), every.array(name, "routed")
     assert count is not None and (count == SAMPLES * LENGTH).all()
@@ -94,7 +94,9 @@ def test_all_experts_see_all_tokens_where_that_is_wanted(tmp_path: Path, demo_te
 
 
 def test_experts_whose_hessians_need_too_much_share_one(tmp_path: Path, demo_text: str, collected: Statistics) -> None:
-    pooled = collect_statistics(MODEL, tmp_path / "s", [demo_text], SAMPLES, LENGTH, hessian_bytes=1 << 19)
+    pooled = collect_statistics(
+        MODEL, tmp_path / "s", [demo_text], CollectOptions(SAMPLES, LENGTH, hessian_bytes=1 << 19)
+    )
     name = next(n for n in pooled.names if n.endswith("layers.1.mlp.experts.gate_up_proj"))
     own, together = collected.array(name, "hessian"), pooled.array(name, "hessian")
     assert own is not None and together is not None and together.ndim == 2
@@ -106,7 +108,7 @@ def test_merged_statistics_are_those_of_both_texts(tmp_path: Path, demo_text: st
     content = Path(demo_text).read_text(encoding="utf-8")
     for i, part in enumerate((content[:20000], content[20000:40000])):
         (tmp_path / f"{i}.txt").write_text(part, encoding="utf-8")
-        collect_statistics(MODEL, tmp_path / str(i), [tmp_path / f"{i}.txt"], 3, LENGTH)
+        collect_statistics(MODEL, tmp_path / str(i), [tmp_path / f"{i}.txt"], CollectOptions(3, LENGTH))
     merge([tmp_path / "0", tmp_path / "1"], tmp_path / "both")
     one, two, both = (Statistics(tmp_path / n) for n in ("0", "1", "both"))
     for name in both.names:
@@ -117,8 +119,8 @@ def test_merged_statistics_are_those_of_both_texts(tmp_path: Path, demo_text: st
 
 @pytest.mark.slow
 def test_statistics_collected_in_different_ways_are_not_merged(tmp_path: Path, demo_text: str) -> None:
-    collect_statistics(MODEL, tmp_path / "a", [demo_text], 2, LENGTH)
-    collect_statistics(MODEL, tmp_path / "b", [demo_text], 2, LENGTH, hessians=False)
+    collect_statistics(MODEL, tmp_path / "a", [demo_text], CollectOptions(2, LENGTH))
+    collect_statistics(MODEL, tmp_path / "b", [demo_text], CollectOptions(2, LENGTH, hessians=False))
     with pytest.raises(CheckpointError, match="differ in 'hessians'"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     assert not (tmp_path / "c").exists()
@@ -132,14 +134,14 @@ def test_a_killed_calibration_continues_and_gives_the_same(
         import os, signal, sys
         import torch
         torch.set_num_threads(1)
-        from halfbyte.calibrate.collect import collect_statistics
+        from halfbyte.calibrate.collect import CollectOptions, collect_statistics
         seen = []
         def progress(done, total):
             seen.append(done)
             if len(seen) == 3 and "kill" in sys.argv:
                 os.kill(os.getpid(), signal.SIGKILL)
         where = {str(MODEL)!r}, {str(tmp_path / "s")!r}, [{demo_text!r}]
-        collect_statistics(*where, {SAMPLES}, {LENGTH}, progress=progress)
+        collect_statistics(*where, CollectOptions({SAMPLES}, {LENGTH}), progress=progress)
         print(seen)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -157,17 +159,19 @@ def test_a_killed_calibration_continues_and_gives_the_same(
 
 @pytest.mark.slow
 def test_another_calibration_s_folder_is_left_alone(tmp_path: Path, demo_text: str) -> None:
-    collect_statistics(MODEL, tmp_path / "s", [demo_text], 2, LENGTH)
+    collect_statistics(MODEL, tmp_path / "s", [demo_text], CollectOptions(2, LENGTH))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     with pytest.raises(OutputError, match="another folder"):
-        collect_statistics(MODEL, tmp_path / "s", [demo_text], 3, LENGTH)
+        collect_statistics(MODEL, tmp_path / "s", [demo_text], CollectOptions(3, LENGTH))
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
 def test_a_finished_calibration_is_not_run_again(tmp_path: Path, demo_text: str) -> None:
     calls: list[Any] = []
-    collect_statistics(MODEL, tmp_path / "s", [demo_text], 2, LENGTH)
-    collect_statistics(MODEL, tmp_path / "s", [demo_text], 2, LENGTH, progress=lambda *args: calls.append(args))
+    collect_statistics(MODEL, tmp_path / "s", [demo_text], CollectOptions(2, LENGTH))
+    collect_statistics(
+        MODEL, tmp_path / "s", [demo_text], CollectOptions(2, LENGTH), progress=lambda *args: calls.append(args)
+    )
     assert calls == []
 
 
@@ -191,7 +195,7 @@ def test_conversations_without_a_chat_template_are_refused(tmp_path: Path) -> No
 def test_a_text_without_one_whole_sample_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(HalfbyteError, match="fewer than one sample of 64"):
-        collect_statistics(MODEL, tmp_path / "s", [tmp_path / "short.txt"], 2, LENGTH)
+        collect_statistics(MODEL, tmp_path / "s", [tmp_path / "short.txt"], CollectOptions(2, LENGTH))
     assert not (tmp_path / "s").exists()
 
 
@@ -206,7 +210,9 @@ def test_tied_embeddings_may_be_stored_as_the_head_alone(tmp_path: Path, shared:
 def _of_stories(tmp_path: Path, shared: Path, model: str) -> set[str]:
     """What is collected of a tied model besides its linear layers, which all are."""
     source = shared / "data" / "models" / model
-    found = collect_statistics(source, tmp_path / "s", [shared / "data/text/calibration/tiny.utf8"], 1, LENGTH)
+    found = collect_statistics(
+        source, tmp_path / "s", [shared / "data/text/calibration/tiny.utf8"], CollectOptions(1, LENGTH)
+    )
     linear = {w.name for w in Checkpoint.open(source).weights if w.role.startswith(("attention", "mlp"))}
     assert linear <= set(found.names)
     return set(found.names) - linear

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from halfbyte.calibration.importance import Importance, write_importance
+from halfbyte.calibration import Importance, write_importance
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import CheckpointError
 from halfbyte.evaluate import tensor_errors

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.calibrate.collect import collect_statistics
+from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 from halfbyte.cli import main
 from halfbyte.errors import MeasurementError
-from halfbyte.evaluate import Settings, measure, sensitivity, tensor_errors
+from halfbyte.evaluate import Settings, TextSettings, measure, sensitivity, tensor_errors
 from halfbyte.evaluate.divergence import TokenScores, divergence
 from halfbyte.evaluate.emulated_activations import rounded
 from halfbyte.evaluate.reference_logprobs import Cache
@@ -154,7 +154,12 @@ def test_tasks_of_a_checkpoint_that_is_not_finite_have_no_accuracy(source: Path,
 @pytest.mark.slow
 def test_the_sensitivity_of_a_source_that_is_not_finite_is_an_error(source: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(MeasurementError, match=r"model\.layers\.1\.mlp\.down_proj"):
-        sensitivity(scaled(source, tmp_path / "loud", 3e38), linear("nvfp4"), tmp_path / "s.jsonl", text, length=64)
+        sensitivity(
+            scaled(source, tmp_path / "loud", 3e38),
+            linear("nvfp4"),
+            tmp_path / "s.jsonl",
+            TextSettings(text, length=64),
+        )
 
 
 def test_errors_of_a_weight_that_is_not_finite_are_an_error(source: Path, good: Path, tmp_path: Path) -> None:
@@ -170,7 +175,7 @@ def test_a_calibration_notices_at_once(name: str, where: str, source: Path, text
         info = Checkpoint.open(bad).inventory.tensors[name]
         np.memmap(bad / info.file, np.uint16, "r+", info.offset, info.shape)[:, 0] = NAN
     with pytest.raises(MeasurementError, match=where):
-        collect_statistics(bad, tmp_path / "statistics", [text], samples=4, length=64)
+        collect_statistics(bad, tmp_path / "statistics", [text], CollectOptions(samples=4, length=64))
     assert not (tmp_path / "statistics/layer-00001.safetensors").exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 import halfbyte
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import OutputError
-from halfbyte.evaluate import evaluate, sensitivity
+from halfbyte.evaluate import TextSettings, evaluate, sensitivity
 from halfbyte.evaluate.by_group import units_of
 from halfbyte.source.checkpoint import Checkpoint
 from small_models import linear, read_file, recipe, run, write_file
@@ -22,7 +22,9 @@ MEASURE: dict[str, Any] = {"length": 64, "max_tokens": 400}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return sensitivity(DEMO, linear("mxfp4"), tmp_path_factory.mktemp("sensitivity") / "s.jsonl", **MEASURE)
+    return sensitivity(
+        DEMO, linear("mxfp4"), tmp_path_factory.mktemp("sensitivity") / "s.jsonl", TextSettings(**MEASURE)
+    )
 
 
 @pytest.mark.slow
@@ -64,15 +66,15 @@ def test_an_interrupted_run_continues_where_it_stopped(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sensitivity(DEMO, linear("mxfp4"), path, progress=stop, **MEASURE)
+        sensitivity(DEMO, linear("mxfp4"), path, TextSettings(**MEASURE), progress=stop)
     assert len(path.read_text().splitlines()) == 3
     with path.open("a") as file:
         file.write('{"group": "torn')
-    again = sensitivity(DEMO, linear("mxfp4"), path, **MEASURE)
+    again = sensitivity(DEMO, linear("mxfp4"), path, TextSettings(**MEASURE))
     assert again["groups"] == found["groups"]
     assert [p.name for p in tmp_path.iterdir()] == ["s.jsonl"]
     done = path.read_text()
-    assert sensitivity(DEMO, linear("mxfp4"), path, **MEASURE)["groups"] == again["groups"]
+    assert sensitivity(DEMO, linear("mxfp4"), path, TextSettings(**MEASURE))["groups"] == again["groups"]
     assert path.read_text() == done
 
 
@@ -80,16 +82,16 @@ def test_a_file_of_another_measurement_is_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"halfbyte": "sensitivity", "version": 1, "source": "a", "recipe": "b", "key": "c"}))
     with pytest.raises(OutputError, match="of a with b"):
-        sensitivity(DEMO, linear("mxfp4"), path, **MEASURE)
+        sensitivity(DEMO, linear("mxfp4"), path, TextSettings(**MEASURE))
     path.write_text("something else")
     with pytest.raises(OutputError, match="no sensitivity file"):
-        sensitivity(DEMO, linear("mxfp4"), path, **MEASURE)
+        sensitivity(DEMO, linear("mxfp4"), path, TextSettings(**MEASURE))
 
 
 @pytest.mark.slow
 def test_the_source_is_as_it_was_after_a_group(tmp_path: Path) -> None:
     copy = shutil.copytree(DEMO, tmp_path / "model")
-    sensitivity(copy, linear("mxfp4"), tmp_path / "s.jsonl", by="role", length=64, max_tokens=130)
+    sensitivity(copy, linear("mxfp4"), tmp_path / "s.jsonl", TextSettings(length=64, max_tokens=130), by="role")
     with Reader(Checkpoint.open(copy).inventory) as one, Reader(Checkpoint.open(DEMO).inventory) as other:
         for name in one.inventory.tensors:
             assert np.array_equal(one.read(name), other.read(name))
@@ -103,7 +105,7 @@ def test_tied_embeddings_that_a_checkpoint_holds_twice_are_one_group(tmp_path: P
     tensors = read_file(copy / "model.safetensors")
     write_file(copy / "model.safetensors", {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
     ends = recipe({"match": ["embedding", "lm_head"], "format": "mxfp4", "scale_search": "absmax"})
-    one, whole = sensitivity(copy, ends, tmp_path / "s.jsonl", length=64, max_tokens=130)["groups"]
+    one, whole = sensitivity(copy, ends, tmp_path / "s.jsonl", TextSettings(length=64, max_tokens=130))["groups"]
     assert one["roles"] == ["embedding", "lm_head"] and one["kl"] == whole["kl"]
 
 

@@ -19,6 +19,7 @@ from halfbyte.allocate.choices import (
     predict,
 )
 from halfbyte.allocate.prior import structure_factors
+from halfbyte.allocate.sizes import human
 from halfbyte.allocate.solve import Allocation, allocate, check_budget, frontier
 from halfbyte.allocate.write import recipe_text
 from halfbyte.calibration import Calibration
@@ -70,77 +71,127 @@ class Allocated:
         }
 
 
-def allocate_recipe(
-    checkpoint: Checkpoint,
-    dialect: Dialect,
-    name: str = "allocated",
-    *,
-    budget: int | None = None,
-    bits: float | None = None,
-    formats: Sequence[str] = FORMATS,
-    roles: Sequence[str] = ("linear",),
-    calibration: Calibration | None = None,
-    sensitivity: str | Path | Callable[[], str | Path] | None = None,
-    alike: bool = False,
-    progress: Progress | None = None,
-) -> Allocated:
-    """Choose a format for every unit so that the output has at most ``budget`` bytes (all files together) or
-    ``bits`` per weight (all weights), and lose the least.
+@dataclass(frozen=True)
+class AllocateOptions:
+    """What size to meet, and what to choose from.
 
-    Losses are predicted from measured errors (``measure``) and, for how much they matter, the file ``sensitivity``
-    (a function that makes it is called once the size is known to be possible); without it the model's structure
-    (``prior``), or nothing where all units are to be ``alike``, which is worse. PlanError where the size cannot be met.
+    Exactly one of ``budget`` (bytes of all files together) and ``bits`` (per weight, over all weights) is given.
+    ``formats`` are chosen from for the weights of ``roles``. ``calibration`` makes errors those of outputs. The file
+    ``sensitivity`` says how much they matter (a function that makes it is called once the size is known to be
+    possible); without it the model's structure does (``prior``), or nothing where all units are to be ``alike``,
+    which is worse.
     """
-    if (budget is None) == (bits is None):
+
+    name: str = "allocated"
+    budget: int | None = None
+    bits: float | None = None
+    formats: Sequence[str] = FORMATS
+    roles: Sequence[str] = ("linear",)
+    calibration: Calibration | None = None
+    sensitivity: str | Path | Callable[[], str | Path] | None = None
+    alike: bool = False
+
+    def limit(self, parameters: int) -> int:
+        """Return the bytes that a model of so many ``parameters`` may have; those of weights alone with ``bits``."""
+        return self.budget if self.budget is not None else int((self.bits or 0) * parameters / 8)
+
+    def size_of(self, plan: Plan) -> int:
+        """Return the bytes of a plan that count."""
+        return plan.repository_bytes if self.budget is not None else plan.data_bytes
+
+    def comment(self, model: str) -> tuple[str, ...]:
+        """Return the lines at the head of the recipe: what was asked for, and what losses were predicted from."""
+        how = "errors alone" if self.alike else "errors and the model's structure"
+        how = "measured sensitivities" if self.sensitivity is not None else how
+        size = f"{self.budget} bytes" if self.budget is not None else f"{self.bits} bits per weight"
+        importance = f" and the importance of {self.calibration.name}" if self.calibration else ""
+        return (
+            f"Made by `halfbyte allocate` for {model}: at most {size},",
+            f"formats {', '.join(self.formats)}, roles {', '.join(self.roles)}; losses predicted from {how}"
+            f"{importance}.",
+        )
+
+
+def allocate_recipe(
+    checkpoint: Checkpoint, dialect: Dialect, options: AllocateOptions, progress: Progress | None = None
+) -> Allocated:
+    """Choose a format for every unit, so that the output meets the size of ``options`` and loses the least.
+
+    Losses are predicted from measured errors (``measure``) and how much they matter. ``progress`` is called with the
+    number of units measured and their total. PlanError where the size cannot be met.
+    """
+    if (options.budget is None) == (options.bits is None):
         raise PlanError("give either a budget in bytes or a number of bits per weight")
-    units = make_units(checkpoint, dialect, formats, roles)
-    searches = _searches(formats)
-
-    def plan_of(allocation: Allocation) -> tuple[str, Plan]:
-        how = "errors alone" if alike else "errors and the model's structure"
-        how = "measured sensitivities" if sensitivity is not None else how
-        about = (
-            f"Made by `halfbyte allocate` for {_name(checkpoint)}: "
-            + (f"at most {budget} bytes" if budget is not None else f"at most {bits} bits per weight")
-            + ",",
-            f"formats {', '.join(formats)}, roles {', '.join(roles)}; losses predicted from {how}"
-            + (f" and the importance of {calibration.name}." if calibration else "."),
-        )
-        text = recipe_text(name, units, allocation.chosen, checkpoint.weights, searches, about, dialect.name)
-        return text, make_plan(checkpoint, parse_recipe(text, name), dialect)
-
-    def size_of(plan: Plan) -> int:
-        return plan.repository_bytes if budget is not None else plan.data_bytes
-
-    smallest = Allocation([min(unit.choices, key=lambda c: c.bytes) for unit in units])
-    _, plan = plan_of(smallest)
-    limit = budget if budget is not None else int((bits or 0) * plan.parameters / 8)
-    rest = size_of(plan) - smallest.bytes
-    if limit <= rest:
-        raise PlanError(
-            f"weights of other roles alone need {human(rest)}, and the limit is {human(limit)}; the smallest possible "
-            f"is {_smallest(size_of(plan), plan, budget)}, or let more roles be decided (--roles)"
-        )
-    if smallest.bytes > limit - rest:
-        raise PlanError(
-            f"the smallest formats need {human(size_of(plan))}, more than the limit of {human(limit)}; the smallest "
-            f"possible is {_smallest(size_of(plan), plan, budget)}, or allow smaller formats or more roles"
-        )
-    check_budget(units, limit - rest)
+    units = make_units(checkpoint, dialect, options.formats, options.roles)
+    draft = _Draft(checkpoint, dialect, options, units, _searches(options.formats))
+    limit, others = draft.room()
     measured = None
-    if sensitivity is not None:
-        measured = measured_groups(sensitivity() if callable(sensitivity) else sensitivity)
-    measure(checkpoint, units, searches, calibration, progress, measured or ())
-    factors = None if alike else structure_factors(checkpoint.weights, is_tied(checkpoint.inventory.config))
+    if options.sensitivity is not None:
+        file = options.sensitivity() if callable(options.sensitivity) else options.sensitivity
+        measured = measured_groups(file)
+    measure(checkpoint, units, draft.searches, options.calibration, progress, measured or ())
+    factors = None if options.alike else structure_factors(checkpoint.weights, is_tied(checkpoint.inventory.config))
     predict(units, measured, factors)
-    for _ in range(_TRIES):
-        chosen = allocate(units, limit - rest)
-        text, plan = plan_of(chosen)
-        if size_of(plan) <= limit:
-            others = plan.data_bytes - chosen.bytes
-            return Allocated(text, plan, units, chosen, frontier(units), others)
-        rest += size_of(plan) - limit  # headers and configuration grow with the number of tensors and rules
-    raise PlanError(f"no allocation of at most {limit} bytes was found; raise the limit a little")
+    return draft.fit(limit, others)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A recipe in the making: what is decided, by which options."""
+
+    checkpoint: Checkpoint
+    dialect: Dialect
+    options: AllocateOptions
+    units: list[AllocationUnit]
+    searches: dict[str, str]
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that the output may have, and those of them that are not the units' own.
+
+        PlanError, with the smallest size that is possible, where the units do not fit.
+        """
+        smallest = Allocation([min(unit.choices, key=lambda c: c.bytes) for unit in self.units])
+        _, plan = self._plan(smallest)
+        size, limit = self.options.size_of(plan), self.options.limit(plan.parameters)
+        others = size - smallest.bytes
+        if limit <= others:
+            raise PlanError(
+                f"weights of other roles alone need {human(others)}, and the limit is {human(limit)}; the smallest "
+                f"possible is {self._smallest(plan)}, or let more roles be decided (--roles)"
+            )
+        if size > limit:
+            raise PlanError(
+                f"the smallest formats need {human(size)}, more than the limit of {human(limit)}; the smallest "
+                f"possible is {self._smallest(plan)}, or allow smaller formats or more roles"
+            )
+        check_budget(self.units, limit - others)
+        return limit, others
+
+    def fit(self, limit: int, others: int) -> Allocated:
+        """Allocate until the whole output has at most ``limit`` bytes, of which ``others`` are not the units'."""
+        for _ in range(_TRIES):
+            chosen = allocate(self.units, limit - others)
+            text, plan = self._plan(chosen)
+            size = self.options.size_of(plan)
+            if size <= limit:
+                outside = plan.data_bytes - chosen.bytes
+                return Allocated(text, plan, self.units, chosen, frontier(self.units), outside)
+            others += size - limit  # headers and configuration grow with the number of tensors and rules
+        raise PlanError(f"no allocation of at most {human(limit)} was found; raise the limit a little")
+
+    def _plan(self, allocation: Allocation) -> tuple[str, Plan]:
+        """Return an allocation's recipe and plan."""
+        name, weights = self.options.name, self.checkpoint.weights
+        comment = self.options.comment(_name(self.checkpoint))
+        text = recipe_text(name, self.units, allocation.chosen, weights, self.searches, comment, self.dialect.name)
+        return text, make_plan(self.checkpoint, parse_recipe(text, name), self.dialect)
+
+    def _smallest(self, plan: Plan) -> str:
+        """Return the option that asks for the size of the smallest ``plan``."""
+        size = self.options.size_of(plan)
+        if self.options.budget is not None:
+            return f"--budget {size}"
+        return f"--bits {math.ceil(8000 * size / max(plan.parameters, 1)) / 1000:g}"
 
 
 def smallest_recipe(
@@ -160,23 +211,6 @@ def smallest_recipe(
     chosen: list[Choice] = [min(unit.choices[1:], key=lambda c: c.bytes) for unit in units]  # the first is to keep it
     text = recipe_text("smallest", units, chosen, checkpoint.weights, _searches(formats))
     return parse_recipe(text, "smallest")
-
-
-def human(count: int) -> str:
-    """``4131072 bytes (4.13 MB)``."""
-    value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{count} bytes" + ("" if unit == "bytes" else f" ({value:.3g} {unit})")
-
-
-def _smallest(size: int, plan: Plan, budget: int | None) -> str:
-    """The option that asks for the smallest possible size."""
-    if budget is not None:
-        return f"--budget {size}"
-    return f"--bits {math.ceil(8000 * size / max(plan.parameters, 1)) / 1000:g}"
 
 
 def _searches(formats: Sequence[str]) -> dict[str, str]:

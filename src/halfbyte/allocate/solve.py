@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.allocate.choices import AllocationUnit, Choice
+from halfbyte.allocate.sizes import human
 from halfbyte.errors import HalfbyteError, PlanError
 
 GAP = 1e-4  # relative to the best possible loss
@@ -68,8 +69,8 @@ def check_budget(units: Sequence[AllocationUnit], budget: int) -> int:
     least = sum(min(c.bytes for c in unit.choices) for unit in units)
     if least > budget:
         raise PlanError(
-            f"the smallest formats need {least} bytes for these weights, {least - budget} more than there are; raise "
-            "the budget, or allow smaller formats or more roles"
+            f"the smallest formats need {human(least)} for these weights, {human(least - budget)} more than there are; "
+            "raise the budget, or allow smaller formats or more roles"
         )
     return least
 

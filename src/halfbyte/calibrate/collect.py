@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,48 +35,80 @@ from halfbyte.source.checkpoint import Checkpoint
 BATCH_TOKENS = 4096
 HESSIAN_BYTES = 2 << 30
 _WORK = "work"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """How statistics are collected.
+
+    ``samples`` pieces of ``length`` tokens are taken evenly from all texts. With ``hessians``, sums of xᵀx are
+    collected beside those of x²; a stack of experts whose own would need more than ``hessian_bytes`` gets one for
+    all. ``all_experts`` shows every token to every expert, whoever the router chooses: slower, but no expert is left
+    without data. Layers are computed in ``dtype`` (its name, or torch's) on ``device``.
+    """
+
+    samples: int = 128
+    length: int = 512
+    hessians: bool = True
+    all_experts: bool = False
+    hessian_bytes: int = HESSIAN_BYTES
+    dtype: torch.dtype | str = "float32"
+    device: torch.device | str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        kind: torch.dtype = getattr(torch, self.dtype) if isinstance(self.dtype, str) else self.dtype
+        return kind
 
 
 def collect_statistics(
     source: str | Path,
     out: str | Path,
     texts: Sequence[str | Path],
-    samples: int = 128,
-    length: int = 512,
-    hessians: bool = True,
-    all_experts: bool = False,
-    hessian_bytes: int = HESSIAN_BYTES,
-    dtype: torch.dtype | str = "float32",
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    options: CollectOptions | None = None,
+    progress: Progress | None = None,
 ) -> Statistics:
-    """Statistics of a checkpoint's activations over a text, in the folder ``out``; an interrupted run continues.
+    """Collect statistics of a checkpoint's activations over ``texts`` in the folder ``out``, or continue there.
 
-    ``samples`` pieces of ``length`` tokens are taken evenly from ``texts``. With ``hessians``, sums of xᵀx are
-    collected beside those of x²; a stack of experts whose own would need more than ``hessian_bytes`` gets one for
-    all. ``all_experts`` shows every token to every expert, whoever the router chooses: slower, but no expert is
-    left without data. ``progress`` is called with the number of layers done and their total.
-
-    OutputError where ``out`` holds something else; HalfbyteError for a text that is too short.
+    ``progress`` is called with the number of layers done and their total. OutputError where ``out`` holds something
+    else; HalfbyteError for a text that is too short.
     """
+    options = options or CollectOptions()
     out = Path(out)
     checkpoint = Checkpoint.open(source)
-    drawn = make_samples(texts, load_tokenizer(source), samples, length)
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    samples = make_samples(texts, load_tokenizer(source), options.samples, options.length)
     with Reader(checkpoint.inventory) as reader, torch.inference_mode():
-        blocks = LayerwiseModel(checkpoint, reader, kind, torch.device(device))
-        parts = [*(f"layer-{i:05d}" for i in range(len(blocks.layers))), "head"]
-        about = new_about(
-            source={"name": checkpoint.inventory.source.rstrip("/").rsplit("/", 1)[-1],
-                    "fingerprint": checkpoint.inventory.fingerprint, "identity": identity_of(checkpoint)},
-            texts=list(drawn.texts), tokens_sha256=drawn.fingerprint, samples=len(drawn.tokens), tokens=drawn.total,
-            length=length, dtype=str(kind).removeprefix("torch."), hessians=hessian_bytes if hessians else 0,
-            all_experts=all_experts, caches=True, parts=parts, done=0,
-        )  # fmt: skip
+        model = LayerwiseModel(checkpoint, reader, options.torch_dtype, torch.device(options.device))
+        about = _new_about(checkpoint, samples, len(model.layers), options)
         about["done"] = _resume(out, about)
         if not about.get("complete"):
-            _Run(blocks, drawn, out, about, progress or (lambda done, total: None)).go()
+            _Run(model, samples, out, about, progress or (lambda done, total: None)).go()
     return Statistics(out)
+
+
+def _new_about(checkpoint: Checkpoint, samples: Samples, layers: int, options: CollectOptions) -> dict[str, Any]:
+    """Describe a calibration that has not begun."""
+    source = checkpoint.inventory.source.rstrip("/").rsplit("/", 1)[-1]
+    return new_about(
+        source={
+            "name": source,
+            "fingerprint": checkpoint.inventory.fingerprint,
+            "identity": identity_of(checkpoint),
+        },
+        texts=list(samples.texts),
+        tokens_sha256=samples.fingerprint,
+        samples=len(samples.tokens),
+        tokens=samples.total,
+        length=options.length,
+        dtype=str(options.torch_dtype).removeprefix("torch."),
+        hessians=options.hessian_bytes if options.hessians else 0,
+        all_experts=options.all_experts,
+        caches=True,
+        parts=[*(f"layer-{i:05d}" for i in range(layers)), "head"],
+        done=0,
+    )
 
 
 def _resume(out: Path, about: dict[str, Any]) -> int:
@@ -98,7 +131,7 @@ class _Run:
         samples: Samples,
         out: Path,
         about: dict[str, Any],
-        progress: Callable[[int, int], None],
+        progress: Progress,
     ) -> None:
         self.blocks, self.samples, self.out, self.about, self.progress = blocks, samples, out, about, progress
         self.device = blocks.device

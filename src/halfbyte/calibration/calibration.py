@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.calibration.importance import Floats, Importance, Matched, match_importance, read_importance
+from halfbyte.calibration.importance import Floats, Importance, Matched, match_importance
+from halfbyte.calibration.importance_file import read_importance
 from halfbyte.calibration.model_identity import check_identity
 from halfbyte.calibration.statistics import Statistics, read_about
 from halfbyte.errors import PlanError

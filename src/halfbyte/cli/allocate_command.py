@@ -57,7 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Allocate, write the recipe and say what it comes to."""
-    from halfbyte.allocate import FORMATS, allocate_recipe
+    from halfbyte.allocate import FORMATS, AllocateOptions, allocate_recipe
     from halfbyte.calibration import calibration_for
     from halfbyte.checkpoint import write_file_atomic
     from halfbyte.dialects import get_dialect
@@ -74,19 +74,17 @@ def run(args: argparse.Namespace) -> int:
     measured = args.sensitivity
     if args.text is not None:
         measured = partial(_measure, args, checkpoint, out.with_suffix(SUFFIX), formats)
+    wanted = AllocateOptions(
+        name=out.stem,
+        budget=args.budget,
+        bits=args.bits,
+        formats=formats,
+        roles=args.roles,
+        calibration=known,
+        sensitivity=measured,
+    )
     with steps("errors", args.json) as report:
-        found = allocate_recipe(
-            checkpoint,
-            dialect,
-            out.stem,
-            budget=args.budget,
-            bits=args.bits,
-            formats=formats,
-            roles=args.roles,
-            calibration=known,
-            sensitivity=measured,
-            progress=report,
-        )
+        found = allocate_recipe(checkpoint, dialect, wanted, report)
     write_file_atomic(out, found.recipe.encode())
     if args.json:
         print_json({"file": str(out), **found.to_dict()})
@@ -115,22 +113,19 @@ def _measure(args: argparse.Namespace, checkpoint: Checkpoint, file: Path, forma
     """Sensitivities of all weights that are to be decided, each in the smallest of the formats."""
     prepare_logs()
     from halfbyte.allocate import smallest_recipe
-    from halfbyte.evaluate import sensitivity
+    from halfbyte.evaluate import TextSettings, sensitivity
     from halfbyte.evaluate.cache_folder import default_cache
 
     # what a hub id named is on this machine by now, in the revision that was asked for
     source = (checkpoint.inventory.root if args.revision else None) or args.source
+    settings = TextSettings(
+        text=args.text,
+        length=args.length,
+        max_tokens=args.max_tokens or TOKENS,
+        dtype=args.dtype or "float32",
+        device=args.device,
+        cache=default_cache(),
+    )
     with steps("sensitivities", args.json) as report:
-        sensitivity(
-            source,
-            smallest_recipe(checkpoint, formats, args.roles),
-            file,
-            args.text,
-            length=args.length,
-            max_tokens=args.max_tokens or TOKENS,
-            dtype=args.dtype or "float32",
-            device=args.device,
-            cache=default_cache(),
-            progress=report,
-        )
+        sensitivity(source, smallest_recipe(checkpoint, formats, args.roles), file, settings, progress=report)
     return file

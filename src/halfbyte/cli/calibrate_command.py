@@ -118,15 +118,15 @@ def _collect(args: argparse.Namespace) -> Statistics:
 
 
 def collect(source: str, out: str, texts: list[str], silent: bool, **options: Any) -> Statistics:
-    """Collect statistics under a progress bar; ``options`` are those of ``collect_statistics``."""
+    """Collect statistics under a progress bar; ``options`` are fields of ``CollectOptions``."""
     prepare_logs()
     from halfbyte.runtime import need_torch
 
     need_torch()
-    from halfbyte.calibrate.collect import collect_statistics
+    from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 
     with steps("calibrating", silent) as report:
-        return collect_statistics(source, out, texts, progress=report, **options)
+        return collect_statistics(source, out, texts, CollectOptions(**options), report)
 
 
 def describe(found: Statistics) -> dict[str, Any]:

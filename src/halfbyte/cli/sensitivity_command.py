@@ -49,28 +49,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print the groups, the worst first."""
     prepare_logs()
-    from halfbyte.evaluate import sensitivity
+    from halfbyte.evaluate import TextSettings, sensitivity
     from halfbyte.evaluate.cache_folder import default_cache
     from halfbyte.recipes import load_recipe
 
     recipe = load_recipe(args.recipe)
     out = args.output or f"{Path(args.source).resolve().name}-{recipe.name}.sensitivity.jsonl"
+    settings = TextSettings(
+        text=args.text,
+        preset=args.protocol,
+        length=args.length,
+        stride=args.stride,
+        max_tokens=args.max_tokens,
+        dtype=args.dtype,
+        device=args.device,
+        cache=args.cache or default_cache(),
+    )
     with steps("measuring", args.json) as report:
-        found = sensitivity(
-            args.source,
-            recipe,
-            out,
-            args.text,
-            by=args.by,
-            preset=args.protocol,
-            length=args.length,
-            stride=args.stride,
-            max_tokens=args.max_tokens,
-            dtype=args.dtype,
-            device=args.device,
-            cache=args.cache or default_cache(),
-            progress=report,
-        )
+        found = sensitivity(args.source, recipe, out, settings, by=args.by, progress=report)
     if args.json:
         print_json(found)
     else:

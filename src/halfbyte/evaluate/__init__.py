@@ -14,12 +14,22 @@ from halfbyte.evaluate.windows import Protocol, Window, windows
 if TYPE_CHECKING:
     from halfbyte.evaluate.by_group import sensitivity
     from halfbyte.evaluate.evaluation import evaluate, measure
-    from halfbyte.evaluate.settings import Settings
+    from halfbyte.evaluate.settings import Settings, TextSettings
 
-__all__ = ["Protocol", "Settings", "Window", "evaluate", "measure", "sensitivity", "tensor_errors", "windows"]
+__all__ = [
+    "Protocol",
+    "Settings",
+    "TextSettings",
+    "Window",
+    "evaluate",
+    "measure",
+    "sensitivity",
+    "tensor_errors",
+    "windows",
+]
 
 _HOME = {
-    "Settings": "halfbyte.evaluate.settings",
+    **dict.fromkeys(("Settings", "TextSettings"), "halfbyte.evaluate.settings"),
     **dict.fromkeys(("evaluate", "measure"), "halfbyte.evaluate.evaluation"),
     "sensitivity": "halfbyte.evaluate.by_group",
 }

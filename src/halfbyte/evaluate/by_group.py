@@ -30,6 +30,7 @@ from halfbyte.evaluate.models import check_length, opened
 from halfbyte.evaluate.placement import places
 from halfbyte.evaluate.reference_logprobs import Cache, Reference
 from halfbyte.evaluate.sensitivity_file import ALL, VERSION, read_sensitivity
+from halfbyte.evaluate.settings import TextSettings
 from halfbyte.evaluate.text import Passage, passage_of
 from halfbyte.evaluate.weight_errors import WeightError, compare_weights
 from halfbyte.models import Weight
@@ -86,32 +87,24 @@ def sensitivity(
     source: str | Path,
     recipe: str | Path | Recipe,
     out: str | Path,
-    text: str | Path | None = None,
+    settings: TextSettings | None = None,
     *,
     by: By = "group",
-    preset: str | None = None,
-    length: int | None = None,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    dtype: str = "float32",
-    device: Any = None,
-    cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure every group of weights that a recipe quantizes; the sensitivity file's header with ``groups``.
 
     ``out``: the sensitivity file (JSON lines, docs/evaluation.md). A run that was interrupted continues there; a file
     of another measurement is an OutputError. In memory are the source's model and the quantized weights in 4 bit.
-    ``text``, ``preset``, ``length``, ``stride``, ``max_tokens``, ``dtype``, ``device`` and ``cache`` are those of
-    ``evaluate``. ``progress`` is called with the number of groups done and their total.
+    ``progress`` is called with the number of groups done and their total.
     """
+    settings = settings or TextSettings()
     checkpoint = Checkpoint.open(source)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     plan = make_plan(checkpoint, loaded, "halfbyte")
-    passage = passage_of(
-        text, checkpoint.inventory.root, load_tokenizer(source), dtype, preset, length, stride, max_tokens
-    )
-    key = [plan.fingerprint, content_hash(checkpoint), passage.protocol.as_dict(), by, str(device or "cpu"), VERSION]
+    passage = passage_of(settings, checkpoint.inventory.root, load_tokenizer(source))
+    device = str(settings.device or "cpu")
+    key = [plan.fingerprint, content_hash(checkpoint), passage.protocol.as_dict(), by, device, VERSION]
     header = {
         "halfbyte": "sensitivity",
         "version": VERSION,
@@ -125,10 +118,10 @@ def sensitivity(
     groups = _continue(path, header)
     folder = path.with_name(f"{path.name}.{plan.fingerprint[:12]}.work")
     done = {group["group"] for group in groups}
-    place = nullcontext(str(cache)) if cache else tempfile.TemporaryDirectory(prefix="halfbyte-")
+    place = nullcontext(str(settings.cache)) if settings.cache else tempfile.TemporaryDirectory(prefix="halfbyte-")
     if ALL not in done:
         with place as stored:
-            job = _Job(checkpoint, source, folder, passage, dtype, device, Cache(str(stored)))
+            job = _Job(checkpoint, source, folder, passage, settings, Cache(str(stored)))
             for group in job.run(plan, by, done, progress or (lambda *_: None)):
                 _append(path, group)
                 groups.append(group)
@@ -171,8 +164,7 @@ class _Job:
     source: str | Path
     folder: Path
     passage: Passage
-    dtype: str
-    device: Any
+    settings: TextSettings
     cache: Cache
 
     def run(self, plan: Plan, by: By, done: set[str], progress: Progress) -> Iterator[dict[str, Any]]:
@@ -188,10 +180,8 @@ class _Job:
                 )
         errors = {weight.name: error for weight, error in compare_weights(self.folder, self.source)}
         weights = [w for w in self.checkpoint.weights if w.name in quantized.formats]
-        with (
-            opened(self.source, self.dtype, True, self.device) as model,
-            opened(self.folder, self.dtype, False, self.device) as codes,
-        ):
+        dtype, device = self.settings.dtype, self.settings.device
+        with opened(self.source, dtype, True, device) as model, opened(self.folder, dtype, False, device) as codes:
             check_length(model, self.source, self.passage.protocol.length)
             reference = self._reference(model)
             found = places(model, weights)
@@ -232,7 +222,9 @@ class _Job:
 
     def _reference(self, model: Any) -> Reference:
         """The source's log-probabilities, from the cache or measured now."""
-        key = reference_key(content_hash(self.checkpoint), self.passage, self.dtype, self.device, True)
+        key = reference_key(
+            content_hash(self.checkpoint), self.passage, self.settings.dtype, self.settings.device, True
+        )
         return self.cache.find(key) or store_reference(self.cache, key, model, self.passage)
 
 

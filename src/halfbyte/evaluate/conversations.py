@@ -8,11 +8,11 @@ from typing import Any
 
 from halfbyte.checkpoint.files import parse_json, reason
 from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.settings import CONVERSATION_LENGTH, CONVERSATIONS
 from halfbyte.evaluate.text import Passage, sha256_of
 from halfbyte.evaluate.windows import Protocol, Window
 from halfbyte.runtime.templates import apply_template
 
-COUNT, LENGTH = 100, 256
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -62,7 +62,9 @@ def _messages(item: Any) -> Messages | None:
     return messages
 
 
-def conversations_of(path: str | Path, tokenizer: Any, dtype: str, count: int = COUNT, length: int = LENGTH) -> Passage:
+def conversations_of(
+    path: str | Path, tokenizer: Any, dtype: str, count: int = CONVERSATIONS, length: int = CONVERSATION_LENGTH
+) -> Passage:
     """The first ``count`` conversations that fill ``length`` tokens, cut there; all tokens but the first are scored.
 
     What is skipped on the way is counted in the protocol.

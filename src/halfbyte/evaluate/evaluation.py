@@ -6,12 +6,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from halfbyte.errors import HalfbyteError, MeasurementError
 from halfbyte.evaluate import conversations as chat
@@ -29,36 +28,32 @@ from halfbyte.runtime.loading import load_tokenizer
 from halfbyte.source.checkpoint import Checkpoint
 
 Progress = Callable[[int, int], None]
+_SETTINGS = [field.name for field in fields(Settings) if field.name != "text"]
 
 
 def evaluate(
     paths: Sequence[str | Path] | str | Path,
     against: str | Path | None = None,
     text: str | Path | None = None,
-    length: int | None = None,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str = "float32",
-    dequantize: bool = False,
+    *,
     progress: Progress | None = None,
-    **more: Any,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Perplexity of each checkpoint on a text and, with ``against``, its divergence from that one.
+    """Measure the perplexity of checkpoints on a text and, with ``against``, their divergence from that one.
 
-    ``text``: a UTF-8 file (default: the demo model's held-out text, where the checkpoint is the demo model). It is
-    tokenized without special tokens, by the tokenizer of ``against`` or else of the first checkpoint, cut to its first
-    ``max_tokens`` tokens and into windows of ``length`` tokens (default 512), ``stride`` apart (default: ``length``);
-    each token is scored once. One row per checkpoint, ``against`` first; docs/evaluation.md lists its keys. ``more``
-    are further fields of Settings.
+    ``settings`` are fields of ``Settings``. The text is tokenized by the tokenizer of ``against``, or else of the
+    first checkpoint, and each token is scored once. One row per checkpoint, ``against`` first; docs/evaluation.md
+    lists its keys.
 
     One model is in memory at a time (4-bit checkpoints in 4 bit, unless ``dequantize``); the source's
     log-probabilities wait on disk. ``progress`` is called with the number of windows done and their total.
+    HalfbyteError for what cannot be measured, TypeError for a setting that there is not.
     """
-    kind = str(dtype).removeprefix("torch.")
-    settings = Settings(text, more.pop("preset", None), length, stride, max_tokens, **more)
-    changed = {**vars(settings), "device": device, "dtype": kind, "dequantize": dequantize}
-    rows: list[dict[str, Any]] = measure(paths, against, Settings(**changed), progress)["rows"]
+    unknown = [name for name in settings if name not in _SETTINGS]
+    if unknown:
+        raise TypeError(f"evaluate() has no setting {unknown[0]!r}; there are {', '.join(_SETTINGS)}")
+    settings["dtype"] = str(settings.get("dtype", "float32")).removeprefix("torch.")
+    rows: list[dict[str, Any]] = measure(paths, against, Settings(text, **settings), progress)["rows"]
     return rows
 
 
@@ -135,11 +130,9 @@ class _Run:
     def _passages(self, tokenizer: Any) -> tuple[Passage | None, Passage | None]:
         """What perplexity and what divergence are measured on."""
         s = self.settings
-        given = (s.text, s.preset, s.length, s.stride, s.max_tokens)
         on_text = None
-        if any(value is not None for value in given) or not (s.conversations or s.tasks):
-            root = self.checkpoints[0].inventory.root
-            on_text = passage_of(s.text, root, tokenizer, s.dtype, s.preset, s.length, s.stride, s.max_tokens)
+        if s.names_text or not (s.conversations or s.tasks):
+            on_text = passage_of(s, self.checkpoints[0].inventory.root, tokenizer)
         if s.conversations is None:
             return on_text, on_text
         if not self.compare:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.settings import TextSettings
 from halfbyte.evaluate.windows import PRESETS, Protocol, Window, windows
 
 HELDOUT = "heldout.txt"
@@ -24,32 +25,25 @@ class Passage:
     protocol: Protocol
 
 
-def passage_of(
-    text: str | Path | None,
-    folder: Path | None,
-    tokenizer: Any,
-    dtype: str,
-    preset: str | None = None,
-    length: int | None = None,
-    stride: int | None = None,
-    most: int | None = None,
-) -> Passage:
-    """A text cut into windows of ``length`` tokens (default 512), ``stride`` apart (default: the length).
+def passage_of(settings: TextSettings, folder: Path | None, tokenizer: Any) -> Passage:
+    """Cut a text into windows; without one, that in the checkpoint's ``folder``.
 
-    ``preset``: one of PRESETS, which settles length and stride. ``most``: use only the first tokens.
+    HalfbyteError where there is no text, or where it is too short.
     """
+    preset, length, stride = settings.preset, settings.length, settings.stride
     if preset is not None:
         if preset not in PRESETS:
             raise HalfbyteError(f"unknown protocol {preset!r}; there are {', '.join(PRESETS)}")
         if length is not None or stride is not None:
             raise HalfbyteError(f"the protocol {preset} settles length and stride; leave them out")
     step = PRESETS[preset] if preset else length or 512
-    source = find_text(text, folder)
-    tokens = tokens_of(source, tokenizer, most, rows=preset == "wikitext2")
+    source = find_text(settings.text, folder)
+    tokens = tokens_of(source, tokenizer, settings.max_tokens, rows=preset == "wikitext2")
     cut = list(windows(len(tokens), step, stride or step))
     scored = sum(window.stop - window.scored for window in cut)
-    about = Protocol(source.name, step, stride or step, len(cut), scored, dtype, preset, "text", sha256_of(tokens))
-    return Passage(tokens, cut, about)
+    digest = sha256_of(tokens)
+    protocol = Protocol(source.name, step, stride or step, len(cut), scored, settings.dtype, preset, "text", digest)
+    return Passage(tokens, cut, protocol)
 
 
 def sha256_of(tokens: list[int]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.calibration.importance import match_importance, read_importance
+from halfbyte.calibration import match_importance, read_importance
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
 from halfbyte.errors import CheckpointError, MeasurementError
