@@ -16,6 +16,8 @@ from halfbyte.kernels.codec import understands
 
 _TABLE, _HIF4, _INT8, _UINT8, _E4M3, _FLOAT = range(6)
 _SCALES = {"e4m3": 0, "e8m0": 1, "e3m3": 2, "bf16": 3, "fp32": 4, "fp16": 6}
+SCALE_KINDS_BY_DTYPE = {"bfloat16": 3, "float32": 4, "float16": 6}
+"""What files hold scales in that are no bytes."""
 _E6M2_SCALE = 5
 _OFFSETS = {"bias": 1, "zero_point": 2}
 _WIDEST = 255  # an integer plus its bias is a byte

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from halfbyte.errors import FormatError
 from halfbyte.formats import QuantizedTensor
-from halfbyte.kernels.linear_layout import describe_weight
+from halfbyte.kernels.linear_layout import SCALE_KINDS_BY_DTYPE, describe_weight
 from halfbyte.kernels.linear_native import aligned
 from halfbyte.kernels.linear_runtime import NoKernelError, native_library
 
@@ -45,6 +45,9 @@ class PackedWeight:
                 array = tensor.global_scale_inv
             if name == "rotation" and array is None:
                 continue
+            if name == "scales" and array is not None and np.dtype(dtype).name in SCALE_KINDS_BY_DTYPE:
+                array = self._wide_scales(array, np.dtype(dtype))
+                dtype = array.dtype
             if array is None or array.shape != shape or array.dtype != dtype:
                 held = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
                 raise FormatError(
@@ -52,7 +55,17 @@ class PackedWeight:
                     f"{list(shape)}, not {held}"
                 )
             found[name] = np.require(array, requirements=("C", "A"))
+        self._scale_type = found["scales"].dtype
         return found
+
+    def _wide_scales(self, scales: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Scales in the type of their file, which need not be the format's where that is no byte."""
+        if scales.dtype == dtype:
+            return scales
+        if scales.dtype.itemsize == 1 or self.native.block_rows != 1:
+            return scales.astype(np.float32)
+        self.native.scale_kind = SCALE_KINDS_BY_DTYPE.get(scales.dtype.name, self.native.scale_kind)
+        return scales
 
     def _keep(self, arrays: dict[str, NDArray[Any]], tensor: QuantizedTensor, bias: NDArray[Any] | None) -> None:
         native = self.native
@@ -82,7 +95,7 @@ class PackedWeight:
         """The quantized tensor that was packed, byte for byte."""
         parts = self.format.parts(self.shape)
         arrays: dict[str, Any] = {
-            name: np.empty(size, dtype=dtype)
+            name: np.empty(size, dtype=self._scale_type if name == "scales" else dtype)
             for name, (dtype, size) in parts.items()
             if name in ("codes", "scales", "offsets")
         }
@@ -112,7 +125,7 @@ class PackedWeight:
         shape = (chosen.size, self.shape[1])
         parts = self.format.parts(shape)
         arrays: dict[str, Any] = {
-            name: np.empty(size, dtype=dtype)
+            name: np.empty(size, dtype=self._scale_type if name == "scales" else dtype)
             for name, (dtype, size) in parts.items()
             if name in ("codes", "scales", "offsets")
         }
@@ -121,7 +134,9 @@ class PackedWeight:
 
     def _tensor(self, shape: tuple[int, ...], arrays: dict[str, Any]) -> QuantizedTensor:
         scale = None if self._global is None else self._global.reshape(shape[:-2]).copy()
-        arrays["global_scale_inv" if self._has_inverse else "global_scale"] = scale
+        if scale is not None and self._has_inverse:
+            arrays["global_scale_inv"], scale = scale, np.asarray(np.float32(1) / scale)
+        arrays["global_scale"] = scale
         arrays["rotation"] = None if self._swaps is None else self._swaps.copy()
         return QuantizedTensor(self.format, shape, **arrays)
 
