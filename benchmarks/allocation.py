@@ -1,6 +1,6 @@
 """Automatic allocation against hand-written recipes of the same size, on small trained models.
 
-    python benchmarks/allocation.py ../shared/data [--only MODEL...] [--docs docs/methods.md]
+    python benchmarks/allocation.py ../shared/data [--only MODEL...] [--docs docs/accuracy.md]
 
 For each hand-written recipe: its bytes, then ``allocate`` with just as many bytes for all tensors and the formats and
 roles that the recipe chooses from, with losses predicted (a) from errors of weights, all units alike, (b) from errors
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "allocation")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/accuracy.md")
     parser.add_argument("--only", nargs="*", metavar="MODEL", help="without names: write the tables anew, no more")
     args = parser.parse_args()
     for name in HAND:

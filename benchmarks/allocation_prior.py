@@ -1,6 +1,6 @@
 """How well the model's structure predicts which weights matter, against measured sensitivities.
 
-    python benchmarks/allocation_prior.py ../shared/data [--docs docs/methods.md]
+    python benchmarks/allocation_prior.py ../shared/data [--docs docs/accuracy.md]
 
 For each small model the divergence that each unit of weights causes alone in MXFP4 (of the demo model and ``*-wiki``
 those that ``allocation.py`` measured, of the story models measured here), beside what ``halfbyte allocate`` predicts
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "allocation_prior.json")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/accuracy.md")
     args = parser.parse_args()
     models = [DEMO, *sorted((args.data / "models").glob("*-wiki")), *(args.data / "models" / n for n in STORIES)]
     found = [one(model, args.data) for model in models]

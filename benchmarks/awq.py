@@ -1,6 +1,6 @@
 """AWQ folding and importance on small trained models: weighted error and KL divergence of converted checkpoints.
 
-    python benchmarks/awq.py ../shared/data [-o benchmarks/results/awq.json] [--docs docs/methods.md]
+    python benchmarks/awq.py ../shared/data [-o benchmarks/results/awq.json] [--docs docs/accuracy.md]
 
 As a user would do it: statistics of activations are collected from training text, checkpoints are quantized with
 them, verified, and judged on held-out text. Models: ``models/*-wiki``. All linear weights are quantized with
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "awq.json")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/accuracy.md")
     args = parser.parse_args()
     builtin = {name: load_recipe(name) for name in BUILTIN}
     results: dict[str, Any] = {

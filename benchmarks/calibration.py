@@ -276,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "calibration")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/accuracy.md")
     parser.add_argument("--only", nargs="*", metavar="MODEL", help="without names: write the tables anew, no more")
     parser.add_argument("--parts", nargs="+", metavar="P", choices=(*FORMATS, *W4A4, TOKENS), help="to measure (again)")
     args = parser.parse_args()

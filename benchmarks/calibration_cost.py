@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "calibration_cost.json")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/accuracy.md")
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "TEXT", "KIND"), help="internal: one measurement")
     parser.add_argument("--shapes", metavar="NAME", help="an inventory of a large model, to be measured at scale")
     parser.add_argument("--layers", type=int, default=4, help="how many of its layers")

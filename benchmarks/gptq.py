@@ -1,6 +1,6 @@
 """GPTQ, local Hessians and plain searches compared: a synthetic layer, and small trained models on held-out text.
 
-    python benchmarks/gptq.py ../shared/data [-o benchmarks/results/gptq.json] [--docs docs/methods.md] [--quick]
+    python benchmarks/gptq.py ../shared/data [-o benchmarks/results/gptq.json] [--docs docs/accuracy.md] [--quick]
 
 The synthetic layer has Gaussian weights; its inputs are Gaussian with channels of different size and a few common
 directions. The models are ``models/*-wiki``: Hessians from training text, output error and KL divergence on
@@ -264,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "gptq.json")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/accuracy.md")
     parser.add_argument("--quick", action="store_true", help="16 windows for calibration, 4 to judge")
     args = parser.parse_args()
     results: dict[str, Any] = {

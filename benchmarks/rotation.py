@@ -1,6 +1,6 @@
 """Block rotations on small trained models: output errors of quantized linear layers.
 
-    python benchmarks/rotation.py ../shared/data [-o benchmarks/results/rotation.json] [--docs docs/methods.md]
+    python benchmarks/rotation.py ../shared/data [-o benchmarks/results/rotation.json] [--docs docs/accuracy.md]
 
 For each linear weight of ``models/*-wiki`` (stacked experts left out) its inputs are collected on training text, from
 which DuQuant's rotations are made, and on held-out text, on which outputs are compared: weights quantized
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "rotation.json")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/accuracy.md")
     args = parser.parse_args()
     results: dict[str, Any] = {
         **head("torch", "transformers"),

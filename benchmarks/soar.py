@@ -1,6 +1,6 @@
 """Global scales by amax and by SOAR's alternation on small trained models, through conversions as a user makes them.
 
-    python benchmarks/soar.py ../shared/data [-o benchmarks/results/soar.json] [--docs docs/methods.md]
+    python benchmarks/soar.py ../shared/data [-o benchmarks/results/soar.json] [--docs docs/accuracy.md]
 
 All linear weights of ``models/*-wiki`` in NVFP4, by each search with both kinds of global scales; every checkpoint is
 verified and judged on ``enwiki2015/valid.txt``. The table between the markers in the document is written anew. Needs
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "soar.json")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/methods.md")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs/accuracy.md")
     args = parser.parse_args()
     results: dict[str, Any] = {**head("torch", "transformers"), "models": []}
     with tempfile.TemporaryDirectory(prefix="halfbyte-soar-") as work:

@@ -28,6 +28,10 @@ PAGES = [
     REPOSITORY / "README.md",
     *(page for page in sorted((REPOSITORY / "docs").glob("*.md")) if page.name != "extending.md"),
 ]
+MARKDOWN = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)")
+TARGET = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)")
 # models that the pages name; here each of them is the demo model
 MODELS = ("Qwen/Qwen3-8B", "path/to/model")
 
@@ -80,3 +84,48 @@ def test_commands_of_the_pages_have_these_options(line: str) -> None:
 
 def test_the_pages_have_code_of_every_kind() -> None:
     assert len(blocks("python")) >= 3 and len(blocks("yaml")) >= 5 and len(commands()) >= 10
+
+
+def test_the_index_links_every_page() -> None:
+    linked = set(LINK.findall((REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")))
+    docs = REPOSITORY / "docs"
+    pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} - {"index.md"}
+    assert pages - linked == set()
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_between_pages_lead_to_a_file_and_a_heading(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target, anchor in TARGET.findall(text):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name} links {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page.name} links {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_tutorial_run_in_order(tmp_path: Path) -> None:
+    for package in ("torch", "highspy", "altair"):
+        pytest.importorskip(package)
+    shutil.copytree(DEMO, tmp_path / "Qwen" / "Qwen3-8B")
+    for name in ("calibration.txt", "held-out.txt"):
+        shutil.copy(DEMO / "heldout.txt", tmp_path / name)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "HF_HUB_OFFLINE": "1"}
+    env["HALFBYTE_CACHE"] = str(tmp_path / "cache")
+    lines = [line for page, line in commands() if page == "tutorial.md"]
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line)[1:]
+        if "--text" in words or "calibration.txt" in words:  # less text than a user would take
+            words += ["--max-tokens", "512"] if words[0] in ("evaluate", "allocate") else ["--samples", "4"]
+            words += ["--length", "64"]
+        done = subprocess.run(
+            [sys.executable, "-m", "halfbyte", *words], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (line, done.stderr)

@@ -1,4 +1,4 @@
-"""The tables of docs/methods.md are the ones that the benchmarks recorded."""
+"""The tables of docs/accuracy.md are the ones that the benchmarks recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 BENCHMARKS = REPOSITORY / "benchmarks"
 RESULTS = BENCHMARKS / "results"
-TEXT = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
+TEXT = (REPOSITORY / "docs" / "accuracy.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
