@@ -1,7 +1,8 @@
 """Write tests/models/tensor_lists/*.json: the tensor names of architecture families, as their files spell them.
 
-For each family a tiny model with random weights is built with transformers and saved; the names, dtypes and
-shapes come from the headers of that file. Saving matters: in memory transformers fuses the experts, on disk it
+For most families a tiny model with random weights is built with transformers and saved; the names, dtypes and
+shapes come from the headers of that file. Those of ``SURVEYED`` are built without memory, as
+``benchmarks/architectures.py`` does, with the shapes of their default configuration. Saving matters: in memory transformers fuses the experts, on disk it
 writes the spelling of the hub. Multi-token-prediction layers, which transformers drops, are added as the hub
 files carry them; the list says so in `meta.note`.
 
@@ -19,7 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-OUT = Path(__file__).resolve().parent.parent / "tests" / "models" / "tensor_lists"
+REPOSITORY = Path(__file__).resolve().parent.parent
+OUT = REPOSITORY / "tests" / "models" / "tensor_lists"
 NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 
 TEXT = {
@@ -126,6 +128,43 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nemotron_h": ("NemotronHForCausalLM", "NemotronHConfig", TEXT_HEADS | EXPERTS | HYBRID),
 }
 
+# list name -> class of transformers, built without memory
+SURVEYED = {
+    "bailing_hybrid": "BailingHybridForCausalLM",
+    "bart": "BartForConditionalGeneration",
+    "cohere2": "Cohere2ForCausalLM",
+    "deepseek_v4": "DeepseekV4ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "falcon": "FalconForCausalLM",
+    "falcon_h1": "FalconH1ForCausalLM",
+    "gemma3n": "Gemma3nForCausalLM",
+    "gemma4": "Gemma4ForConditionalGeneration",
+    "glm5_next": "Glm5NextForConditionalGeneration",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "hy_v3": "HYV3ForCausalLM",
+    "hy_v4": "HYV4ForCausalLM",
+    "inkling": "InklingForConditionalGeneration",
+    "inkling2": "Inkling2ForCausalLM",
+    "jamba": "JambaForCausalLM",
+    "kimi_linear": "KimiLinearForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",
+    "longcat_flash": "LongcatFlashForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+    "mimo_v2_flash": "MiMoV2FlashForCausalLM",
+    "minimax": "MiniMaxForCausalLM",
+    "minimax_m3": "MiniMaxM3SparseForConditionalGeneration",
+    "mistral_large4": "MistralLarge4ForConditionalGeneration",
+    "mt5": "MT5ForConditionalGeneration",
+    "olmo_hybrid": "OlmoHybridForCausalLM",
+    "recurrent_gemma": "RecurrentGemmaForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "step3p7": "Step3p7ForConditionalGeneration",
+    "whisper": "WhisperForConditionalGeneration",
+    "xlm_roberta": "XLMRobertaForCausalLM",
+}
+
 CONFIG_KEYS = (
     "model_type",
     "architectures",
@@ -142,9 +181,11 @@ Headers = dict[str, tuple[str, tuple[int, ...]]]
 def main(wanted: list[str]) -> None:
     """Write the lists of the wanted families, or of all."""
     OUT.mkdir(parents=True, exist_ok=True)
-    for name in wanted or MODELS:
-        tensors, config, version = save(name)
+    for name in wanted or (*MODELS, *SURVEYED):
+        tensors, config, version = save(name) if name in MODELS else build(name)
         note = f"a tiny model saved by transformers {version}"
+        if name in SURVEYED:
+            note = f"{SURVEYED[name]} of transformers {version}, with few layers and experts"
         added = prediction_layer(name, tensors, config)
         if added:
             note += "; the multi-token-prediction layer is added as the hub's files carry it"
@@ -168,10 +209,31 @@ def save(name: str) -> tuple[Headers, dict[str, Any], str]:
         model.to(torch.bfloat16).save_pretrained(folder)
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         tensors = read_headers(Path(folder) / "model.safetensors")
-    short = {key: config[key] for key in CONFIG_KEYS if key in config}
+    return tensors, short(config), transformers.__version__
+
+
+def build(name: str) -> tuple[Headers, dict[str, Any], str]:
+    """The names and shapes that a class would be saved with, and its configuration."""
+    import transformers
+
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    import architectures
+
+    architectures.quiet()
+    tensors, config = architectures.build(SURVEYED[name], architectures.classes()[SURVEYED[name]])
+    if name == "longcat_flash":  # the hub has no weights for the experts that do nothing
+        extra = re.compile(r"experts\.(\d+)\.")
+        experts = config["n_routed_experts"]
+        tensors = {k: t for k, t in tensors.items() if not (m := extra.search(k)) or int(m[1]) < experts}
+    return {k: (t.dtype, t.shape) for k, t in tensors.items()}, short(config), transformers.__version__
+
+
+def short(config: dict[str, Any]) -> dict[str, Any]:
+    """What a family looks at in a configuration."""
+    result = {key: config[key] for key in CONFIG_KEYS if key in config}
     if "text_config" in config:
-        short["text_config"] = {k: v for k, v in config["text_config"].items() if k in CONFIG_KEYS}
-    return tensors, short, transformers.__version__
+        result["text_config"] = {k: v for k, v in config["text_config"].items() if k in CONFIG_KEYS}
+    return result
 
 
 def read_headers(path: Path) -> Headers:
@@ -184,7 +246,7 @@ def read_headers(path: Path) -> Headers:
 
 def prediction_layer(name: str, tensors: Headers, config: dict[str, Any]) -> Headers:
     """The multi-token-prediction tensors that hub files of this family hold besides."""
-    hidden = (config.get("text_config") or config)["hidden_size"]
+    hidden = (config.get("text_config") or config).get("hidden_size", 0)
     norm, joint = ("BF16", (hidden,)), ("BF16", (hidden, 2 * hidden))
     if name in {"deepseek_v3", "glm4_moe"}:
         layer = f"model.layers.{config['num_hidden_layers']}."

@@ -79,7 +79,7 @@ def test_every_role_of_matrices_has_a_factor_between_the_last_sublayer_s_and_the
     factors = structure_factors(model(weight(wrapper + role, 1, "it")))
     assert 1 / 9 / 5 <= factors["it"] <= 1
     inside = any(is_under(role, prefix) for prefix in (*MIXERS, *FEED_FORWARD))
-    assert inside or role in {"embedding", "lm_head", "mtp.fc", "vision.linear"}
+    assert inside or role in {"embedding", "lm_head", "mtp.fc", "vision.linear", "audio.linear"}
 
 
 def test_a_weight_of_unknown_place_counts_as_one_in_the_middle() -> None:

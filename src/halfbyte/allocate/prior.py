@@ -26,17 +26,19 @@ from halfbyte.models import Weight
 from halfbyte.models.roles import bare_role, is_under
 
 HEAD, STREAM = "lm_head", "embedding"
-MIXERS = ("attention", "linear_attention", "mamba", "indexer")
-FEED_FORWARD = ("mlp", "experts", "experts_latent", "router", "shared_expert", "shared_expert_gate")
+MIXERS = ("attention", "cross_attention", "linear_attention", "mamba", "indexer")
+FEED_FORWARD = ("mlp", "per_layer", "experts", "experts_latent", "router", "shared_expert", "shared_expert_gate")
 GATE = "shared_expert_gate"
 SHARED = ("shared_expert", GATE)
 ROUTED = ("experts", "experts_latent", "router")
 PARTS = {
     "attention.qkv": 3,
+    "cross_attention.qkv": 3,
     "linear_attention.qkvz": 2,
     "linear_attention.ba": 2,
     "mlp.gate_up": 2,
     "experts.gate_up": 2,
+    "shared_expert.gate_up": 2,
 }
 """Of how many weights a fused one consists; apart, each would have an error of its own."""
 

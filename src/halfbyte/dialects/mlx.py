@@ -147,7 +147,7 @@ class MlxDialect(Dialect):
                 "experts in nvfp4 have a global_scale, which needs mlx 0.32 and a GPU; nvfp4_unscaled, less exact, "
                 "also runs on CPUs"
             )
-        spaces = {"vision": "the vision tower", "mtp": "multi-token prediction"}
+        spaces = {"vision": "the vision tower", "audio": "the audio tower", "mtp": "multi-token prediction"}
         ignored = [name for space, name in spaces.items() if any(w.role.startswith(f"{space}.") for w in kept)]
         if ignored:
             notes.append(f"mlx-lm ignores {' and '.join(ignored)}; mlx-vlm reads what it ignores")

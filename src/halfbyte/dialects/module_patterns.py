@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from halfbyte.models import Weight
+from halfbyte.models.roles import TOWERS
 
 _NUMBER = re.compile(r"\d+")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
@@ -20,7 +21,7 @@ def spaces(weights: Iterable[Weight]) -> set[str]:
     first_words = set()
     for weight in weights:
         role = weight.role.removeprefix("quantized.")
-        if role.startswith(("mtp.", "vision.")):
+        if role.startswith(("mtp.", *TOWERS)):
             first_words.add(weight.name.removeprefix("model.").split(".", 1)[0])
     return first_words - {"layers"}  # DeepSeek's MTP layers follow those of the main model and are told apart by number
 

@@ -41,7 +41,7 @@ class Kind:
         if dimensions >= 2:
             return role
         space = role.split(".")[0]
-        return f"{space}.other" if space in {"mtp", "vision"} else "other"
+        return f"{space}.other" if space in {"mtp", "vision", "audio"} else "other"
 
 
 class Classifier:
@@ -64,10 +64,12 @@ class Classifier:
 
     def kind(self, normalised: str) -> Kind:
         """The kind of all names that normalise to `normalised`; its role is `other` when no template fits."""
-        for prefix in self._data.vision_prefixes:
-            if normalised.startswith(prefix):
-                match = self._vision.find(normalised[len(prefix) :])
-                return _kind_of(match.value if match else "vision.other", "vision.")
+        for space, prefixes in (("vision.", self._data.vision_prefixes), ("audio.", self._data.audio_prefixes)):
+            for prefix in prefixes:
+                if normalised.startswith(prefix):
+                    match = self._vision.find(normalised[len(prefix) :])
+                    role = match.value if match else "vision.other"
+                    return _kind_of(space + role.removeprefix("vision."), space)
         for prefix in self._data.mtp_prefixes:
             if normalised.startswith(prefix):
                 inner = (prefix, *(prefix + more for more in self._data.prefixes))

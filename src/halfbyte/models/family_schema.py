@@ -53,6 +53,7 @@ class FamilyFile(BaseModel):
     mtp_prefixes: tuple[str, ...] = ()
     mtp_from_layer: str | None = None
     vision_prefixes: tuple[str, ...] = ()
+    audio_prefixes: tuple[str, ...] = ()
     roles: dict[str, str] = {}
     experts: dict[str, ExpertLayout] = {}
     interleaved: bool = False
@@ -63,6 +64,7 @@ class FamilyFile(BaseModel):
     norms: dict[str, NormReaders] = {}
     zero_centred_norms: tuple[str, ...] = ()
     linear_up: bool = True
+    smoothing: bool = True
 
     @field_validator("roles", "vision")
     @classmethod
@@ -80,8 +82,8 @@ class FamilyFile(BaseModel):
         inherited = {
             key: getattr(parent, key)
             for key in (
-                *("prefixes", "mtp_prefixes", "mtp_from_layer", "vision_prefixes", "quantized_suffixes"),
-                *("zero_centred_norms", "linear_up"),
+                *("prefixes", "mtp_prefixes", "mtp_from_layer", "vision_prefixes", "audio_prefixes"),
+                *("quantized_suffixes", "zero_centred_norms", "linear_up", "smoothing"),
             )
         }
         return FamilyFile.model_construct(**{**inherited, **entries})

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 _ROLES = """
-    embedding lm_head norm bias sink buffer router shared_expert_gate indexer other
-    attention.q attention.k attention.v attention.o attention.qkv
+    embedding lm_head position norm bias sink buffer router shared_expert_gate indexer residual other
+    attention.q attention.k attention.v attention.o attention.qkv attention.gate
     attention.q_a attention.q_b attention.kv_a attention.kv_b
     linear_attention.qkv linear_attention.z linear_attention.qkvz linear_attention.a linear_attention.b
     linear_attention.ba linear_attention.out linear_attention.conv linear_attention.state
-    mamba.in mamba.out mamba.conv mamba.state
+    linear_attention.q linear_attention.k linear_attention.v linear_attention.gate linear_attention.low_rank
+    cross_attention.q cross_attention.k cross_attention.v cross_attention.o cross_attention.qkv
+    mamba.in mamba.out mamba.conv mamba.state mamba.dt
     mlp.gate mlp.up mlp.down mlp.gate_up
-    experts.gate_up experts.up experts.down
+    experts.gate_up experts.gate experts.up experts.down
     experts_latent.in experts_latent.out
-    shared_expert.gate shared_expert.up shared_expert.down
+    shared_expert.gate shared_expert.up shared_expert.down shared_expert.gate_up
+    per_layer.embedding per_layer.gate per_layer.projection
     mtp.fc vision.linear vision.norm vision.bias vision.other
+    audio.linear audio.norm audio.bias audio.other
 """
 
 ROLES = frozenset(_ROLES.split())
 """Every role of the main model; `mtp.<role>` and `quantized.<role>` wrap any of them."""
+
+TOWERS = ("vision.", "audio.")
+"""Role spaces of encoders beside the text model: only the kind of their tensors matters."""
 
 WRAPPERS = ("quantized.", "mtp.")
 """`quantized.` marks tensors of an already quantized source, `mtp.` those that predict further tokens."""
 
 LINEAR = (
     "attention",
-    "linear_attention.qkv",
-    "linear_attention.z",
-    "linear_attention.qkvz",
-    "linear_attention.out",
+    "cross_attention",
+    *(f"linear_attention.{part}" for part in ("q", "k", "v", "qkv", "z", "qkvz", "gate", "out")),
+    "mamba.in",
+    "mamba.out",
     "mlp",
     "experts",
     "shared_expert",
@@ -36,8 +43,9 @@ LINEAR = (
 
 _MATRICES = (
     *LINEAR,
-    *("linear_attention.a", "linear_attention.b", "linear_attention.ba", "mamba.in", "mamba.out"),
-    *("embedding", "lm_head", "shared_expert_gate", "indexer", "experts_latent", "vision.linear", "mtp.fc"),
+    *("linear_attention.a", "linear_attention.b", "linear_attention.ba", "linear_attention.low_rank"),
+    *("embedding", "lm_head", "shared_expert_gate", "indexer", "experts_latent", "per_layer", "mtp.fc"),
+    *("vision.linear", "audio.linear"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from halfbyte.models.family import Family
 from halfbyte.models.name_templates import Templates, normalise, split_numbers
-from halfbyte.models.roles import bare_role
+from halfbyte.models.roles import TOWERS, bare_role, is_under
 from halfbyte.models.weight import Weight
 
 ProducerKind = Literal["norm", "zero_centred", "bias", "rows"]
@@ -20,7 +20,7 @@ _PRODUCTS = (
     ("experts.gate_up", "", "experts.down"),
 )
 # these may read a norm too, which no family file tells
-_OBSCURE = ("other", "indexer", "experts_latent.in", "experts_latent.out")
+_OBSCURE = ("other", "indexer", "residual", "per_layer", "experts_latent.in", "experts_latent.out")
 _PLAIN = ("BF16", "F16", "F32", "F64")
 
 
@@ -69,7 +69,7 @@ def find_groups(
     """
     layers: dict[tuple[bool, int | None], list[Weight]] = {}
     for weight in weights:
-        if not weight.role.startswith("vision."):
+        if not weight.role.startswith(TOWERS):
             layers.setdefault((weight.role.startswith("mtp."), weight.layer), []).append(weight)
     named = {w.name: w for w in weights}
     mtp = any(in_mtp for in_mtp, _ in layers)
@@ -185,7 +185,7 @@ def _norm_problem(
     attention = any(bare_role(w.role).startswith("attention.") for w in group.consumers)
     for weight in members:
         role = bare_role(weight.role)
-        if role not in _OBSCURE or (role == "indexer" and not attention):
+        if not any(is_under(role, obscure) for obscure in _OBSCURE) or (role == "indexer" and not attention):
             continue
         beside = weight.layer is not None or weight.name.startswith(_place(group.producers[0].weight))
         if beside and len(weight.shape) > 1 and weight.shape[-1] == group.channels:
@@ -197,6 +197,8 @@ def _problem(group: SmoothingGroup, family: Family, quantized: Collection[str]) 
     """Why the tensors of a group cannot be scaled."""
     if family.is_generic:
         return "the architecture is unknown, so what reads a norm is a guess"
+    if not family.data.smoothing:
+        return f"the family {family.name} does not say what reads a norm"
     for weight in (*(p.weight for p in group.producers), *group.consumers):
         if weight.name in quantized or weight.dtype not in _PLAIN or weight.role.startswith("quantized."):
             return f"{weight.name} is quantized in the source"

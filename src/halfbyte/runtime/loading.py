@@ -21,7 +21,7 @@ from halfbyte.runtime.remote.halfbyte_quantizer import say_left_out
 from halfbyte.source.checkpoint import Checkpoint
 
 # roles of tensors that a model class may have no place for
-_OPTIONAL = ("mtp.", "vision.", "buffer", "quantized.")
+_OPTIONAL = ("mtp.", "vision.", "audio.", "buffer", "quantized.")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
