@@ -28,7 +28,6 @@ from math import prod
 from typing import Any
 
 from common import REPOSITORY, RESULTS, head, replace_part, write_results
-
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import family_for
 from halfbyte.models.roles import LINEAR, TOWERS, bare_role, is_under
@@ -180,8 +179,8 @@ def table(results: dict[str, Any]) -> str:
     known = [row for row in built if row["family"] != "generic"]
     most = [row for row in built if row.get("share", 0) >= 0.95]
     lines = [
-        f"transformers {results['versions']['transformers']} has {len(rows)} classes that make text; {len(built)} can be "
-        f"built from their default configuration. halfbyte has a family for {len(known)} of these, and quantizes at "
+        f"transformers {results['versions']['transformers']} has {len(rows)} classes that make text; {len(built)} can "
+        f"be built from their default configuration. halfbyte has a family for {len(known)} of these, and quantizes at "
         f"least 95 % of the matrices in {len(most)} (`benchmarks/architectures.py`, {results['date']}).",
         "",
         "| class | family | quantized | without a role |",

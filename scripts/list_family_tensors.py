@@ -2,9 +2,9 @@
 
 For most families a tiny model with random weights is built with transformers and saved; the names, dtypes and
 shapes come from the headers of that file. Those of ``SURVEYED`` are built without memory, as
-``benchmarks/architectures.py`` does, with the shapes of their default configuration. Saving matters: in memory transformers fuses the experts, on disk it
-writes the spelling of the hub. Multi-token-prediction layers, which transformers drops, are added as the hub
-files carry them; the list says so in `meta.note`.
+``benchmarks/architectures.py`` does, with the shapes of their default configuration. Saving matters: in memory
+transformers fuses the experts, on disk it writes the spelling of the hub. Multi-token-prediction layers, which
+transformers drops, are added as the hub files carry them; the list says so in `meta.note`.
 
     python scripts/list_family_tensors.py [family ...]
 """
