@@ -7,8 +7,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # processes of make test-fast
 JOBS ?= 2
-# faults of make mutation
-SAMPLE ?= 200
+# faults per room of make mutation
+EACH ?= 35
 # of make test-engines, such as ENGINES="mlx llamacpp"; empty: all
 ENGINES ?=
 
@@ -24,7 +24,7 @@ help:
 	@echo "make test          ruff, mypy and all tests"
 	@echo "make test-fast     the tests without the slow ones, in two processes (about 2 minutes)"
 	@echo "make test-engines  each engine in an environment of its own, and the tests that need it"
-	@echo "make mutation      small faults put into the core, SAMPLE=200 of them: does a test notice each? (hours)"
+	@echo "make mutation      small faults put into the core, EACH=35 per room: does a test notice each? (hours)"
 	@echo "make lint          ruff and mypy only"
 	@echo "make clean         remove $(VENV), the engines and what tools left behind"
 
@@ -42,7 +42,7 @@ test-engines:
 
 mutation: $(VENV)/.test
 	$(INSTALL) cosmic-ray
-	$(VENV)/bin/python scripts/mutation.py --sample $(SAMPLE)
+	$(VENV)/bin/python scripts/mutation.py --each $(EACH)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -1,15 +1,20 @@
 """Score the tests by mutation: small faults are put into the core one at a time, and the tests of that room must fail.
 
-Usage: python scripts/mutation.py [--rooms formats search ...] [--sample 200] [--seed 0] [--jobs 1] [-o RESULTS.json]
+Usage: python scripts/mutation.py [--rooms formats search ...] [--each 35] [--seed 0] [--minutes 60] [--jobs 1]
+       [--output RESULTS.json]
+       python scripts/mutation.py --again RESULTS.json
 
-Faults come from cosmic-ray's operators. Running all of them takes days, so a random sample is drawn, each module by
-the number of faults that it offers. A fault is judged by the test file of its module; if that file passes, by the
-other tests of the room. Nothing in the checkout changes: each worker mutates a copy of the package.
+Faults come from cosmic-ray's operators. Running all of them takes days, so a random sample is drawn from each room,
+each module by the number of faults that it offers. The rooms take turns, so that a run that ``--minutes`` ends early
+has judged about as many faults of each. A fault is judged by the test file of its module, then by the other tests of
+the room, without the slow ones. ``--again`` judges only the survivors of an earlier run, by the
+slow ones too. Nothing in the checkout changes: each worker mutates a copy of the package.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -20,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Queue
 
@@ -61,7 +66,7 @@ OPERATORS = (
     "core/ReplaceUnaryOperator_Delete_Not",
 )
 # beyond it a test is taken to hang, which counts as noticed
-TIMEOUT = 240
+TIMEOUT = 900
 
 
 @dataclass
@@ -82,54 +87,75 @@ def main() -> int:
     """Draw the sample, judge each fault, print and write the score."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rooms", nargs="+", default=ROOMS, choices=ROOMS)
-    parser.add_argument("--sample", type=int, default=200)
+    parser.add_argument("--each", type=int, default=35, help="faults per room")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="judge no further fault after these")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--output", type=Path, help="write the faults and their outcomes here, as they come")
+    parser.add_argument("--again", type=Path, help="judge the survivors of this earlier output only")
     options = parser.parse_args()
-    faults = sample(list(every_fault(options.rooms)), options.sample, options.seed)
+    faults = survivors(options.again) if options.again else sample(options.rooms, options.each, options.seed)
+    begin, judged_faults = time.monotonic(), []
     workers: Queue[Path] = Queue()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         for number in range(options.jobs):
             copy = Path(folder) / str(number) / "halfbyte"
             shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
             workers.put(copy)
-        for done, fault in enumerate(pool.map(lambda f: judged(f, workers), faults), 1):
+
+        def judge_in_time(fault: Fault) -> Fault:
+            return (
+                judge(fault, workers, bool(options.again)) if time.monotonic() - begin < 60 * options.minutes else fault
+            )
+
+        for fault in filter(lambda f: f.outcome, pool.map(judge_in_time, faults)):
+            judged_faults.append(fault)
             line = f"{fault.module}:{fault.line} {fault.operator.removeprefix('core/')}"
-            print(f"{done}/{len(faults)} {fault.outcome:8} {fault.seconds:5.0f} s  {line}", flush=True)
-    for room in options.rooms:
-        mine = [f for f in faults if f.module.startswith(f"{room}/")]
-        killed = sum(f.outcome != "survived" for f in mine)
-        print(f"{room:12} {killed} of {len(mine)} noticed")
-    killed = sum(f.outcome != "survived" for f in faults)
-    print(f"{'all':12} {killed} of {len(faults)} noticed ({100 * killed / max(len(faults), 1):.0f} %)")
-    if options.output:
-        document = {"seed": options.seed, "date": time.strftime("%Y-%m-%d"), "faults": [asdict(f) for f in faults]}
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
+            print(f"{len(judged_faults)}/{len(faults)} {fault.outcome:8} {fault.seconds:5.0f} s  {line}", flush=True)
+            if options.output:
+                entries = [asdict(f) for f in judged_faults]
+                document = {"seed": options.seed, "date": time.strftime("%Y-%m-%d"), "faults": entries}
+                options.output.write_text(json.dumps(document, indent=1) + "\n")
+    for room in (*options.rooms, ""):
+        of_room = [f for f in judged_faults if f.module.startswith(room)]
+        killed = sum(f.outcome != "survived" for f in of_room)
+        print(f"{room or 'all':12} {killed} of {len(of_room)} noticed")
     return 0
 
 
-def every_fault(rooms: list[str]) -> Iterator[Fault]:
-    """All faults that the operators offer in the modules of some rooms."""
+def every_fault(room: str) -> Iterator[Fault]:
+    """All faults that the operators offer in the modules of a room."""
     known = set(operator_names())
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        nodes = list(ast_nodes(get_ast(path.read_text())))
+        for name in OPERATORS:
+            if name not in known:
+                raise SystemExit(f"cosmic-ray has no operator {name}; choose another release")
+            operator = get_operator(name)()
+            for occurrence in range(sum(len(list(operator.mutation_positions(node))) for node in nodes)):
+                yield Fault(path.relative_to(PACKAGE).as_posix(), name, occurrence)
+
+
+def sample(rooms: list[str], count: int, seed: int) -> list[Fault]:
+    """Some faults of each room, the rooms in turn; the same for the same seed and source."""
+    drawn = []
     for room in rooms:
-        for path in sorted((PACKAGE / room).rglob("*.py")):
-            nodes = list(ast_nodes(get_ast(path.read_text())))
-            for name in OPERATORS:
-                if name not in known:
-                    raise SystemExit(f"cosmic-ray has no operator {name}; choose another release")
-                operator = get_operator(name)()
-                for occurrence in range(sum(len(list(operator.mutation_positions(node))) for node in nodes)):
-                    yield Fault(path.relative_to(PACKAGE).as_posix(), name, occurrence)
+        faults = list(every_fault(room))
+        drawn.append(random.Random(f"{seed} {room}").sample(faults, min(count, len(faults))))
+    return [fault for turn in itertools.zip_longest(*drawn) for fault in turn if fault]
 
 
-def sample(faults: list[Fault], count: int, seed: int) -> list[Fault]:
-    """A part of the faults, in the order of the modules; the same for the same seed."""
-    chosen = sorted(random.Random(seed).sample(range(len(faults)), min(count, len(faults))))
-    return [faults[i] for i in chosen]
+def survivors(results: Path) -> list[Fault]:
+    """The faults of an earlier run that no test noticed, where their lines still read as they did."""
+    entries = [Fault(**entry) for entry in json.loads(results.read_text())["faults"]]
+    faults = [replace(fault, outcome="") for fault in entries if fault.outcome == "survived"]
+    for fault in faults:
+        if fault.before not in (PACKAGE / fault.module).read_text():
+            raise SystemExit(f"{fault.module} has no line {fault.before!r} any more; draw a new sample")
+    return faults
 
 
-def judged(fault: Fault, workers: Queue[Path]) -> Fault:
+def judge(fault: Fault, workers: Queue[Path], slow: bool) -> Fault:
     """Put a fault into a worker's copy, run the tests, take it out again."""
     copy = workers.get()
     path, source = copy / fault.module, (PACKAGE / fault.module).read_text()
@@ -140,7 +166,7 @@ def judged(fault: Fault, workers: Queue[Path]) -> Fault:
         changed = [(i, a, b) for i, (a, b) in enumerate(lines, 1) if a != b]
         fault.line, fault.before, fault.after = (changed[0][0], changed[0][1].strip(), changed[0][2].strip())
         path.write_text(mutated)
-        fault.outcome = outcome(fault.module, copy)
+        fault.outcome = outcome(fault.module, copy, slow)
     finally:
         path.write_text(source)
         workers.put(copy)
@@ -148,13 +174,15 @@ def judged(fault: Fault, workers: Queue[Path]) -> Fault:
     return fault
 
 
-def outcome(module: str, copy: Path) -> str:
+def outcome(module: str, copy: Path, slow: bool) -> str:
     """Run the tests of a module, then those of its room; the first that fails has noticed the fault."""
     room = REPOSITORY / "tests" / module.split("/")[0]
     own = room / f"test_{Path(module).name}"
-    for arguments in ([str(own)] if own.is_file() else [], [str(room), f"--ignore={own}"]):
-        if not arguments:
-            continue
+    runs = [[str(own), "-m", "not slow"]] if own.is_file() else []
+    runs.append([str(room), f"--ignore={own}", "-m", "not slow"])
+    if slow:
+        runs.append([str(room), "-m", "slow"])
+    for arguments in runs:
         environment = {**os.environ, "PYTHONPATH": str(copy.parent), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
         try:

@@ -182,6 +182,30 @@ def test_a_disk_that_fails_at_commit_leaves_nothing(tmp_path: Path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_is_durable_before_it_has_its_name_and_the_name_before_commit_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(("durable", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        calls.append(("named", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with ShardWriter(tmp_path / "x", LAYOUT) as w:
+        w.write_at(A, bytes(8))
+        assert calls == []
+        w.commit()
+    file, folder = (tmp_path / "x").stat().st_ino, tmp_path.stat().st_ino
+    assert calls == [("durable", file), ("named", file), ("durable", folder)]
+
+
 def test_two_writers_of_one_file_are_noticed(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "x", LAYOUT) as first, ShardWriter(tmp_path / "x", LAYOUT) as second:
         first.write_at(A, b"11111111")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from halfbyte.checkpoint import Reader
+from halfbyte.checkpoint import Journal, Reader
 from halfbyte.convert.conversion import Conversion, convert, source_bytes
 from halfbyte.formats import get_format
 from halfbyte.plan import resources as slices
@@ -211,6 +212,49 @@ def test_the_output_says_where_it_comes_from_without_a_path_of_this_machine(moe:
     assert told["source"]["name"] == "moe" and told["source"]["fingerprint"] == plan.checkpoint.inventory.fingerprint
     assert told["recipe"]["rules"][0]["format"] == "nvfp4" and told["dialect"] == "halfbyte"
     assert str(tmp_path) not in (tmp_path / "out" / "halfbyte.json").read_text()
+
+
+@pytest.fixture
+def steps(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What a conversion to ``tmp_path/out`` does, in order: files get their names, and the journal records them."""
+    seen: list[tuple[str, str]] = []
+    replace, record = os.replace, Journal.record
+
+    def named(source: Path, target: Path) -> None:
+        replace(source, target)
+        seen.append(("named", Path(target).name))
+
+    def recorded(journal: Journal, filename: str, *args: Any) -> None:
+        seen.append(("recorded", filename))
+        record(journal, filename, *args)
+
+    monkeypatch.setattr(os, "replace", named)
+    monkeypatch.setattr(Journal, "record", recorded)
+    run(moe, tmp_path / "out", linear("nvfp4"), "compressed-tensors", max_shard_bytes=100_000)
+    return seen
+
+
+def test_the_journal_records_a_file_only_once_it_has_its_name(steps: list[tuple[str, str]]) -> None:
+    recorded = [name for step, name in steps if step == "recorded"]
+    assert len(recorded) > 5 and all(name.endswith(".safetensors") for name in recorded)
+    assert all(steps.index(("named", name)) < steps.index(("recorded", name)) for name in recorded)
+
+
+def test_config_json_comes_last_so_that_a_folder_with_it_is_complete(steps: list[tuple[str, str]]) -> None:
+    named = [name for step, name in steps if step == "named"]
+    assert named[-3:] == ["model.safetensors.index.json", "halfbyte.json", "config.json"]
+    assert set(SIDE_FILES) < set(named[:-3]) and len(named) == len(set(named))
+
+
+def test_saturated_elements_of_all_slices_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, name = dense_tensors(), "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = np.zeros((256, 128), ml_dtypes.bfloat16)
+    # E8M0 rounds the scale 7/6 down to 1, so that each 7 lies above the largest value, 6
+    tensors[name][[0, 100, 255], 5] = 7
+    source = write_checkpoint(tmp_path / "source", tensors, DENSE_CONFIG)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 64)
+    _, done = converted(source, tmp_path / "out", linear("mxfp4"))
+    assert next(e for e in done.errors if e.name == name).saturated == 3
 
 
 def test_a_lone_file_without_a_config_is_converted_too(tmp_path: Path) -> None:

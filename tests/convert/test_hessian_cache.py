@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from halfbyte.calibration.token_counts import MIN_TOKENS
 from halfbyte.checkpoint import Reader
 from halfbyte.cli import main
 from halfbyte.convert.conversion import convert
+from halfbyte.convert.hessian_cache import Hessians
 from halfbyte.demo import MODEL
 from halfbyte.errors import PlanError, RecipeError
 from halfbyte.recipes import parse_recipe
@@ -128,6 +131,34 @@ def test_experts_that_share_a_hessian_all_use_it(tmp_path: Path) -> None:
     assert sum(".experts." in name for name in plan.calibration_use.rounded) == 8
     halfbyte.quantize(plan, tmp_path / "out")
     assert halfbyte.verify(tmp_path / "out", MODEL).ok
+
+
+IN_LOOP = {"mode": "in_loop", "order": "none", "damping": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("method", "prepared"),
+    [
+        ({"mode": "static"}, {"mode": "static"}),
+        ({"mode": "compensated"}, {"mode": "compensated"}),
+        ({"order": "act"}, {"order": "act"}),
+        ({"damping": 0.25}, {"damping": 0.25}),
+        ({"name": "local_hessian"}, {"mode": "local_hessian"}),
+    ],
+)
+def test_one_hessian_is_factored_anew_for_another_method(
+    statistics: Path, method: dict[str, Any], prepared: dict[str, Any]
+) -> None:
+    plan = halfbyte.plan(MODEL, NVFP4, importance=statistics)
+    assert plan.calibration_use is not None
+    hessians = Hessians(plan.calibration_use.calibration, 1 << 30)
+    item = next(i for i in plan.items if i.method and i.weight.role == "attention.o")
+    assert item.method is not None
+    first = hessians.slice(item, 0, 8, None)
+    second = hessians.slice(replace(item, method=item.method._replace(**method)), 0, 8, None)
+    facts = [{name: getattr(p, name) for name in IN_LOOP} for p in (*first, *second)]
+    assert facts == [IN_LOOP, IN_LOOP | prepared]
+    assert hessians.slice(item, 8, 16, None)[0] is first[0]
 
 
 def test_a_gptq_recipe_without_calibration_is_refused() -> None:

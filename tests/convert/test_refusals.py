@@ -17,10 +17,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from folded import plan_with
+from halfbyte.convert import smoothing_search
 from halfbyte.convert.conversion import convert
 from halfbyte.errors import CheckpointError, HalfbyteError, OutputError, PlanError
 from halfbyte.plan.build import make_plan
 from halfbyte.source.checkpoint import Checkpoint
+from matrix.sources import write
 from small_models import (
     DENSE_CONFIG,
     MOE_CONFIG,
@@ -28,8 +31,11 @@ from small_models import (
     hashes,
     linear,
     moe_tensors,
+    read_file,
+    recipe,
     run,
     write_checkpoint,
+    write_file,
 )
 
 
@@ -117,7 +123,7 @@ def test_an_index_that_leads_out_of_the_folder(source: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"])
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
 def test_a_value_that_is_not_finite_in_a_quantized_or_a_kept_tensor(
     tmp_path: Path, name: str, value: float, dtype: type
 ) -> None:
@@ -125,6 +131,32 @@ def test_a_value_that_is_not_finite_in_a_quantized_or_a_kept_tensor(
     tensors[name].reshape(-1)[77] = value
     source = write_checkpoint(tmp_path / "source", tensors, DENSE_CONFIG)
     refused(source, tmp_path / "out", CheckpointError, f"{name} holds a NaN")
+
+
+def test_a_value_that_is_not_finite_in_a_kept_tensor_that_the_dialect_widens(tmp_path: Path) -> None:
+    source, name = write(tmp_path / "source", "dense", 32), "model.norm.weight"
+    tensors = read_file(source)
+    tensors[name][7] = np.nan
+    write_file(source / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=f"{name} holds a NaN"):
+        run(source, tmp_path / "out", linear("q8_0"), "gguf")
+
+
+def test_a_value_that_is_not_finite_in_a_kept_weight_that_is_smoothed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, name = moe_tensors(), "model.language_model.layers.0.mlp.shared_expert.gate_proj.weight"
+    tensors[name][64, 77] = np.nan
+    source = write_checkpoint(tmp_path / "source", tensors, MOE_CONFIG)
+    # the scales are chosen on the first and last rows, which are sound
+    monkeypatch.setattr(smoothing_search, "SAMPLE", 16 * 128)
+    monkeypatch.setattr(smoothing_search, "_RUNS", 2)
+    rules = (
+        {"match": "linear", "format": "nvfp4", "transform": "awq"},
+        {"match": r"re:layers\.0\.mlp\.shared_expert\.(gate|up)_proj", "keep": True},
+    )
+    with pytest.raises(CheckpointError, match=f"{name} holds a NaN"):
+        convert(plan_with(source, recipe(*rules)), tmp_path / "out", threads=1)
 
 
 def test_a_value_that_is_not_finite_in_one_expert(tmp_path: Path) -> None:

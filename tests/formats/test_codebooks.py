@@ -18,6 +18,7 @@ from halfbyte.formats.codebooks import (
     e2m1_with,
 )
 from halfbyte.formats.signed import IQ4_NL_CODEBOOK, NF4_CODEBOOK
+from halfbyte.search import encode
 
 TABLES = {t.name: t for n in list_formats() if isinstance(f := get_format(n), BlockFormat) for t in f.codebooks}
 TIES = {0.25: 0, 0.75: 1, 1.25: 1, 1.75: 2, 2.5: 2, 3.5: 4, 5.0: 4}
@@ -58,6 +59,15 @@ def test_e2m1_saturates_at_six_and_keeps_the_sign_of_zero() -> None:
 
 def test_e4m3_saturates_at_448_and_never_writes_nan() -> None:
     assert codes(E4M3, 448.0, 464.0, 1e30, -1e30) == [0x7E, 0x7E, 0x7E, 0xFE]
+
+
+@pytest.mark.parametrize("name", ["fp8_tensor", "fp8_channel", "fp8_block128", "mxfp8"])
+def test_the_largest_element_of_a_block_becomes_448(name: str) -> None:
+    x = np.zeros((1, 128), np.float32)
+    x[0, :3] = [448, -3, 0.5]
+    q = encode(x, name, "absmax")
+    assert q.format.split_scales(q.scales)[0].ravel()[0] == 1
+    assert q.codes[0, :3].tolist() == [0x7E, 0xC4, 0x30]
 
 
 @pytest.mark.parametrize("codebook", [INT7_SIGN_MAGNITUDE, INT7_TWOS_COMPLEMENT], ids=lambda t: t.name)

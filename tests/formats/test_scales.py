@@ -49,6 +49,13 @@ def test_e3m3_reaches_28_and_e6m2_reaches_its_maximum() -> None:
     assert scales.E6M2.to_value(np.array([254], dtype=np.uint8)) == scales.E6M2.maximum
 
 
+@pytest.mark.parametrize(("kind", "maximum"), [(scales.E4M3, 448), (scales.E8M0, 2.0**127), (scales.E3M3, 28)])
+def test_the_highest_code_is_the_maximum(kind: ScaleType, maximum: float) -> None:
+    highest = np.array([kind.high], dtype=np.uint8)
+    assert kind.to_value(highest) == kind.maximum == maximum
+    assert np.array_equal(kind.to_code(np.array([maximum * 1.5], np.float32)), highest)
+
+
 @pytest.mark.parametrize("kind", ORDERED, ids=lambda k: k.name)
 def test_every_value_gets_its_own_code(kind: ScaleType) -> None:
     codes = all_codes(kind)

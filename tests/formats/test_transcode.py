@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from halfbyte.formats import get_format
+from halfbyte.formats import QuantizedTensor, get_format
 from halfbyte.formats.transcode import top_exponent, transcode
 from halfbyte.search import encode
 
@@ -29,6 +29,32 @@ def test_exponents_that_fit_give_identical_values(spread: int) -> None:
 
 def test_exponents_that_span_too_much_are_refused() -> None:
     assert transcode(encode(mxfp4(30), "mxfp4", "absmax"), get_format("nvfp4")) is None
+
+
+def scaled(*exponents: int) -> QuantizedTensor:
+    """A row of MXFP4 blocks of ones with scales of these powers of two."""
+    codes = np.full((1, 16 * len(exponents)), 0x22, np.uint8)
+    scales = np.array([exponents], np.int16) + 127
+    return QuantizedTensor(get_format("mxfp4"), (1, 32 * len(exponents)), codes, scales.astype(np.uint8), None)
+
+
+@pytest.mark.parametrize("top", [127, 8, 0, -100])
+@pytest.mark.parametrize(("span", "fits"), [(16, True), (17, True), (18, False), (19, False)])
+def test_exponents_that_span_17_fit_and_18_do_not(top: int, span: int, fits: bool) -> None:
+    """E4M3 holds the powers of two from 2**-9 to 2**8."""
+    tensor = scaled(top, top - span)
+    other = transcode(tensor, get_format("nvfp4"))
+    assert (other is not None) == fits
+    if other is not None:
+        assert other.decode().tobytes() == tensor.decode().tobytes()
+
+
+def test_the_smallest_scales_fit_below_the_smallest_global_scale() -> None:
+    tensor = scaled(-127, -126, -120)
+    other = transcode(tensor, get_format("nvfp4"))
+    assert other is not None
+    assert other.decode().tobytes() == tensor.decode().tobytes()
+    assert other.global_scale == np.float32(2.0**-126)
 
 
 def test_a_group_shares_one_tensor_scale() -> None:

@@ -68,6 +68,15 @@ def test_the_largest_input_reaches_the_top_of_the_range(statistics: Path, tmp_pa
     assert halfbyte.verify(tmp_path / "modelopt", MODEL).ok
 
 
+@pytest.mark.parametrize("fmt", ["fp8_tensor", "fp8_channel"])
+def test_the_largest_input_becomes_the_largest_fp8_number(statistics: Path, fmt: str) -> None:
+    recipe = parse_recipe(f"rules: [{{match: linear, format: {fmt}, activations: static}}]", "t", "t")
+    plan = halfbyte.plan(MODEL, recipe, dialect="compressed-tensors", importance=statistics)
+    constants = {o.name: o.constant for item in plan.items for o in item.outputs}
+    name = "model.layers.3.self_attn.o_proj"
+    assert constants[f"{name}.input_scale"] == pytest.approx((_amax(f"{name}.weight") / 448,), rel=1e-6)
+
+
 def test_fused_projections_and_experts_of_a_layer_share_a_scale_and_none_is_zero(
     statistics: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import pytest
 from halfbyte.plan import resources as slices
 from halfbyte.plan.build import make_plan
 from halfbyte.plan.conversion_plan import Plan
-from halfbyte.plan.resources import MEMORY, Limits, cuts, item_bytes, whole_rows
+from halfbyte.plan.resources import MEMORY, Limits, cuts, find_resources, item_bytes, whole_rows
+from halfbyte.recipes import Method
 from halfbyte.source.checkpoint import Checkpoint
-from small_models import MOE_CONFIG, linear, moe_tensors, write_checkpoint
+from small_models import DENSE_CONFIG, MOE_CONFIG, dense_tensors, linear, moe_tensors, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +50,27 @@ def test_the_statement_does_not_depend_on_which_files_the_weights_lie_in(tmp_pat
     parts = make_plan(checkpoint, linear("fp8_block128"), max_shard_bytes=50_000)
     assert len(parts.shards) > len(plan.shards)
     assert parts.resources(Limits(2)) == plan.resources(Limits(2))
+
+
+def test_the_stated_memory_holds_the_two_largest_units_that_wait_for_their_amax(tmp_path: Path) -> None:
+    config = {**DENSE_CONFIG, "num_hidden_layers": 3}
+    tensors = {name: a for name, a in dense_tensors(inter=768).items() if "layers.0" in name}
+    tensors |= {name.replace("layers.0", f"layers.{i}"): a for name, a in tensors.items() for i in (1, 2)}
+    plan = make_plan(Checkpoint.open(write_checkpoint(tmp_path / "source", tensors, config)), linear("nvfp4"))
+    gate_and_up = [u for s in plan.shards for u in s.units if u[0].weight.role.startswith("mlp.g")]
+    assert [len(unit) for unit in gate_and_up] == [2, 2, 2]
+    # two threads with 4 MiB have slices of 256 KiB, and units up to 512 KiB stay in memory
+    stated = [find_resources(gate_and_up[:n], (), 0, Limits(2, 4 << 20)).memory for n in (1, 2, 3)]
+    size = 2 * 768 * 128 * 2
+    assert (stated[1] - stated[0], stated[2] - stated[1]) == (size, 0)
+
+
+def test_the_stated_memory_holds_a_hessian_and_its_factors_for_each_thread(plan: Plan) -> None:
+    unit = next(u for s in plan.shards for u in s.units if u[0].format and u[0].weight.role == "attention.o")
+    columns = unit[0].weight.shape[-1]
+    rounded = [replace(item, method=Method("gptq")) for item in unit]
+    for threads in (1, 3):
+        nearest, gptq = (find_resources([u], (), 0, Limits(threads)) for u in (unit, rounded))
+        assert nearest.threads == gptq.threads == threads
+        # the Hessian in FP32, and in FP64 the Hessian, its factor and the inverse of that
+        assert gptq.memory - nearest.memory >= threads * (4 + 3 * 8) * columns**2

@@ -47,6 +47,18 @@ def test_scales_keep_a_type_that_rounds_none_of_them(dense: Path, tmp_path: Path
         assert kinds == {"F32"}
 
 
+def test_scales_in_f16_are_not_rounded_to_bf16(tmp_path: Path) -> None:
+    stored = read_file(kimi(tmp_path / "kimi"))
+    for name in (name for name in stored if name.endswith("weight_scale")):
+        stored[name] = (stored[name].astype(np.float32) * np.float32(1.001)).astype(np.float16)
+    config = json.loads((tmp_path / "kimi" / "config.json").read_text())
+    source = write_checkpoint(tmp_path / "source", stored, config)
+    _, results = carried(source, tmp_path / "out", recipe(EXPERTS_INT4), "halfbyte")
+    proven(tmp_path / "out", source, len(results))
+    kinds = {info.dtype for name, info in Inventory.open(tmp_path / "out").tensors.items() if name.endswith("_scales")}
+    assert kinds == {"F16"}
+
+
 def test_scales_of_experts_in_different_types_are_an_error(tmp_path: Path) -> None:
     stored = read_file(kimi(tmp_path / "kimi"))
     name = "model.layers.1.mlp.experts.1.up_proj.weight_scale"

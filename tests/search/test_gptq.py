@@ -7,7 +7,7 @@ import pytest
 from halfbyte.errors import FormatError
 from halfbyte.formats import QuantizedTensor, get_format, list_formats
 from halfbyte.formats.packing import unpack_codes
-from halfbyte.kernels import ErrorStats
+from halfbyte.kernels import ErrorStats, backends, use_backend
 from halfbyte.search import encode
 from halfbyte.search.gptq import gptq, prepare, problem
 from halfbyte.search.hessian import checked, damped
@@ -54,6 +54,17 @@ def test_static_gptq_is_that_of_the_paper() -> None:
     values = np.unique(get_format("nvfp4").codebooks[0].array.astype(np.float64))
     expected = textbook(w, scales * float(plain.global_scale), values, damped(checked(h, 128), 0.01))
     assert np.isclose(found.decode(), expected, rtol=1e-5, atol=1e-9).mean() > 0.999
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("name", ["mixfp4", "mixfp4_makora", "mixfp4_paper", "iq4_nl", "razer"])
+def test_a_block_of_zeros_has_neither_scale_nor_selector_bit(name: str, backend: str) -> None:
+    w = weight(4, 64)
+    w[1, 16:32] = 0
+    with use_backend(backend):
+        found = gptq(w, name, "sweep", np.eye(64))
+    assert found.scales[1, 1] == 0 and not found.codebooks[1, 1]
+    assert not found.decode()[1, 16:32].any() and found.scales[1, [0, 2, 3]].all()
 
 
 @pytest.mark.parametrize("name", FORMATS)

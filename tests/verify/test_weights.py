@@ -200,6 +200,28 @@ def test_a_zero_scale_on_a_block_that_is_not_zero(moe: Path, out: Path) -> None:
     ]
 
 
+def test_a_zero_scale_under_a_selector_bit_is_a_zero_scale(moe: Path, tmp_path: Path) -> None:
+    out, name = tmp_path / "out", f"{LAYER}linear_attn.out_proj.weight"
+    run(moe, out, linear("mixfp4"))
+    without_checksums(out)
+    tensors = read_file(out)
+    tensors[f"{name}_scales"] = tensors[f"{name}_scales"].copy()
+    tensors[f"{name}_scales"][3, 3] = 0x80
+    write_file(out / "model.safetensors", tensors)
+    assert problems(out, moe) == [f"{name} has a zero scale on a block that is not zero in the source"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_kept_tensor_that_is_not_finite_in_source_and_output(moe: Path, tmp_path: Path, value: float) -> None:
+    tensors, name = moe_tensors(), "mtp.norm.weight"
+    run(moe, tmp_path / "out", linear("nvfp4"))
+    without_checksums(tmp_path / "out")
+    tensors[name][77] = value
+    source = write_checkpoint(tmp_path / "source", tensors, MOE_CONFIG)
+    change(tmp_path / "out", lambda stored: stored.update({name: tensors[name]}))
+    assert [p for p in problems(tmp_path / "out", source) if p.startswith(name)]
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_different_tensor_scales_in_a_fusion_group(moe: Path, out: Path) -> None:
     def spoil(tensors: Tensors) -> None:
