@@ -50,7 +50,7 @@ def _where(found: dict[str, Any], loads: bool = True) -> str:
     text = f"{text}, {machine['system']}; {packages}; {found['date']}"
     load = (found.get("load_at_start") or [0])[0]
     if loads and load > 1:
-        text += f", load of the machine in the minute before: {load:.1f}"
+        text += f", machine load in the minute before: {load:.1f}"
     return text
 
 
@@ -107,7 +107,7 @@ def _peers(found: dict[str, Any]) -> None:
             same = SAME.get(name.split()[-1]) if engine != "halfbyte" else None
             ratio = f"{ours['gaussian'][same]['gb_per_s'] / row['gb_per_s']:.0f}x" if same in ours["gaussian"] else ""
             rows.append((name, f"{row['gb_per_s']:.3f}", f"{other.get('gb_per_s', 0):.3f}", ratio))
-    head = ("quantizer", "Gaussian, GB/s", "Student-t, GB/s", "halfbyte is faster by")
+    head = ("quantizer", "Gaussian, GB/s", "Student-t, GB/s", "speedup of halfbyte")
     told = ", ".join(f"{name} {number}" for name, number in packages.items() if name not in found["versions"])
     replace_part(BENCHMARKS, "peers", f"{_table(head, rows)}\n\nMeasured on {_where(found)}; {told}.")
 
@@ -138,7 +138,7 @@ def _pipeline(found: dict[str, Any]) -> None:
         "conversion, GB/s",
         "plain copy, GB/s",
         "encoder, GB/s",
-        "of the slower of these",
+        "share of the slower limit",
         "peak memory",
         "stated by the plan",
     )
@@ -149,7 +149,7 @@ def _pipeline(found: dict[str, Any]) -> None:
         if r["bytes"] == largest
     ]
     whole = (
-        f"Extrapolated in a straight line from {largest / 1e9:.1f} GB to the {found['whole_bytes'] / 1e9:.1f} GB of "
+        f"Extrapolated linearly from {largest / 1e9:.1f} GB to the {found['whole_bytes'] / 1e9:.1f} GB of "
         f"Qwen3.6-35B-A3B, which was not converted: {', '.join(said)}."
     )
     told = f"Measured on {_where(found)}, {found['threads']} threads, medians of {found['sizes'][0]['runs']} runs."
@@ -172,7 +172,7 @@ def _pipeline(found: dict[str, Any]) -> None:
         "of",
         "command",
         "conversion",
-        "command per further tensor",
+        "command, per additional tensor",
         "CPU",
         "peak memory",
         "stated by the plan",
