@@ -57,7 +57,7 @@ def test_engines_that_nobody_tried_are_named_apart(run_text: Callable[..., str],
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"config": config, "tensors": tensors}))
     text = run_text("inspect", "--inventory", str(path))
-    assert "not tried with this dialect: mlx-lm, llama.cpp" in text
+    assert "not tried with the dialect gpt-oss: mlx-lm, llama.cpp" in text
     assert "nothing is known to be lost in halfbyte, transformers, vLLM, SGLang" in text
 
 

@@ -74,6 +74,18 @@ def test_a_dialect_that_nobody_tried_is_said_to_be_unknown() -> None:
     assert found.effect == "unknown" and found.what == "not tried with the dialect gpt-oss"
 
 
+def test_quantized_checkpoints_of_a_family_that_nobody_tried_are_not_vouched_for() -> None:
+    (note,) = compatibility_notes("granite_moe", "compressed-tensors", [])["vLLM"]
+    assert note.effect == "unknown" and "the family granite_moe" in note.what
+    assert compatibility_notes("llama", "compressed-tensors", [])["vLLM"] == []
+    assert compatibility_notes("granite_moe", None, [])["vLLM"] == []
+
+
+def test_the_families_of_an_engine_exist() -> None:
+    known = {family.name for family in families()}
+    assert {name for engine in engines() for name in engine.families} <= known
+
+
 def test_what_is_lost_is_counted(shared: Path) -> None:
     inventory = Inventory.from_json(shared / "inventories" / "qwen36_35b_a3b.json")
     found = overview(Checkpoint(inventory)).engines["mlx-lm"]

@@ -118,8 +118,13 @@ def _engines(found: Overview) -> None:
     recognised = found.dialect or _undeclared(found) == _NOTHING
     if recognised and (silent := [name for name, known in each if not known]):
         say(f"nothing is known to be lost in {', '.join(silent)}")
-    if untried := [name for name, known in each if any(f.effect == "unknown" for f in known)]:
-        say(f"not tried with this dialect: {', '.join(untried)}")
+    untried: dict[str, list[str]] = {}
+    for name, known in each:
+        for fact in known:
+            if fact.effect == "unknown":
+                untried.setdefault(fact.what, []).append(name)
+    for what, names in untried.items():
+        say(f"{what}: {', '.join(names)}")
     say("", "versions    " + "; ".join(f"{name} {version}" for name, version in _versions(found)))
 
 

@@ -64,7 +64,8 @@ class Load(BaseModel):
 class Engine(BaseModel):
     """An engine, the version that the facts were found in ("": read or always true), and the dialects it reads.
 
-    ``loads`` is what was found to load, ``facts`` what it loses, refuses or gets wrong.
+    ``loads`` is what was found to load, ``facts`` what it loses, refuses or gets wrong. ``families`` are those whose
+    quantized checkpoints it was tried with, or whose names were read in its source; empty: it reads any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +73,7 @@ class Engine(BaseModel):
     name: str
     version: str = ""
     reads: tuple[str, ...] = Field(min_length=1)
+    families: tuple[str, ...] = ()
     loads: tuple[Load, ...] = ()
     facts: tuple[Fact, ...] = ()
 
@@ -131,9 +133,13 @@ def compatibility_notes(
     notes_of: dict[str, list[CompatibilityNote]] = {}
     for engine in engines():
         notes = [f for fact in engine.facts if (f := _apply(engine, fact, family, spelling, holdings))]
-        if spelling not in engine.reads and not any(f.effect == "refuses" and not f.hardware for f in notes):
-            what = f"not tried with the dialect {spelling}"
-            notes = [CompatibilityNote(engine.name, engine.version, "unknown", what)]
+        untried = ""
+        if spelling not in engine.reads:
+            untried = f"not tried with the dialect {spelling}"
+        elif dialect is not None and engine.families and family not in engine.families:
+            untried = f"not tried with quantized checkpoints of the family {family}"
+        if untried and not any(f.effect == "refuses" and not f.hardware for f in notes):
+            notes = [CompatibilityNote(engine.name, engine.version, "unknown", untried)]
         if everywhere := [f for f in notes if f.effect == "refuses" and not f.hardware]:
             # what does not load loses nothing
             notes = everywhere
