@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -260,3 +261,12 @@ def test_no_folder_of_the_machine_is_published(out: Path, tmp_path: Path) -> Non
     text = model_card(out, [write(tmp_path / "paths.json", document)]).text
     assert "`halfbyte evaluate out --against=model --text t.txt x.txt -o r.json`" in text
     assert not re.search("home|secret|private|diary|Users|hidden", text)
+
+
+def test_the_error_weighted_by_activations_is_what_the_conversion_noted(out: Path, tmp_path: Path) -> None:
+    results = results_of(out, tmp_path / "r.json")
+    assert "weighted by the activations" not in model_card(out, [results]).text
+    made = json.loads((out / "halfbyte.json").read_text())
+    made["calibrated_errors"] = {"a": ["2.000000e-01", "4.000000e+01"], "b": ["4.000000e-01", "2.000000e+01"]}
+    (out / "halfbyte.json").write_text(json.dumps(made))
+    assert "2 calibrated weights, relative to their squares: 0.01000, weighted by" in model_card(out, [results]).text

@@ -218,3 +218,23 @@ def test_the_page_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     write_report([write(tmp_path / "r.json", document)], tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "/home" not in text and "halfbyte evaluate out --against out" in text
+
+
+def test_calibrated_weights_are_shown_with_the_error_that_was_made_small(tmp_path: Path) -> None:
+    def errors(weighted: float | None) -> dict[str, Any]:
+        common = {"parameters": 64, "relmse": 0.0143, "calibrated_relmse": weighted}
+        weight = {**common, "name": "w", "role": "mlp.up", "layer": 0, "format": "nvfp4"}
+        total = {**common, "bytes": 34, "bits": 4.25}
+        return {"out": "o", "against": "base", "importance": None, "weights": [weight], "classes": [], "total": total}
+
+    def page(weighted: float | None, name: str) -> tuple[str, dict[str, Any]]:
+        (tmp_path / name).mkdir()
+        rows = (documents.row("base", 16_000, None), documents.row("small", 4_000, 0.02, errors=errors(weighted)))
+        path = page_of(tmp_path / name, documents.results(*rows))
+        return path.read_text(encoding="utf-8"), charts_of(path)["data"]
+
+    text, data = page(0.00171, "calibrated")
+    assert "Weighted by activations" in text and "0.00171" in text and "compare such checkpoints by" in text
+    assert [record["weighted"] for record in data["s1-errors"]] == [0.00171]
+    text, _ = page(None, "plain")
+    assert "eighted by activations" not in text and "0.01430" in text

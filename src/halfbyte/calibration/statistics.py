@@ -149,12 +149,20 @@ class Statistics:
 
     def hessian(self, weight: str, expert: int | None = None) -> NDArray[np.float32] | None:
         """Mean of xᵀx, FP32 [K, K], of one expert where a stack has one for each; None where there is no data."""
-        sums, count = self.array(weight, "hessian"), self.array(weight, "count")
-        if sums is None or count is None:
+        if self.array(weight, "hessian") is None or self.array(weight, "count") is None:
             return None
+        sums, tokens = self.hessian_sum(weight, expert)
+        return np.asarray(sums) / np.float32(tokens) if tokens else None
+
+    def hessian_sum(self, weight: str, expert: int | None = None) -> tuple[Array, int]:
+        """Return the sum of xᵀx, FP32 [K, K] mapped from its file, and over how many tokens; for what has a Hessian.
+
+        ``expert``: of a stack; all its experts have the same where one was collected for all.
+        """
+        sums, count = self.array(weight, "hessian"), self.array(weight, "count")
+        assert sums is not None and count is not None
         own = expert is not None and sums.ndim == 3
-        tokens = int(count[expert]) if own else int(count.sum())
-        return np.asarray(sums[expert] if own else sums) / np.float32(tokens) if tokens else None
+        return (sums[expert], int(count[expert])) if own else (sums, int(count.sum()))
 
     def importance(self) -> Importance:
         """Mean squared activations, as an importance file holds them."""

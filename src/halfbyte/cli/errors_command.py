@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from halfbyte.cli import options
+from halfbyte.cli.accuracy import WEIGHTED
 from halfbyte.cli.human import size
 from halfbyte.cli.json_files import write_json
 from halfbyte.cli.output import print_json, progress, say, table
@@ -56,22 +57,27 @@ def _elements(out: str) -> int:
 
 
 def _show(found: dict[str, Any], every: bool) -> None:
-    weighted = found["importance"] is not None
+    weighted, calibrated = found["importance"] is not None, found["total"]["calibrated_relmse"] is not None
     columns = ["weight" if every else "role", "format", ">parameters", ">size", ">relMSE", ">SQNR dB"]
     columns += [">weighted relMSE"] if weighted else []
+    columns += [f">{WEIGHTED}"] if calibrated else []
     columns += [">largest error", ">saturated blocks", "blocks by table"]
     entries = sorted(found["weights"], key=lambda w: -(w["relmse"] or 0)) if every else found["classes"]
-    lines = [[e["name" if every else "role"], e["format"], *_numbers(e, weighted)] for e in entries]
-    table(columns, lines, ["all", "", *_numbers(found["total"], weighted)])
+    lines = [[e["name" if every else "role"], e["format"], *_numbers(e, weighted, calibrated)] for e in entries]
+    table(columns, lines, ["all", "", *_numbers(found["total"], weighted, calibrated)])
     kept = found["kept"]
+    if calibrated:
+        say("", f"{WEIGHTED}: error of outputs on the calibration text, which the conversion made small and noted")
     say("", f"not quantized: {kept['weights']:,} weights, {kept['parameters']:,} parameters, {size(kept['bytes'])}")
 
 
-def _numbers(entry: dict[str, Any], weighted: bool) -> list[str]:
+def _numbers(entry: dict[str, Any], weighted: bool, calibrated: bool) -> list[str]:
     cells = [f"{entry['parameters']:,}", size(entry["bytes"]), _number(entry["relmse"], ".5f")]
     cells.append(_number(entry["sqnr_db"], ".2f"))
     if weighted:
         cells.append(_number(entry["weighted_relmse"], ".5f"))
+    if calibrated:
+        cells.append(_number(entry["calibrated_relmse"], ".5f"))
     shares = [f"{share:.0%} {name}" for name, share in entry["tables"].items()]
     cells += [f"{entry['max_error']:.4g}", f"{entry['saturated_blocks']:.2%}"]
     return [*cells, ", ".join(shares[:1] if len(shares) == 2 else shares)]

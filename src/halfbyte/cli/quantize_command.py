@@ -80,6 +80,7 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
         "resumed_shards": done.resumed_shards,
         "already_complete": done.already_complete,
         "relmse": None if done.already_complete else done.relmse,
+        "calibrated_relmse": done.calibrated_relmse,
         "folds": [asdict(fold) for fold in done.smoothings],
         "carried": [
             {

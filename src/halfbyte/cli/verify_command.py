@@ -97,6 +97,7 @@ def document(result: Verification) -> dict[str, Any]:
                 "format": error.format,
                 "parameters": error.elements,
                 "relmse": error.relmse,
+                "calibrated_relmse": error.calibrated_relmse,
                 "max_error": error.max_error,
                 "source_format": error.source or None,
                 "lossless": error.lossless,

@@ -24,9 +24,10 @@ from halfbyte.convert.smoothing_search import FOLD_BYTES, FoldReport, sample_byt
 from halfbyte.convert.work_unit import WorkUnit
 from halfbyte.errors import CheckpointError, OutputError, PlanError
 from halfbyte.kernels import backend, use_backend_here
-from halfbyte.kernels.tensor_error import MAX_RELMSE_FEEDBACK, TensorError
+from halfbyte.kernels.tensor_error import MAX_RELMSE_FEEDBACK, TensorError, calibrated_relmse
 from halfbyte.plan.conversion_plan import CONFIG, PROVENANCE, Plan
 from halfbyte.plan.resources import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
+from halfbyte.plan.sealed_provenance import Outcome
 from halfbyte.plan.shards import Shard
 from halfbyte.renamed import accepts_old_names
 
@@ -64,6 +65,11 @@ class Conversion:
         """Squared error over sum of squares, all quantized weights together."""
         squares = sum(e.squares for e in self.errors)
         return sum(e.squared_error for e in self.errors) / squares if squares else 0.0
+
+    @property
+    def calibrated_relmse(self) -> float | None:
+        """The same of outputs on the calibration text, over the weights that are calibrated; None without any."""
+        return calibrated_relmse(self.errors)
 
 
 def source_bytes(plan: Plan) -> int:
@@ -126,12 +132,12 @@ def _convert(
         hessians = Hessians(known, limits.memory // 8) if known and known.statistics else None
         context = Context(plan, reader, smoothings, report, limits, hessians)
         _write_shards(context, count, todo, out, journal, source)
-    _finish(plan, out, journal, source)
     errors: dict[str, TensorError] = {}
     for shard in plan.shards:
         for error in (TensorError(**e) for e in journal.done[shard.name]["errors"]):
             if errors.setdefault(error.name, error) is not error:
                 errors[error.name].merge(error)
+    _finish(plan, out, journal, source, errors.values())
     return Conversion(out, list(errors.values()), 0.0, len(plan.shards) - len(todo), chosen)
 
 
@@ -247,7 +253,7 @@ def _check_disk(plan: Plan, out: Path, todo: Sequence[Shard]) -> None:
         )
 
 
-def _finish(plan: Plan, out: Path, journal: Journal, source: SourceIdentity) -> None:
+def _finish(plan: Plan, out: Path, journal: Journal, source: SourceIdentity, errors: Iterable[TensorError]) -> None:
     """Side files, then index and halfbyte.json, then config.json: a folder with a config is complete."""
     root = plan.checkpoint.inventory.root
     assert root is not None
@@ -258,7 +264,8 @@ def _finish(plan: Plan, out: Path, journal: Journal, source: SourceIdentity) -> 
     written = plan.written
     hashes |= {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}
     last = written.pop(CONFIG, None)
-    sealed = plan.sealed_provenance(hashes, source.digest(plan.checkpoint.inventory.files))
+    weighted = {error.name: (error.calibrated_error, error.calibrated_squares) for error in errors}
+    sealed = plan.sealed_provenance(Outcome(hashes, source.digest(plan.checkpoint.inventory.files), weighted))
     for name, content in [*written.items(), (PROVENANCE, sealed)]:
         write_file_atomic(out / name, content)
     if last is not None:

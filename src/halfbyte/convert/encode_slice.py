@@ -70,7 +70,7 @@ def known_of(context: Context, item: Item, first: int, stop: int) -> Activations
         return None
     prepared = None
     if item.method and context.hessians:
-        prepared = context.hessians.slice(item, first, stop, _columns(context, item))
+        prepared = context.hessians.slice(item, first, stop, columns_of(context, item))
     swaps = _rotation(context, item, first, stop) if rotated else None
     return Activations(importance_of(context, item, first, stop), prepared, swaps)
 
@@ -80,7 +80,7 @@ def importance_of(context: Context, item: Item, first: int, stop: int) -> Floats
     if context.plan.calibration_use is None or not item.weighted:
         return None
     calibration = context.plan.calibration_use.calibration
-    return calibration.slice(item.weight.name, first, stop, _columns(context, item)).importance
+    return calibration.slice(item.weight.name, first, stop, columns_of(context, item)).importance
 
 
 def encode_slice(
@@ -163,15 +163,15 @@ def _encode(
     return gptq(array, fmt, search, prepared, stats=stats, **scales)
 
 
-def _columns(context: Context, item: Item) -> Floats | None:
-    """What a weight's columns are multiplied by."""
+def columns_of(context: Context, item: Item) -> Floats | None:
+    """Return what smoothing multiplies a weight's columns by, FP32 [K] or [E, K]; None where nothing does."""
     fold = context.smoothings.get(item.weight.name)
     return fold.columns if fold else None
 
 
 def _rotation(context: Context, item: Item, first: int, stop: int) -> Swaps | None:
     """Steps of a slice's rotation that are found from its inputs; None for the Hadamard matrix."""
-    return context.hessians.rotation(item, first, stop, _columns(context, item)) if context.hessians else None
+    return context.hessians.rotation(item, first, stop, columns_of(context, item)) if context.hessians else None
 
 
 def _largest(array: Array, item: Item) -> Floats:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import nbytes, numpy_dtype
+from halfbyte.convert.calibrated_error import count_calibrated_error
 from halfbyte.convert.encode_slice import (
     Context,
     encode_slice,
@@ -221,6 +222,8 @@ class WorkUnit:
         known = known_of(self._common, item, first, stop)
         tensor = encode_slice(self.plan, item, array, found, stats, known, self._fitted)
         error.count(stats)
+        weighted = count_calibrated_error(self._common, item, first, stop, array, tensor)
+        error.calibrated_error, error.calibrated_squares = weighted
         error.requantized += array.size if error.source else 0
         return tensor
 

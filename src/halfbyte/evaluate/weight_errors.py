@@ -24,6 +24,7 @@ from halfbyte.models import Weight
 from halfbyte.plan.calibration_use import stored_folds
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import Smoothing
+from halfbyte.verify.checksums import note_calibrated_errors, read_provenance
 
 SLICE_BYTES = 8 << 20
 Progress = Callable[[int], None]
@@ -73,6 +74,7 @@ class WeightError:
             "sqnr_db": decibel(e.relmse),
             "weighted_relmse": finite_or_none(weighted),
             "weighted_sqnr_db": decibel(weighted),
+            "calibrated_relmse": e.calibrated_relmse,
             "max_error": e.max_error,
             "blocks": self.blocks,
             "tables": self._tables(),
@@ -130,8 +132,9 @@ def compare_weights(
         with ThreadPoolExecutor(
             threads or os.cpu_count() or 1, "halfbyte-errors", use_backend_here, (backend(),)
         ) as pool:
-            found = list(job.run(pool, [(weight, twins[weight.name]) for weight in chosen]))
-    return list(zip(chosen, found, strict=True))
+            errors = list(job.run(pool, [(weight, twins[weight.name]) for weight in chosen]))
+    note_calibrated_errors((whole.error for whole in errors), read_provenance(Path(out)) if Path(out).is_dir() else {})
+    return list(zip(chosen, errors, strict=True))
 
 
 @dataclass

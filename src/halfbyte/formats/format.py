@@ -175,6 +175,13 @@ class Format(ABC):
             raise FormatError(f"{self.name} is in no rotated space; leave the argument rotation out")
         return weight, None
 
+    def unrotate(self, values: Array, steps: Any = None) -> Array:
+        """Take the rotation out of matrices [..., N, K] in FP32 or FP64, in place; there is none to take out here.
+
+        ``steps`` [K/B, steps] are those of one matrix, as ``rotate`` gives them, and hold for all.
+        """
+        return values
+
     def from_plain(self, tensor: QuantizedTensor, steps: Any = None) -> QuantizedTensor:
         """A tensor of the plain format, made of a rotated weight, as one of this format."""
         return tensor

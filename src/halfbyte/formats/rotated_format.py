@@ -109,6 +109,13 @@ class RotatedFormat(Format):
         if not compiled().rotate_into(matrices, self.block[1], checked, inverse):
             rotate_reference(matrices, self.block[1], checked, inverse)
 
+    def unrotate(self, values: Array, steps: Any = None) -> Array:
+        """x R^T for contiguous x [..., N, K] in FP32 or FP64, in place, with the steps [K/B, steps] of one matrix."""
+        matrices = values.reshape(-1, *values.shape[-2:])
+        swaps = None if steps is None else np.broadcast_to(steps, (len(matrices), *np.shape(steps)))
+        rotate_reference(matrices, self.block[1], swaps, inverse=True)
+        return values
+
     def from_plain(self, tensor: QuantizedTensor, steps: Any = None) -> QuantizedTensor:
         """A tensor of the plain format, made of a weight rotated by these steps, as one of this format."""
         return replace(tensor, format=self, rotation=check_swaps(steps, self.rotation, tensor.shape, self.block[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ class TensorError:
     ``source``: the format that the source has it in, "" where it is not quantized there. Of such a weight a
     conversion counts the elements that it ``requantized``; what it carried over unchanged adds to no sum.
     ``max_relative``: the largest change, relative to it, of a value that a carried tensor's scales can make.
+    ``calibrated_error`` and ``calibrated_squares`` are weighted by activations (``halfbyte.convert.calibrated_error``),
+    zeros where no calibration weighs errors.
     """
 
     name: str
@@ -39,6 +42,8 @@ class TensorError:
     source: str = ""
     requantized: int = 0
     max_relative: float = 0.0
+    calibrated_error: float = 0.0
+    calibrated_squares: float = 0.0
 
     @property
     def lossless(self) -> bool:
@@ -51,6 +56,11 @@ class TensorError:
         if not self.squares:
             return math.inf if self.squared_error else 0.0
         return self.squared_error / self.squares
+
+    @property
+    def calibrated_relmse(self) -> float | None:
+        """Squared error of outputs on the calibration text over their squares; None without a calibration."""
+        return calibrated_relmse((self,))
 
     def add(self, source: NDArray[Any], tensor: QuantizedTensor) -> None:
         """Count the error of a slice against its source."""
@@ -82,11 +92,20 @@ class TensorError:
         self.saturated += other.saturated
         self.requantized += other.requantized
         self.max_relative = max(self.max_relative, other.max_relative)
+        self.calibrated_error += other.calibrated_error
+        self.calibrated_squares += other.calibrated_squares
         if other.codebook_blocks:
             self._count(other.codebook_blocks)
 
     def _count(self, blocks: list[int]) -> None:
         self.codebook_blocks = [a + b for a, b in zip(self.codebook_blocks or [0] * len(blocks), blocks, strict=True)]
+
+
+def calibrated_relmse(errors: Iterable[TensorError]) -> float | None:
+    """Relative error of several weights together, weighted by activations; None where none of them is calibrated."""
+    members = [error for error in errors if error.calibrated_squares]
+    squares = sum(error.calibrated_squares for error in members)
+    return sum(error.calibrated_error for error in members) / squares if members else None
 
 
 def _largest_change(before: QuantizedTensor, after: QuantizedTensor) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -16,6 +15,7 @@ from halfbyte.plan import sealed_provenance
 from halfbyte.plan.calibration_use import CalibrationUse
 from halfbyte.plan.configuration import CONFIG, INDEX, PLAN_VERSION, PROVENANCE
 from halfbyte.plan.resources import Limits, Resources, find_resources
+from halfbyte.plan.sealed_provenance import Outcome
 from halfbyte.plan.shards import Item, Shard
 from halfbyte.plan.summary import list_outputs, list_sources, summarize_classes, summarize_fates
 from halfbyte.recipes import Recipe
@@ -84,11 +84,12 @@ class Plan:
     @cached_property
     def provenance(self) -> bytes:
         """halfbyte.json with zeros for the hashes that are known only when the files are written."""
-        return self.sealed_provenance({}, sealed_provenance.UNKNOWN)
+        return self.sealed_provenance(Outcome())
 
-    def sealed_provenance(self, hashes: Mapping[str, str], source: str) -> bytes:
-        """halfbyte.json with the SHA-256 of every file; ``source``: the digest of the source's samples."""
-        return sealed_provenance.spell(self.origin, self.fingerprint, self.file_bytes, hashes, source)
+    def sealed_provenance(self, outcome: Outcome) -> bytes:
+        """Write halfbyte.json with what is known only when the other files are written."""
+        calibrated = sorted({item.weight.name for item in self.items if item.calibrated})
+        return sealed_provenance.spell(self.origin, self.fingerprint, self.file_bytes, calibrated, outcome)
 
     @property
     def smoothings(self) -> list[SmoothingGroup]:

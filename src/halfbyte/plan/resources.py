@@ -26,6 +26,8 @@ _TENSOR_BYTES = 1500
 _REFERENCE_BYTES = 20
 # a Hessian in FP32, its factors in FP64 while they are found, and what is kept of them; per column squared
 _HESSIAN_BYTES = 48
+WEIGHED_BYTES = 4 << 20
+"""Of rows in FP64 that are weighted by activations at a time, and their products."""
 
 
 def cores() -> int:
@@ -110,6 +112,8 @@ def need(item: Item, count: int, quantized: bool, folded: bool = False) -> int:
         total += working_bytes(weight.shape[-1])
     if item.method is not None:
         total += _HESSIAN_BYTES * weight.shape[-1] ** 2
+    if item.calibrated:
+        total += wide + 2 * WEIGHED_BYTES
     return total + 2 * item.nbytes * count // max(len(item.indices), 1)
 
 

@@ -1,14 +1,16 @@
 """halfbyte.json: what an output was made of, and the SHA-256 of every file beside it and of itself.
 
-All hashes have a fixed length, so its size is known before a weight is read. The last line holds the hash of the
-file itself, computed with zeros in the place of that hash.
+All hashes and errors have a fixed length, so its size is known before a weight is read. The last line holds the hash of
+the file itself, computed with zeros in the place of that hash.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.errors import VerifyError
@@ -18,17 +20,55 @@ UNKNOWN = "0" * 64
 VERSION = 3
 """Of the file; releases before wrote 1 and 2, without hashes."""
 REQUIRED = frozenset({"halfbyte", "source", "dialect", "recipe", "plan", "files", "sha256"})
-KEYS = REQUIRED | {"importance", "folds", "rounded_with_hessian"}
+KEYS = REQUIRED | {"importance", "folds", "rounded_with_hessian", "calibrated_errors"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known only when everything is written.
+
+    ``hashes`` by file name; ``source``: the digest of the source's samples; ``errors``: squared error and squares of
+    weights, weighted by activations.
+    """
+
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    source: str = UNKNOWN
+    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def spell(
-    origin: Mapping[str, Any], plan: str, sizes: Mapping[str, int], hashes: Mapping[str, str], source: str
+    origin: Mapping[str, Any], plan: str, sizes: Mapping[str, int], calibrated: Sequence[str], outcome: Outcome
 ) -> bytes:
-    """The file. ``origin``: what the output is made of; ``plan``: the plan's fingerprint; ``sizes`` and ``hashes`` by
-    file name, where a hash may be missing; ``source``: the digest of the source's samples."""
-    files = {name: {"bytes": sizes[name], "sha256": hashes.get(name, UNKNOWN)} for name in sorted(sizes)}
-    content = {**origin, "source": {**origin["source"], "sample": source}, "plan": plan, "files": files}
-    return seal(content)
+    """Write the file, as long for any ``outcome``.
+
+    ``origin``: what the output is made of; ``plan``: the plan's fingerprint; ``sizes`` by file name; ``calibrated``:
+    names of the weights whose errors activations weigh.
+    """
+    files = {name: {"bytes": sizes[name], "sha256": outcome.hashes.get(name, UNKNOWN)} for name in sorted(sizes)}
+    source = {**origin["source"], "sample": outcome.source}
+    errors = {name: [_fixed(value) for value in outcome.errors.get(name, (0.0, 0.0))] for name in calibrated}
+    weighted = {"calibrated_errors": errors} if errors else {}
+    return seal({**origin, "source": source, "plan": plan, **weighted, "files": files})
+
+
+def calibrated_errors(content: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return squared error and squares of each weight, weighted by activations, as a file states them; {} without."""
+    errors = content.get("calibrated_errors")
+    pairs: dict[str, tuple[float, float]] = {}
+    for name, values in errors.items() if isinstance(errors, dict) else ():
+        if not isinstance(values, list) or len(values) != 2 or not all(map(_is_number, values)):
+            raise VerifyError(f"the error of {name[:100]} in halfbyte.json is no pair of numbers; the file is damaged")
+        pairs[name] = float(values[0]), float(values[1])
+    return pairs
+
+
+def _fixed(value: float) -> str:
+    """A number of at least 0 in twelve characters."""
+    return f"{min(value, 9e99) if value >= 1e-99 else 0.0:.6e}"
+
+
+def _is_number(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch(r"\d\.\d{6}e[+-]\d\d", text) is not None
 
 
 def seal(content: Mapping[str, Any]) -> bytes:

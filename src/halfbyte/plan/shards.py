@@ -64,6 +64,11 @@ class Item:
         return len(self.indices) * math.prod(self.weight.shape[1:]) if self.weight.shape else 1
 
     @property
+    def calibrated(self) -> bool:
+        """Whether activations decide how the weight is rounded: by a Hessian, or by weighing errors of a search."""
+        return self.action == "quantize" and (self.weighted or self.method is not None)
+
+    @property
     def splits(self) -> bool:
         """Whether one source tensor becomes tensors of several modules."""
         return (

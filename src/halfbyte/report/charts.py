@@ -196,7 +196,8 @@ def _finish(chart: Any, height: int, description: str) -> Spec:
 
 def _cell_tips() -> list[alt.Tooltip]:
     names = (("role:N", "role", None), ("layer:N", "layer", None), ("formats:N", "format", None))
-    numbers = (("weights:Q", "weights", ","), ("relmse:Q", "relative squared error", ".3g"))
+    errors = (("relmse:Q", "relative squared error", ".3g"), ("weighted:Q", "weighted by activations", ".3g"))
+    numbers = (("weights:Q", "weights", ","), *errors)
     return [_tip(*entry) for entry in (*names, *numbers)]
 
 

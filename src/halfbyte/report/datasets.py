@@ -63,6 +63,7 @@ def weights(study: Study) -> Records:
             "formats": ", ".join(dict.fromkeys(e.format for e in members)),
             "weights": len(members),
             "relmse": relmse,
+            "weighted": _mean((e.calibrated_relmse, e.parameters) for e in members),
         }
         for row in with_errors(study)
         if row.errors

@@ -13,6 +13,7 @@ import yaml
 import halfbyte
 from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.plan.conversion_plan import PROVENANCE
+from halfbyte.plan.sealed_provenance import calibrated_errors
 from halfbyte.report.private_paths import HUB_ID, public_command
 from halfbyte.report.read import Inputs, ReportError, read_results
 from halfbyte.report.results_schema import Divergence, DivergenceIntervals, NoiseFloor, Row
@@ -233,6 +234,13 @@ def _provenance(made: dict[str, Any], measured: list[tuple[Study, Row]]) -> Iter
     if importance := made.get("importance"):
         digest = code(importance.get("digest") or "")
         lines.append(f"- importance: {escape(importance.get('name') or '')}, digest `{digest}`")
+    weighted = calibrated_errors(made).values()
+    if squares := sum(energy for _, energy in weighted):
+        relmse = sum(error for error, _ in weighted) / squares
+        lines.append(
+            f"- squared error of the outputs of {len(weighted)} calibrated weights, relative to their squares: "
+            f"{relmse:.5f}, weighted by the activations of the calibration text"
+        )
     if part := made.get("rounded_with_hessian"):
         lines.append(
             f"- rounded with Hessians: {part.get('weights')} of the {part.get('of')} weights that the recipe names"

@@ -20,6 +20,10 @@ from halfbyte.report.wording import includes, nats, size, task_name
 
 MAX_GROUPS = 40
 """Bars in the chart of sensitivity: the worst groups."""
+CALIBRATED = (
+    "Rounding that looks at activations (GPTQ, importance) raises this error and lowers that of outputs: compare such "
+    "checkpoints by the error weighted by activations, in the table and under the pointer."
+)
 NARROW = 12
 """Layers of a map that takes half of the page's width."""
 
@@ -120,6 +124,8 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
     if errors := datasets.weights(study):
         many = len({r["checkpoint"] for r in errors})
         caption = "Squared error / sum of squares; a mark per role and layer."
+        if any(r["weighted"] is not None for r in errors):
+            caption += f" {CALIBRATED}"
         add(
             "spread",
             errors,
@@ -159,6 +165,8 @@ def add_maps(study: Study, errors: datasets.Records, name: Any, add: Any) -> Non
     wide = not chosen or len({r["layer"] for r in errors}) > NARROW
     menu = (charts.CHECKPOINT, "Checkpoint", checkpoints)
     caption = "Relative squared error. The colours span the errors of the checkpoint that is shown."
+    if any(r["weighted"] is not None for r in errors):
+        caption += f" {CALIBRATED}"
     spec = charts.heat_map(name("errors"), roles)
     add("errors", errors, "Errors by layer and role", caption, spec, menus=[menu], wide=wide)
     if chosen:

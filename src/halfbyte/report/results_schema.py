@@ -118,6 +118,7 @@ class WeightError(_Document):
     format: str
     parameters: int
     relmse: float | None = None
+    calibrated_relmse: float | None = None
     sqnr_db: float | None = None
     tables: dict[str, float] = Field(default_factory=dict)
     saturated_blocks: float = 0.0
@@ -131,6 +132,7 @@ class ErrorsTotal(_Document):
     bytes: int
     bits: float
     relmse: float | None = None
+    calibrated_relmse: float | None = None
 
 
 class Errors(_Document):

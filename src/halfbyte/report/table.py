@@ -44,6 +44,7 @@ class Line:
 
 
 NOT_VALID = "not valid"
+WEIGHTED = "Weighted by activations"
 CONTAINS = "Size contains"
 """A column where sizes differ in that; else it is said once, below the table."""
 
@@ -62,6 +63,9 @@ def columns(study: Study) -> list[Column]:
         found.append(Column(CONTAINS, about, number=False))
     if any(row.errors for row in rows):
         found.append(Column("relMSE", "Squared error of the quantized weights / their squared sum"))
+    if any(row.errors and row.errors.total.calibrated_relmse is not None for row in rows):
+        about = "The same of their outputs on the calibration text, which GPTQ and importance make small"
+        found.append(Column(WEIGHTED, about))
     for task in study.tasks:
         found.append(Column(task_name(task), "Accuracy, with its 95 % interval (Wilson)"))
     if any(row.kl or row.invalid for row in study.quantized):
@@ -85,6 +89,9 @@ def lines(study: Study) -> list[Line]:
         if "relMSE" in names:
             relmse = row.errors.total.relmse if row.errors else None
             cells.append(Cell("" if relmse is None else f"{relmse:.5f}", order=relmse))
+        if WEIGHTED in names:
+            weighted = row.errors.total.calibrated_relmse if row.errors else None
+            cells.append(Cell("" if weighted is None else f"{weighted:.5f}", order=weighted))
         cells += [_task(study, row, task) for task in study.tasks]
         if "KL mean" in names:
             cells += [Cell("–"), Cell("–")] if is_source else _divergence(row, least)

@@ -15,7 +15,7 @@ from halfbyte.plan.calibration_use import stored_folds
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import FOLDS, Smoothing
 from halfbyte.verify.checkpoint_pair import CheckpointPair
-from halfbyte.verify.checksums import check_files, read_provenance
+from halfbyte.verify.checksums import check_files, note_calibrated_errors, read_provenance
 from halfbyte.verify.config_keys import misspelt_keys
 from halfbyte.verify.output_folder import decisions_of, files_beside, unfinished
 from halfbyte.verify.recorded_recipe import differences, recorded_plan
@@ -85,6 +85,7 @@ def _against(
         result.folded = len(smoothings)
         pair = CheckpointPair(result, ours, source, left, right, max_relmse, smoothings)
         pair.check_all(decisions, record, report)
+        note_calibrated_errors(result.errors, record)
         plan = None if result.checksums.stated or result.problems else recorded_plan(record, source)
         if plan is not None:
             result.recomputed = True
