@@ -60,7 +60,7 @@ def describe(path: str | Path, checkpoint: Checkpoint) -> dict[str, Any]:
     inventory = checkpoint.inventory
     size = inventory.total_bytes
     parameters = sum(math.prod(weight.shape) for weight in checkpoint.weights)
-    made = _provenance(inventory.root)
+    made = provenance_of(inventory.root)
     roles = {weight.role for weight in checkpoint.weights}
     side = 0 if inventory.root is None else _size(inventory.root / "config.json")
     return {
@@ -109,8 +109,8 @@ def distinct_names(paths: list[str | Path]) -> list[str]:
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
-def _provenance(root: Path | None) -> dict[str, Any]:
-    """halfbyte.json, {} where there is none."""
+def provenance_of(root: Path | None) -> dict[str, Any]:
+    """Return halfbyte.json, {} where there is none that can be read."""
     try:
         found = json.loads((root / PROVENANCE).read_bytes()) if root is not None else {}
     except (OSError, ValueError):

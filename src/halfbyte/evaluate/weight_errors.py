@@ -17,14 +17,15 @@ from halfbyte.calibration import match_importance, read_importance
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
 from halfbyte.errors import CheckpointError, MeasurementError
+from halfbyte.evaluate.results import provenance_of
 from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax, backend, use_backend_here
 from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.models import Weight
 from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.plan.sealed_provenance import note_calibrated_errors
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import Smoothing
-from halfbyte.verify.checksums import note_calibrated_errors, read_provenance
 
 SLICE_BYTES = 8 << 20
 Progress = Callable[[int], None]
@@ -133,7 +134,7 @@ def compare_weights(
             threads or os.cpu_count() or 1, "halfbyte-errors", use_backend_here, (backend(),)
         ) as pool:
             errors = list(job.run(pool, [(weight, twins[weight.name]) for weight in chosen]))
-    note_calibrated_errors((whole.error for whole in errors), read_provenance(Path(out)) if Path(out).is_dir() else {})
+    note_calibrated_errors((whole.error for whole in errors), provenance_of(ours.inventory.root))
     return list(zip(chosen, errors, strict=True))
 
 

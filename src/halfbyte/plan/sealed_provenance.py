@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.errors import VerifyError
+from halfbyte.kernels.tensor_error import TensorError
 
 UNKNOWN = "0" * 64
 """Stands for a hash that is not known yet."""
@@ -60,6 +61,13 @@ def calibrated_errors(content: Mapping[str, Any]) -> dict[str, tuple[float, floa
             raise VerifyError(f"the error of {name[:100]} in halfbyte.json is no pair of numbers; the file is damaged")
         pairs[name] = float(values[0]), float(values[1])
     return pairs
+
+
+def note_calibrated_errors(errors: Iterable[TensorError], record: Mapping[str, Any]) -> None:
+    """Add to each weight's error what its conversion measured with the calibration's activations, if it did."""
+    known = calibrated_errors(record)
+    for error in errors:
+        error.calibrated_error, error.calibrated_squares = known.get(error.name, (0.0, 0.0))
 
 
 def _fixed(value: float) -> str:

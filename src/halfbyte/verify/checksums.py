@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,6 @@ from halfbyte.checkpoint import write_file_atomic
 from halfbyte.checkpoint.files import parse_object, reason
 from halfbyte.checkpoint.stream_hash import hash_path
 from halfbyte.errors import CheckpointError, VerifyError
-from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.plan import sealed_provenance
 from halfbyte.plan.conversion_plan import CONFIG, PROVENANCE
 from halfbyte.plan.resources import cores
@@ -46,13 +45,6 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         raise VerifyError(f"{path} cannot be used ({error}); convert again") from error
     sealed_provenance.check_keys(content, str(path))
     return content
-
-
-def note_calibrated_errors(errors: Iterable[TensorError], record: dict[str, Any]) -> None:
-    """Add to each weight's error what its conversion measured with the calibration's activations, if it did."""
-    known = sealed_provenance.calibrated_errors(record)
-    for error in errors:
-        error.calibrated_error, error.calibrated_squares = known.get(error.name, (0.0, 0.0))
 
 
 def check_files(folder: Path, record: dict[str, Any], report: Callable[[int], None]) -> Checksums:

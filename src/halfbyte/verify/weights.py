@@ -12,10 +12,11 @@ from halfbyte.dialects import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.kernels.tensor_error import MAX_RELMSE
 from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.plan.sealed_provenance import note_calibrated_errors
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import FOLDS, Smoothing
 from halfbyte.verify.checkpoint_pair import CheckpointPair
-from halfbyte.verify.checksums import check_files, note_calibrated_errors, read_provenance
+from halfbyte.verify.checksums import check_files, read_provenance
 from halfbyte.verify.config_keys import misspelt_keys
 from halfbyte.verify.output_folder import decisions_of, files_beside, unfinished
 from halfbyte.verify.recorded_recipe import differences, recorded_plan
