@@ -46,7 +46,7 @@ def test_text_names_what_engines_lose_and_how_much(run_text: Callable[..., str],
     text = run_text("inspect", demo_model)
     (line,) = (line for line in text.splitlines() if line.startswith("mlx-lm"))
     assert line.split(None, 2)[1:] == ["loses", "MTP [19 tensors, 1.04 MB]"]
-    assert "nothing is known to be lost in SGLang, llama.cpp" in text
+    assert "no known loss in SGLang, llama.cpp" in text
     assert "transformers 5.23.0 with compressed-tensors 0.20.0" in text
 
 
@@ -58,7 +58,7 @@ def test_engines_that_nobody_tried_are_named_apart(run_text: Callable[..., str],
     path.write_text(json.dumps({"config": config, "tensors": tensors}))
     text = run_text("inspect", "--inventory", str(path))
     assert "not tried with the dialect gpt-oss: mlx-lm, llama.cpp" in text
-    assert "nothing is known to be lost in halfbyte, transformers, vLLM, SGLang" in text
+    assert "no known loss in halfbyte, transformers, vLLM, SGLang" in text
 
 
 def test_roles_are_listed_on_demand(run_text: Callable[..., str], demo_model: str) -> None:

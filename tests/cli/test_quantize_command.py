@@ -28,7 +28,7 @@ def test_json_reports_plan_errors_and_time(run_json: Callable[..., Any], demo_mo
 
 def test_text_reports_errors_by_role(run_text: Callable[..., str], demo_model: str, tmp_path: Path) -> None:
     text = run_text("quantize", demo_model, str(tmp_path / "out"), "--recipe", "mixfp4-absmax", "--verify")
-    assert "blocks by table" in text and "% e2m1" in text
+    assert "blocks by codebook" in text and "% e2m1" in text
     assert "bits per weight" in text and "MB/s" in text
     assert text.splitlines()[-1].startswith("verified: 33 weights quantized, 58 kept byte for byte")
     assert all(c.isprintable() or c == "\n" for c in text)
@@ -67,8 +67,7 @@ def test_interruption_says_how_to_go_on_and_the_same_command_does(
     monkeypatch.setattr(sys.modules["halfbyte.convert.conversion"], "convert", interrupted)
     message = refusal(*command, code=130)
     assert message == (
-        f"halfbyte: interrupted; what is finished stays in {tmp_path / 'out'}: run the same command again, "
-        "and it continues from there\n"
+        f"halfbyte: interrupted; finished files stay in {tmp_path / 'out'}: run the same command again to continue\n"
     )
     monkeypatch.undo()
     assert run_json(*command)["resumed_shards"] > 0
@@ -116,7 +115,7 @@ def test_folding_is_reported_in_words(
         "quantize", demo_model, str(tmp_path / "out"), "--recipe", "ud-mxfp4", "--importance", importance, "--verify"
     )
     assert "groups folded; weighted error" in text and "unquantized weights in them are rounded again" in text
-    assert "compared after what AWQ folded into them" in text.splitlines()[-1]
+    assert "compared with their AWQ scales applied to the source" in text.splitlines()[-1]
 
 
 def test_an_importance_file_of_another_model_is_refused(

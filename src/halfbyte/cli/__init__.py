@@ -70,18 +70,18 @@ COMMANDS: dict[str, Command] = {
 def register_command(name: str, command: Command) -> None:
     """Add a command; HalfbyteError where the name is taken."""
     if name in COMMANDS:
-        raise HalfbyteError(f"there is a command {name!r} already; give the new one another name")
+        raise HalfbyteError(f"there is already a command {name!r}; give the new one another name")
     COMMANDS[name] = command
 
 
 _EPILOG = """\
 examples:
   halfbyte demo                                             a bundled model, quantized and compared, offline
-  halfbyte plan Qwen/Qwen3.5-35B-A3B --recipe mixfp4        what would be done, and how large it gets
+  halfbyte plan Qwen/Qwen3.5-35B-A3B --recipe mixfp4        what would happen, and the exact size
   halfbyte quantize MODEL OUT --recipe nvfp4 --dialect compressed-tensors
   halfbyte verify OUT --against MODEL
 
-exit codes: 0 done; 1 verify found problems; 2 the input or the usage is wrong; 130 interrupted
+exit codes: 0 success; 1 verify found problems; 2 invalid input or usage; 130 interrupted
 """
 
 
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog="halfbyte",
-        description="Quantize language models to 4 bits, straight from file to file.",
+        description="Quantize language models to 4 bits, from disk to disk.",
         epilog=_EPILOG,
         formatter_class=_Help,
         allow_abbrev=False,
@@ -136,7 +136,7 @@ def _add_plugin(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.py",
         action="append",
         default=argparse.SUPPRESS,
-        help="load formats, dialects, recipes, commands, ... from this file first (docs/extending.md)",
+        help="first load formats, dialects, recipes, commands, ... from this file (docs/extending.md)",
     )
 
 

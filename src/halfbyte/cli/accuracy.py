@@ -75,7 +75,7 @@ def show(errors: Sequence[TensorError], relmse: float) -> None:
             line.append(_number(row["calibrated_relmse"]))
         total.append(_number(calibrated))
     if mixed:
-        columns.append("blocks by table")
+        columns.append("blocks by codebook")
         for line, row in zip(lines, rows, strict=True):
             line.append(_shares(row["codebook_blocks"]))
         total.append("")

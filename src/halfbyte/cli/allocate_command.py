@@ -17,15 +17,15 @@ from halfbyte.errors import HalfbyteError
 if TYPE_CHECKING:
     from halfbyte.source.checkpoint import Checkpoint
 
-SUMMARY = "choose a format for every weight, so that a size is met with the least loss; writes a recipe"
+SUMMARY = "choose a format for every weight to meet a size with the smallest loss; writes a recipe"
 EXAMPLES = """\
   halfbyte allocate ./Qwen3.5-35B-A3B --budget 21GiB -o my-recipe.yaml
   halfbyte allocate ./Qwen3.5-35B-A3B --budget 21GiB --text calibration.txt --dtype bfloat16 -o my-recipe.yaml
   halfbyte allocate ./model --bits 4.6 --sensitivity sensitivity.jsonl --importance statistics -o my-recipe.yaml
   halfbyte allocate ./model --budget 20GiB --formats nvfp4 fp8_channel keep --dialect compressed-tensors -o r.yaml
 
-How much a weight's error matters is measured on a text (--text; the whole model is in memory, and an interrupted
-run continues), read from a file (--sensitivity), or else estimated from the weight's place in the model.
+The effect of a weight's error is measured on a text (--text; the whole model is in memory, and an interrupted
+run continues), read from a file (--sensitivity), or estimated from the weight's place in the model.
 needs the solver HiGHS: pip install 'halfbyte[allocate]'; --text needs halfbyte[transformers] too
 """
 SUFFIX = ".sensitivity.jsonl"
@@ -39,20 +39,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--budget", metavar="SIZE", type=parse_size, help="bytes of the whole output, such as 21GiB")
     size.add_argument("--bits", metavar="B", type=float, help="bits per weight, over all weights of the output")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the recipe (.yaml) to write")
-    parser.add_argument("--formats", metavar="F", nargs="+", help="formats to choose from; `keep` leaves as it is")
+    parser.add_argument(
+        "--formats", metavar="F", nargs="+", help="candidate formats; `keep` leaves the weight unchanged"
+    )
     parser.add_argument("--roles", metavar="R", nargs="+", default=["linear"], help="roles to decide (default linear)")
-    parser.add_argument("--importance", metavar="FILE", help="importance of columns: errors become those of outputs")
+    parser.add_argument(
+        "--importance", metavar="FILE", help="importance file; errors then approximate those of outputs"
+    )
     options.add_calibration_of_base(parser)
     mattering = parser.add_mutually_exclusive_group()
-    mattering.add_argument("--sensitivity", metavar="FILE", help="what `halfbyte sensitivity` measured")
+    mattering.add_argument("--sensitivity", metavar="FILE", help="output of `halfbyte sensitivity`")
     mattering.add_argument(
-        "--text", metavar="FILE", help="measure it, on this UTF-8 text, and keep it beside the recipe for other sizes"
+        "--text",
+        metavar="FILE",
+        help="measure sensitivity on this UTF-8 text, and save it beside the recipe for other sizes",
     )
-    parser.add_argument("--max-tokens", metavar="N", type=positive, help=f"of the text (default {TOKENS})")
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=positive, help=f"use only the first N tokens of the text (default {TOKENS})"
+    )
     parser.add_argument("--length", metavar="N", type=positive, help="tokens in a window (default 512)")
-    parser.add_argument("--device", metavar="D", help="where torch computes, such as cuda (default: cpu)")
-    parser.add_argument("--dtype", metavar="T", help="torch dtype to compute in (default float32)")
-    parser.add_argument("--dialect", metavar="D", default="halfbyte", help="what the recipe is for (default halfbyte)")
+    parser.add_argument("--device", metavar="D", help="torch device, such as cuda (default: cpu)")
+    parser.add_argument("--dtype", metavar="T", help="torch dtype of the computation (default float32)")
+    parser.add_argument("--dialect", metavar="D", default="halfbyte", help="dialect of the recipe (default halfbyte)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     dialect = get_dialect(args.dialect).for_model(checkpoint.inventory)
     known = calibration_for(args.importance, checkpoint, args.calibration_of_base) if args.importance else None
     if args.text is None and any((args.max_tokens, args.length, args.device, args.dtype)):
-        raise HalfbyteError("--max-tokens, --length, --device and --dtype say how to measure; give a --text as well")
+        raise HalfbyteError(
+            "--max-tokens, --length, --device and --dtype describe the measurement; give --text as well"
+        )
     formats = args.formats or FORMATS
     measured = args.sensitivity
     if args.text is not None:

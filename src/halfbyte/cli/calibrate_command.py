@@ -13,14 +13,14 @@ from halfbyte.errors import HalfbyteError
 if TYPE_CHECKING:
     from halfbyte.calibration.statistics import Statistics
 
-SUMMARY = "run text through a model, layer by layer, and save what its matrices see"
+SUMMARY = "run text through a model, layer by layer, and save statistics of its matrices' inputs"
 EXAMPLES = """\
   halfbyte calibrate ./Qwen3.5-35B-A3B ./statistics --text calibration.txt
   halfbyte calibrate ./model ./statistics --text chat.json --samples 256 --length 2048 --all-experts
   halfbyte calibrate ./a ./b ./c --merge ./statistics      statistics of one model over different texts
   halfbyte calibrate ./model ./statistics --imatrix imatrix.gguf      importance for llama.cpp's llama-quantize
 
-one decoder layer is in memory at a time; an interrupted run continues where it was
+Only one decoder layer is in memory at a time. Run the same command again to continue an interrupted run.
 needs torch and transformers: pip install 'halfbyte[transformers]'
 """
 
@@ -29,27 +29,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     parser.add_argument("paths", metavar="PATH", nargs="+", help="MODEL OUT; with --merge, folders of statistics")
     parser.add_argument("--merge", metavar="OUT", help="add up statistics of one model over different texts")
-    parser.add_argument(
-        "--text", metavar="FILE", nargs="+", help="UTF-8 text, or a .json of conversations in ShareGPT's form"
-    )
+    parser.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 text, or .json conversations in ShareGPT form")
     parser.add_argument(
         "--imatrix",
         metavar="FILE",
-        help="write the importance under llama.cpp's names too: imatrix.gguf, or imatrix.dat in the older layout",
+        help="also write the importance under llama.cpp's names: imatrix.gguf, or imatrix.dat in the older layout",
     )
-    parser.add_argument("--samples", metavar="N", type=positive, default=128, help="pieces of text (default 128)")
-    parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens in each (default 512)")
-    parser.add_argument("--no-hessians", action="store_true", help="collect importance only, no products xᵀx")
+    parser.add_argument("--samples", metavar="N", type=positive, default=128, help="samples of the text (default 128)")
+    parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens per sample (default 512)")
+    parser.add_argument(
+        "--no-hessians", action="store_true", help="collect only importance and maxima, no products xᵀx"
+    )
     parser.add_argument(
         "--hessian-memory",
         metavar="SIZE",
         type=parse_size,
         default=2 << 30,
-        help="a stack of experts that needs more gets one Hessian for all (default 2GiB)",
+        help="limit for the Hessians of a stack of experts; a larger stack shares one (default 2GiB)",
     )
-    parser.add_argument("--all-experts", action="store_true", help="show every token to every expert: slower")
-    parser.add_argument("--device", metavar="D", default="cpu", help="where torch computes, such as cuda (default cpu)")
-    parser.add_argument("--dtype", metavar="T", default="float32", help="torch dtype to compute in (default float32)")
+    parser.add_argument("--all-experts", action="store_true", help="show every token to every expert (slower)")
+    parser.add_argument("--device", metavar="D", default="cpu", help="torch device, such as cuda (default cpu)")
+    parser.add_argument(
+        "--dtype", metavar="T", default="float32", help="torch dtype of the computation (default float32)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

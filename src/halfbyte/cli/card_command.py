@@ -7,13 +7,13 @@ from pathlib import Path
 
 from halfbyte.cli.output import print_json, say
 
-SUMMARY = "write the model card of a checkpoint, with numbers from results files alone"
+SUMMARY = "write the model card of a checkpoint, with numbers only from results files"
 EXAMPLES = """\
   halfbyte card ./out --results results.json
   halfbyte card ./out --results kl.json mmlu.json --base-model Qwen/Qwen3-8B --source ./Qwen3-8B
   halfbyte card ./out --results results.json --repository me/Qwen3-8B-NVFP4 -o card.md
 
-The results must have been measured on this very checkpoint, which is told by the hash of its contents.
+The results must have been measured on this exact checkpoint; a hash of its contents identifies it.
 To publish: hf upload OWNER/NAME ./out
 """
 
@@ -21,7 +21,7 @@ To publish: hf upload OWNER/NAME ./out
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     parser.add_argument("out", metavar="OUT", help="folder of a quantized checkpoint")
-    parser.add_argument("--results", metavar="FILE", nargs="+", required=True, help="what `halfbyte evaluate -o` wrote")
+    parser.add_argument("--results", metavar="FILE", nargs="+", required=True, help="output of `halfbyte evaluate -o`")
     parser.add_argument("--base-model", metavar="OWNER/NAME", help="hub id of the source (default: as in the results)")
     parser.add_argument(
         "--source",
@@ -29,7 +29,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or hub id whose card states licence and language (default: README.md in OUT)",
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SRC, if that is a hub id")
-    parser.add_argument("--repository", metavar="OWNER/NAME", help="what commands name (default: the folder)")
+    parser.add_argument(
+        "--repository", metavar="OWNER/NAME", help="name for the commands in the card (default: the folder)"
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="default: README.md in OUT")
 
 

@@ -14,18 +14,23 @@ EXAMPLES = """\
   halfbyte convert openai/gpt-oss-20b ./gpt-oss-mlx --dialect mlx
   halfbyte convert ./mixfp4 ./nvfp4 --dialect compressed-tensors --requantize nvfp4
 
-what the dialect cannot hold is an error that names it, unless --requantize gives it another format
+weights that the dialect cannot store are an error, unless --requantize gives them another format
 """
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     parser.add_argument("source", metavar="SRC", help=options.SOURCE)
-    parser.add_argument("out", metavar="OUT", help="folder to write: new, empty, or holding this conversion's start")
-    parser.add_argument("--dialect", metavar="D", required=True, help="spelling of the output, see `halfbyte formats`")
-    parser.add_argument("--requantize", metavar="FORMAT", help="format for weights that the dialect cannot hold")
     parser.add_argument(
-        "--max-shard-size", metavar="SIZE", type=parse_size, help="largest weight file (default: 5GB; GGUF: one file)"
+        "out", metavar="OUT", help="output folder: new, empty, or with an interrupted run of this conversion"
+    )
+    parser.add_argument("--dialect", metavar="D", required=True, help="layout of the output, see `halfbyte formats`")
+    parser.add_argument("--requantize", metavar="FORMAT", help="format for weights that the dialect cannot store")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        type=parse_size,
+        help="maximum size of a weight file (default: 5GB; GGUF: one file)",
     )
     options.add_revision(parser)
     quantize.add_execution(parser)

@@ -22,12 +22,16 @@ EXAMPLES = """\
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     parser.add_argument("out", metavar="OUT", help="a quantized checkpoint, in any dialect")
-    parser.add_argument("--against", metavar="SRC", required=True, help="what it was made from")
+    parser.add_argument("--against", metavar="SRC", required=True, help="the source of the checkpoint")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SRC, if that is a hub id")
     parser.add_argument(
-        "--importance", metavar="FILE", help="importance file, also llama.cpp's: weights the error of each column"
+        "--importance",
+        metavar="FILE",
+        help="importance file (halfbyte's or llama.cpp's) that weights the error of each column",
     )
-    parser.add_argument("--weights", action="store_true", help="a line per weight, the worst first, not per class")
+    parser.add_argument(
+        "--weights", action="store_true", help="one line per weight, worst first, instead of one per class"
+    )
     options.add_threads(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the JSON document to this file")
 
@@ -61,7 +65,7 @@ def _show(found: dict[str, Any], every: bool) -> None:
     columns = ["weight" if every else "role", "format", ">parameters", ">size", ">relMSE", ">SQNR dB"]
     columns += [">weighted relMSE"] if weighted else []
     columns += [f">{WEIGHTED}"] if calibrated else []
-    columns += [">largest error", ">saturated blocks", "blocks by table"]
+    columns += [">largest error", ">saturated blocks", "blocks by codebook"]
     entries = sorted(found["weights"], key=lambda w: -(w["relmse"] or 0)) if every else found["classes"]
     lines = [[e["name" if every else "role"], e["format"], *_numbers(e, weighted, calibrated)] for e in entries]
     table(columns, lines, ["all", "", *_numbers(found["total"], weighted, calibrated)])

@@ -28,42 +28,48 @@ NOT_VALID = "not valid"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     parser.add_argument("paths", metavar="PATH", nargs="+", help="checkpoints to measure")
-    parser.add_argument("--against", metavar="SOURCE", help="the original, for KL divergence and top-1 agreement")
-    on = parser.add_argument_group("what to measure on")
-    on.add_argument("--text", metavar="FILE", help="UTF-8 text (only the demo model brings its own)")
+    parser.add_argument("--against", metavar="SOURCE", help="the source, for KL divergence and top-1 agreement")
+    on = parser.add_argument_group("measurement")
+    on.add_argument("--text", metavar="FILE", help="UTF-8 text (only the demo model includes one)")
     on.add_argument(
         "--protocol",
         choices=("wikitext2", "chunks-512"),
-        help="wikitext2: rows of a raw file that are not blank, joined by blank lines, length and stride 2048; "
+        help="wikitext2: the rows of a raw file that are not blank, joined by blank lines, length and stride 2048; "
         "chunks-512: length and stride 512",
     )
     on.add_argument("--length", metavar="N", type=positive, help="tokens in a window (default 512)")
     on.add_argument("--stride", metavar="N", type=positive, help="tokens between windows (default: the length)")
-    on.add_argument("--max-tokens", metavar="N", type=positive, help="use only the text's first N tokens")
+    on.add_argument("--max-tokens", metavar="N", type=positive, help="use only the first N tokens of the text")
     on.add_argument(
         "--conversations", metavar="FILE", help="JSON in ShareGPT form: KL divergence on conversations, not on the text"
     )
-    on.add_argument("--conversation-count", metavar="N", type=positive, default=100, help="how many (default 100)")
-    on.add_argument("--conversation-length", metavar="N", type=positive, default=256, help="tokens each (default 256)")
+    on.add_argument(
+        "--conversation-count", metavar="N", type=positive, default=100, help="number of conversations (default 100)"
+    )
+    on.add_argument(
+        "--conversation-length", metavar="N", type=positive, default=256, help="tokens of each (default 256)"
+    )
     on.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, separated by commas; mmlu_pro")
     on.add_argument("--questions", metavar="FILE", help="questions of mmlu_pro as JSON lines")
     on.add_argument("--limit", metavar="N", type=positive, help="only the first N questions of each task")
-    on.add_argument("--errors", action="store_true", help="also the error of every tensor, as `halfbyte errors`")
+    on.add_argument(
+        "--errors", action="store_true", help="also measure the error of every tensor, like `halfbyte errors`"
+    )
     on.add_argument("--importance", metavar="FILE", help="importance file that weights these errors")
-    how = parser.add_argument_group("how to compute")
+    how = parser.add_argument_group("computation")
     how.add_argument(
         "--activations",
         choices=("nvfp4", "mxfp4", "fp8"),
-        help="round the inputs of quantized layers too, as engines with such hardware do",
+        help="also round the inputs of quantized layers, as engines do on such hardware",
     )
-    how.add_argument("--device", metavar="D", help="where torch computes, such as cuda (default: cpu)")
-    how.add_argument("--dtype", metavar="T", default="float32", help="torch dtype to compute in (default float32)")
+    how.add_argument("--device", metavar="D", help="torch device, such as cuda (default: cpu)")
+    how.add_argument("--dtype", metavar="T", default="float32", help="torch dtype of the computation (default float32)")
     how.add_argument("--dequantize", action="store_true", help="decode weights once: faster, but takes more memory")
     how.add_argument("--no-noise-floor", action="store_true", help="do not measure the source against itself")
     how.add_argument(
         "--cache",
         metavar="DIR",
-        help="where the source's log-probabilities are kept (default: $HALFBYTE_CACHE, else ~/.cache/halfbyte)",
+        help="folder for the source's log-probabilities (default: $HALFBYTE_CACHE, else ~/.cache/halfbyte)",
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the JSON document to this file")
 

@@ -10,7 +10,7 @@ from halfbyte.cli.output import print_json, say, table
 if TYPE_CHECKING:
     from halfbyte.formats import Format
 
-SUMMARY = "list the number formats, the dialects that can spell them, and the searches"
+SUMMARY = "list the number formats, the dialects that support them, and the scale searches"
 EXAMPLES = """\
   halfbyte formats
   halfbyte formats --json
@@ -39,13 +39,13 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     table(
-        ("format", ">bits", "block", "scales", "~tables", "~dialects"),
+        ("format", ">bits", "block", "scales", "~codebooks", "~dialects"),
         [
             (
                 f["name"],
                 f"{f['bits_per_weight']:.4g}",
                 f["block"],
-                f["scale"] + (" + tensor" if f["global_scale"] else ""),
+                f["scale"] + (" + global" if f["global_scale"] else ""),
                 ", ".join(f["tables"]),
                 ", ".join(f["dialects"]),
             )
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     say("")
     table(("dialect", "~for"), [(d.name, d.about) for d in list_dialects()])
     say("")
-    table(("search", "~how scales are chosen"), [(s.name, s.description) for s in SEARCHES.values()])
+    table(("search", "~candidates"), [(s.name, s.description) for s in SEARCHES.values()])
     return 0
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from halfbyte.compatibility.engine_facts import CompatibilityNote
     from halfbyte.source.overview import Overview
 
-SUMMARY = "show what a checkpoint holds, from its headers alone"
+SUMMARY = "show the contents of a checkpoint, from its headers alone"
 EFFECTS = {
     "wrong": "WRONG NUMBERS",
     "refuses": "does not load",
@@ -33,7 +33,7 @@ _NOTHING = "none: nothing is quantized"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     options.add_source(parser)
-    parser.add_argument("--roles", action="store_true", help="a line for every role instead of one per class")
+    parser.add_argument("--roles", action="store_true", help="one line per role instead of one per class")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,9 +70,9 @@ def _head(found: Overview) -> None:
 def _undeclared(found: Overview) -> str:
     """What to say of a checkpoint in no dialect: nothing may be vouched for that was not recognised."""
     if found.method:
-        return f"none that is read: config.json says that it is quantized by {found.method[:60]!r}"
+        return f"none that halfbyte reads: config.json says that it is quantized by {found.method[:60]!r}"
     if any(role.role.startswith("quantized.") for role in found.roles):
-        return "none that is read: it holds packed codes, and config.json does not say how they are quantized"
+        return "none that halfbyte reads: it holds packed codes, and config.json does not say how they are quantized"
     return _NOTHING
 
 
@@ -117,7 +117,7 @@ def _engines(found: Overview) -> None:
         say("")
     recognised = found.dialect or _undeclared(found) == _NOTHING
     if recognised and (silent := [name for name, known in each if not known]):
-        say(f"nothing is known to be lost in {', '.join(silent)}")
+        say(f"no known loss in {', '.join(silent)}")
     untried: dict[str, list[str]] = {}
     for name, known in each:
         for fact in known:

@@ -19,7 +19,9 @@ SOURCE = "a local folder, a .safetensors file, or a hub id owner/name"
 def add_source(parser: argparse.ArgumentParser) -> None:
     """SRC or --inventory, and --revision."""
     parser.add_argument("source", metavar="SRC", nargs="?", help=SOURCE)
-    parser.add_argument("--inventory", metavar="FILE.json", help="names, dtypes and shapes instead of a checkpoint")
+    parser.add_argument(
+        "--inventory", metavar="FILE.json", help="JSON file of names, dtypes and shapes, instead of SRC"
+    )
     add_revision(parser)
 
 
@@ -36,24 +38,24 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dialect",
         metavar="D",
-        help="spelling of the output, see `halfbyte formats` (default: the recipe's, else what most engines load)",
+        help="layout of the output, see `halfbyte formats` (default: the recipe's, else the one most engines load)",
     )
     parser.add_argument(
         "--for",
         dest="engine",
         choices=("vllm", "transformers", "mlx", "llama.cpp", "sglang"),
-        help="the engine that is to load the output; chooses the dialect",
+        help="engine that will load the output; chooses the dialect",
     )
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         type=parse_size,
-        help="largest weight file, such as 500MB (default: 5GB; GGUF: one file)",
+        help="maximum size of a weight file, such as 500MB (default: 5GB; GGUF: one file)",
     )
     parser.add_argument(
         "--remote-code",
         action="store_true",
-        help="add the code with which transformers loads the dialect halfbyte (trust_remote_code=True)",
+        help="add code that lets transformers load the dialect halfbyte (trust_remote_code=True)",
     )
     add_calibration(parser)
 
@@ -65,7 +67,7 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
         "--memory",
         metavar="SIZE",
         type=parse_size,
-        help="most memory for slices of weights, such as 512MiB (default: 2GiB); the plan says what all takes together",
+        help="memory limit for slices of weights, such as 512MiB (default: 2GiB); the plan states the total",
     )
 
 
@@ -98,17 +100,19 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     known.add_argument(
         "--importance",
         metavar="FILE",
-        help="how large activations are: what `halfbyte calibrate` wrote, or imatrix.gguf or imatrix.dat of llama.cpp",
+        help="importance of columns: output of `halfbyte calibrate`, or llama.cpp's imatrix.gguf or imatrix.dat",
     )
     known.add_argument(
         "--calibration",
         metavar="PATH",
         nargs="+",
-        help="what `halfbyte calibrate` wrote; or texts, with which it is done first, into the folder OUT.statistics",
+        help="output of `halfbyte calibrate`; or text files to calibrate with first (statistics go to OUT.statistics)",
     )
     add_calibration_of_base(parser)
-    parser.add_argument("--samples", metavar="N", type=positive, default=128, help="pieces of the texts (default 128)")
-    parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens in each (default 512)")
+    parser.add_argument(
+        "--samples", metavar="N", type=positive, default=128, help="samples from the texts (default 128)"
+    )
+    parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens per sample (default 512)")
 
 
 def add_calibration_of_base(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +120,7 @@ def add_calibration_of_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-of-base",
         action="store_true",
-        help="the statistics are of the model that this one is a fine-tune of; else those of another are refused",
+        help="accept statistics of the base model of this fine-tune; statistics of other models are refused otherwise",
     )
 
 
@@ -134,8 +138,7 @@ def activations_of(args: argparse.Namespace) -> str | None:
     out = getattr(args, "out", None)
     if out is None or args.source is None or getattr(args, "dry_run", False):
         raise HalfbyteError(
-            "a plan reads no weights, so it needs statistics that were collected before: run `halfbyte calibrate` and "
-            "give its folder"
+            "a plan reads no weights, so it needs existing statistics: run `halfbyte calibrate` and give its folder"
         )
     from halfbyte.cli.calibrate_command import collect
 
@@ -203,5 +206,5 @@ def plan_of(args: argparse.Namespace) -> Plan:
             made = make(OWN)
         except HalfbyteError:
             raise error from None
-        made.notes.append(f"written in the dialect {OWN}, since {chosen} cannot hold it ({error})")
+        made.notes.append(f"written in the dialect {OWN}, because {chosen} cannot store it ({error})")
         return made

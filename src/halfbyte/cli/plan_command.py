@@ -27,7 +27,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.add_source(parser)
     options.add_recipe(parser)
     options.add_resources(parser)
-    parser.add_argument("--tensors", action="store_true", help="with --json: every tensor's fate and place, too")
+    parser.add_argument(
+        "--tensors", action="store_true", help="with --json: also the action and position of every tensor"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,7 +83,7 @@ def show(made: Plan, args: argparse.Namespace) -> None:
         f"headers     {exact(parts['header'])} in {len(made.shards)} weight file(s)",
         *([f"index       {exact(parts['index'])}"] if parts["index"] else []),
         f"config      {exact(written)} in {', '.join([*made.config_files, *made.extra_files])}",
-        *([f"scales      {exact(parts['fold'])} of AWQ folding, for verify"] if parts["fold"] else []),
+        *([f"scales      {exact(parts['fold'])} of AWQ smoothing, for verify"] if parts["fold"] else []),
         *([] if made.dialect.package.standalone else [f"side files  {exact(parts['side_file'])}, copied unchanged"]),
         f"repository  {exact(summary['repository_bytes'])} in all",
         f"memory      {exact(resources.memory)} at most while quantizing, with {resources.threads} thread(s)",

@@ -27,14 +27,16 @@ EXAMPLES = """\
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     parser.add_argument("source", metavar="SRC", help=options.SOURCE)
-    parser.add_argument("out", metavar="OUT", help="folder to write: new, empty, or holding this conversion's start")
+    parser.add_argument(
+        "out", metavar="OUT", help="output folder: new, empty, or with an interrupted run of this conversion"
+    )
     options.add_recipe(parser)
     options.add_revision(parser)
     add_execution(parser)
     parser.add_argument(
         "--allow-unrecognised",
         action="store_true",
-        help="go on where more than a tenth of the parameters is in matrices that no role was found for",
+        help="continue even if more than a tenth of the parameters is in matrices without a known role",
     )
 
 
@@ -43,9 +45,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     options.add_resources(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument("--verify", action="store_true", help="compare the result with the source afterwards")
-    parser.set_defaults(
-        resume="; what is finished stays in {out}: run the same command again, and it continues from there"
-    )
+    parser.set_defaults(resume="; finished files stay in {out}: run the same command again to continue")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,7 +106,7 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
                 say(f"note        {note}")
         accuracy.show(done.errors, done.relmse)
         _say_more(made, done)
-        resumed = f", {done.resumed_shards} weight file(s) taken over" if done.resumed_shards else ""
+        resumed = f", {done.resumed_shards} weight file(s) reused" if done.resumed_shards else ""
         say(
             "",
             f"{done.out}: {exact(made.repository_bytes)}, {made.bits_per_weight:.3f} bits per weight",
@@ -156,7 +156,7 @@ def _say_more(made: Plan, done: Conversion) -> None:
         folded = [fold for fold in done.smoothings if fold.alpha]
         gain = 1 - sum(f.loss for f in done.smoothings) / (sum(f.unfolded for f in done.smoothings) or 1)
         lines.append(
-            f"AWQ         {len(folded)} of {len(done.smoothings)} groups folded; "
+            f"AWQ         {len(folded)} of {len(done.smoothings)} groups smoothed; "
             f"weighted error {100 * gain:.1f}% smaller"
         )
         rounding = max((error for fold in folded for error in fold.rounding.values()), default=0)

@@ -14,7 +14,7 @@ SUMMARY = "list the built-in recipes, or show the rules of one"
 EXAMPLES = """\
   halfbyte recipes
   halfbyte recipes mixfp4
-  halfbyte recipes my-recipe.yaml          (checks the file, too)
+  halfbyte recipes my-recipe.yaml          (also checks the file)
 """
 
 SHOWN = ("error_weight", "rounding", "objective", "static_groups", "order", "transform")
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json({"recipes": [{"name": n, "description": d} for n, d in found.items()]})
         else:
-            table(("recipe", "~what it does"), list(found.items()))
+            table(("recipe", "~effect"), list(found.items()))
         return 0
     recipe = load_recipe(args.name)
     for note in recipe.notes:
@@ -77,4 +77,4 @@ def _show(recipe: Recipe) -> None:
             for number, rule in enumerate(recipe.rules, start=1)
         ],
     )
-    say("", "the last rule that matches a weight decides; a weight that none matches is kept")
+    say("", "the last rule that matches a weight wins; weights without a matching rule are kept")

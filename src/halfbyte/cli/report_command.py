@@ -8,7 +8,7 @@ from pathlib import Path
 from halfbyte.cli.human import size
 from halfbyte.cli.output import print_json, say
 
-SUMMARY = "make one HTML file of results: tables, charts, provenance; it needs no network"
+SUMMARY = "write results as one HTML file with tables, charts and provenance; it needs no network"
 EXAMPLES = """\
   halfbyte report results.json -o report.html
   halfbyte report ./results -o report.html
@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         metavar="PATH",
         nargs="+",
-        help="what evaluate, errors, sensitivity or allocate wrote as JSON, or a folder with such files",
+        help="JSON output of evaluate, errors, sensitivity or allocate, or a folder of such files",
     )
     parser.add_argument("-o", "--output", metavar="FILE", default="report.html", help="default: report.html")
 

@@ -10,38 +10,43 @@ from halfbyte.cli.human import positive, size
 from halfbyte.cli.logs import prepare_logs
 from halfbyte.cli.output import print_json, say, steps, table
 
-SUMMARY = "measure the KL divergence that each group of weights causes when it alone is quantized"
+SUMMARY = "measure the KL divergence that each group of weights causes when only that group is quantized"
 EXAMPLES = """\
   halfbyte sensitivity ./Qwen3.5-35B-A3B --recipe nvfp4 --text held-out.txt
   halfbyte sensitivity ./model --recipe mxfp4 --text held-out.txt --by role -o sensitivity.jsonl
 
-An interrupted run continues when the same command is given again.
+Run the same command again to continue an interrupted run.
 needs torch and transformers: pip install 'halfbyte[transformers]'
 """
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
-    parser.add_argument("source", metavar="SRC", help="the original")
+    parser.add_argument("source", metavar="SRC", help="the source checkpoint")
     parser.add_argument(
         "--recipe", metavar="NAME_OR_FILE", required=True, help="a name that `halfbyte recipes` lists, or a YAML file"
     )
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (only the demo model brings its own)")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (only the demo model includes one)")
     parser.add_argument(
         "--by",
         choices=("group", "role", "weight"),
         default="group",
-        help="group (default): what engines fuse, and all experts of a layer; role: each role of a layer; weight",
+        help="group (default): weights that engines fuse, all experts of a layer; role: each role of a layer; weight",
     )
     parser.add_argument("--protocol", choices=("wikitext2", "chunks-512"), help="as in `halfbyte evaluate`")
     parser.add_argument("--length", metavar="N", type=positive, help="tokens in a window (default 512)")
     parser.add_argument("--stride", metavar="N", type=positive, help="tokens between windows (default: the length)")
-    parser.add_argument("--max-tokens", metavar="N", type=positive, help="use only the text's first N tokens")
-    parser.add_argument("--device", metavar="D", help="where torch computes, such as cuda (default: cpu)")
-    parser.add_argument("--dtype", metavar="T", default="float32", help="torch dtype to compute in (default float32)")
-    parser.add_argument("--cache", metavar="DIR", help="where the source's log-probabilities are kept")
+    parser.add_argument("--max-tokens", metavar="N", type=positive, help="use only the first N tokens of the text")
+    parser.add_argument("--device", metavar="D", help="torch device, such as cuda (default: cpu)")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="JSON lines (default: SRC-RECIPE.sensitivity.jsonl, in this folder)"
+        "--dtype", metavar="T", default="float32", help="torch dtype of the computation (default float32)"
+    )
+    parser.add_argument("--cache", metavar="DIR", help="folder for the source's log-probabilities")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="JSON lines (default: SRC-RECIPE.sensitivity.jsonl in the current folder)",
     )
     parser.set_defaults(resume="; the same command continues where it stopped")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "check a quantized checkpoint: every file against its SHA-256, every weight against the source"
 EXAMPLES = """\
-  halfbyte verify ./out                                     every bit is what was written; needs no source
+  halfbyte verify ./out                                     every file is unchanged; needs no source
   halfbyte verify ./out --against ./Qwen3.5-35B-A3B         kept tensors identical, errors in bounds
   halfbyte verify ./out --against Qwen/Qwen3-8B --revision main --json
 
@@ -28,14 +28,14 @@ SHOWN = 20
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare options."""
     parser.add_argument("out", metavar="OUT", help="the quantized checkpoint")
-    parser.add_argument("--against", metavar="SRC", help=f"its source, to compare with: {options.SOURCE}")
+    parser.add_argument("--against", metavar="SRC", help=f"source to compare with: {options.SOURCE}")
     options.add_revision(parser)
     parser.add_argument(
         "--max-relmse",
         metavar="X",
         type=float,
         default=None,
-        help="largest squared error of a weight relative to its sum of squares (default 0.1, or 0.5 with GPTQ)",
+        help="maximum squared error of a weight over its sum of squares (default 0.1, or 0.5 with GPTQ)",
     )
 
 
@@ -126,9 +126,9 @@ def verdict(result: Verification) -> None:
 def _checksums(result: Verification) -> Iterator[str]:
     checked = result.checksums
     if checked.stated and not checked.problems:
-        yield f"all {checked.files} files have the SHA-256 that was noted when they were written"
+        yield f"all {checked.files} files have the SHA-256 recorded when they were written"
     elif result.recomputed and result.ok:
-        yield "no checksums are there, but every quantized weight is what the recorded recipe gives"
+        yield "there are no checksums, but every quantized weight is what the recorded recipe gives"
 
 
 def _weights(result: Verification) -> Iterator[str]:
@@ -137,7 +137,7 @@ def _weights(result: Verification) -> Iterator[str]:
     dropped = f", {len(result.dropped)} left out" if result.dropped else ""
     yield f"{result.quantized} weights quantized, {result.kept} kept byte for byte{dropped}"
     if result.folded:
-        yield f"{result.folded} compared after what AWQ folded into them"
+        yield f"{result.folded} compared with their AWQ scales applied to the source"
     already = sum(bool(error.source) for error in result.errors)
     if already:
-        yield f"of {already} that the source holds quantized, {result.lossless} have exactly its values"
+        yield f"of {already} already quantized in the source, {result.lossless} have exactly its values"

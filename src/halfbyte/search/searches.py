@@ -122,10 +122,10 @@ def register_search(search: Search) -> Search:
 
 
 for _search in (
-    Search("absmax", "the block's largest element meets the table's largest value (MX: the OCP floor rule)"),
+    Search("absmax", "the block's largest element meets the codebook's largest value (MX: the OCP floor rule)"),
     Search(
         "sweep",
-        "every scale code from -3 to +8 around absmax, with every table; the least squared error wins",
+        "every scale code from -3 to +8 around absmax, with every codebook; the smallest squared error wins",
         _WINDOW,
         (0, 1, -1),
         _INT_RATIOS,
@@ -134,7 +134,7 @@ for _search in (
     ),
     Search(
         "exhaustive",
-        "every code of an E4M3 or E3M3 scale, five powers of two, otherwise as sweep: slow, to judge the sweep",
+        "every code of an E4M3 or E3M3 scale, five powers of two, otherwise as sweep; slow, a check of the sweep",
         _EVERY,
         (0, 1, -1, 2, -2),
         _INT_RATIOS,
