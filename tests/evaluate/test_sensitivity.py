@@ -74,7 +74,10 @@ def test_an_interrupted_run_continues_where_it_stopped(
     assert again["groups"] == found["groups"]
     assert [p.name for p in tmp_path.iterdir()] == ["s.jsonl"]
     done = path.read_text()
-    assert sensitivity(DEMO, linear("mxfp4"), path, TextSettings(**MEASURE))["groups"] == again["groups"]
+    lines: list[str] = []
+    last = sensitivity(DEMO, linear("mxfp4"), path, TextSettings(**MEASURE), announce=lines.append)
+    assert last["groups"] == again["groups"]
+    assert lines == [f"{path} is complete already: {len(again['groups'])} groups were measured before"]
     assert path.read_text() == done
 
 

@@ -45,7 +45,8 @@ class CollectOptions:
     ``samples`` pieces of ``length`` tokens are taken evenly from all texts. With ``hessians``, sums of xᵀx are
     collected beside those of x²; a stack of experts whose own would need more than ``hessian_bytes`` gets one for
     all. ``all_experts`` shows every token to every expert, whoever the router chooses: slower, but no expert is left
-    without data. Layers are computed in ``dtype`` (its name, or torch's) on ``device``.
+    without data. ``bos``: whether every piece begins with the token that begins a text (auto, yes, no). Layers are
+    computed in ``dtype`` (its name, or torch's) on ``device``.
     """
 
     samples: int = 128
@@ -53,6 +54,7 @@ class CollectOptions:
     hessians: bool = True
     all_experts: bool = False
     hessian_bytes: int = HESSIAN_BYTES
+    bos: str = "auto"
     dtype: torch.dtype | str = "float32"
     device: torch.device | str = "cpu"
 
@@ -69,20 +71,25 @@ def collect_statistics(
     texts: Sequence[str | Path],
     options: CollectOptions | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> Statistics:
     """Collect statistics of a checkpoint's activations over ``texts`` in the folder ``out``, or continue there.
 
-    ``progress`` is called with the number of layers done and their total. OutputError where ``out`` holds something
-    else; HalfbyteError for a text that is too short.
+    ``progress`` is called with the number of layers done and their total, ``announce`` with a line at the beginning
+    where an earlier run is continued. OutputError where ``out`` holds something else; HalfbyteError for a text that is
+    too short.
     """
     options = options or CollectOptions()
     out = Path(out)
     checkpoint = Checkpoint.open(source)
-    samples = make_samples(texts, load_tokenizer(source), options.samples, options.length)
+    samples = make_samples(texts, load_tokenizer(source), options.samples, options.length, options.bos)
     with Reader(checkpoint.inventory) as reader, torch.inference_mode():
         model = LayerwiseModel(checkpoint, reader, options.torch_dtype, torch.device(options.device))
         about = _new_about(checkpoint, samples, len(model.layers), options)
         about["done"] = _resume(out, about)
+        if about["done"] and announce:
+            finished = "complete already" if about.get("complete") else "continued"
+            announce(f"{out} is {finished}: {about['done']} of {len(about['parts'])} layers were calibrated before")
         if not about.get("complete"):
             _Run(model, samples, out, about, progress or (lambda done, total: None)).go()
     return Statistics(out)
@@ -105,6 +112,7 @@ def _new_about(checkpoint: Checkpoint, samples: Samples, layers: int, options: C
         dtype=str(options.torch_dtype).removeprefix("torch."),
         hessians=options.hessian_bytes if options.hessians else 0,
         all_experts=options.all_experts,
+        bos=samples.bos,
         caches=True,
         parts=[*(f"layer-{i:05d}" for i in range(layers)), "head"],
         done=0,

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.bos import bos_token
 from halfbyte.evaluate.text import tokens_of
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Lists of token ids and what they were made from."""
+    """Lists of token ids and what they were made from; ``bos``: each begins with the token that begins a text."""
 
     tokens: list[list[int]]
     texts: tuple[str, ...]
+    bos: bool = False
 
     @property
     def total(self) -> int:
@@ -31,8 +33,10 @@ class Samples:
         return hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()
 
 
-def make_samples(texts: Sequence[str | Path], tokenizer: Any, count: int, length: int) -> Samples:
-    """``count`` samples of ``length`` tokens, spread evenly over all files together, and the same ones every time.
+def make_samples(texts: Sequence[str | Path], tokenizer: Any, count: int, length: int, bos: str = "auto") -> Samples:
+    """Cut ``count`` samples of ``length`` tokens, spread evenly over all files together, and the same ones every time.
+
+    ``bos``: whether the token that begins a text takes the place of the first one of each (``halfbyte.evaluate.bos``).
 
     A file is UTF-8 text, or a ``.json`` of conversations, which go through the tokenizer's chat template.
     HalfbyteError if there is not one whole sample.
@@ -49,7 +53,11 @@ def make_samples(texts: Sequence[str | Path], tokenizer: Any, count: int, length
             "smaller length"
         )
     chosen = [i * windows // min(count, windows) for i in range(min(count, windows))]
-    return Samples([stream[i * length : (i + 1) * length] for i in chosen], tuple(Path(t).name for t in texts))
+    samples = [stream[i * length : (i + 1) * length] for i in chosen]
+    token = bos_token(tokenizer, bos)
+    if token is not None:
+        samples = [[token, *sample[1:]] for sample in samples]
+    return Samples(samples, tuple(Path(t).name for t in texts), token is not None)
 
 
 def _conversations(path: Path, tokenizer: Any) -> list[int]:

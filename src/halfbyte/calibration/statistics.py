@@ -27,7 +27,7 @@ _KIND = "halfbyte-statistics"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # of a file in the folder itself
 _MAXIMA = ("amax", "keys", "values")
 _TYPES = {"count": "I64", "routed": "I64", "squares": "F64", "hessian": "F32", **dict.fromkeys(_MAXIMA, "F32")}
-_EXACT = ("source", "hessians", "all_experts", "caches", "parts")
+_EXACT = ("source", "hessians", "all_experts", "caches", "bos", "parts")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from halfbyte.cli import options
 from halfbyte.cli.human import exact, parse_size, positive
 from halfbyte.cli.logs import prepare_logs
-from halfbyte.cli.output import print_json, say, steps, table
+from halfbyte.cli.output import print_json, say, steps, table, warn
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", metavar="N", type=positive, help=f"use only the first N tokens of the text (default {TOKENS})"
     )
     parser.add_argument("--length", metavar="N", type=positive, help="tokens in a window (default 512)")
+    options.add_bos(parser)
     parser.add_argument("--device", metavar="D", help="torch device, such as cuda (default: cpu)")
     parser.add_argument("--dtype", metavar="T", help="torch dtype of the computation (default float32)")
     parser.add_argument("--dialect", metavar="D", default="halfbyte", help="dialect of the recipe (default halfbyte)")
@@ -132,10 +133,13 @@ def _measure(args: argparse.Namespace, checkpoint: Checkpoint, file: Path, forma
         text=args.text,
         length=args.length,
         max_tokens=args.max_tokens or TOKENS,
+        bos=args.bos,
         dtype=args.dtype or "float32",
         device=args.device,
         cache=default_cache(),
     )
     with steps("sensitivities", args.json) as report:
-        sensitivity(source, smallest_recipe(checkpoint, formats, args.roles), file, settings, progress=report)
+        sensitivity(
+            source, smallest_recipe(checkpoint, formats, args.roles), file, settings, progress=report, announce=warn
+        )
     return file

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.human import parse_size, positive, size
 from halfbyte.cli.logs import prepare_logs
-from halfbyte.cli.output import print_json, say, steps
+from halfbyte.cli.options import add_bos
+from halfbyte.cli.output import print_json, say, steps, warn
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="limit for the Hessians of a stack of experts; a larger stack shares one (default 2GiB)",
     )
     parser.add_argument("--all-experts", action="store_true", help="show every token to every expert (slower)")
+    add_bos(parser)
     parser.add_argument("--device", metavar="D", default="cpu", help="torch device, such as cuda (default cpu)")
     parser.add_argument(
         "--dtype", metavar="T", default="float32", help="torch dtype of the computation (default float32)"
@@ -114,6 +116,7 @@ def _collect(args: argparse.Namespace) -> Statistics:
         hessians=not args.no_hessians,
         all_experts=args.all_experts,
         hessian_bytes=args.hessian_memory,
+        bos=args.bos,
         dtype=args.dtype,
         device=args.device,
     )
@@ -128,7 +131,7 @@ def collect(source: str, out: str, texts: list[str], silent: bool, **options: An
     from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 
     with steps("calibrating", silent) as report:
-        return collect_statistics(source, out, texts, CollectOptions(**options), report)
+        return collect_statistics(source, out, texts, CollectOptions(**options), report, warn)
 
 
 def describe(found: Statistics) -> dict[str, Any]:
@@ -144,6 +147,7 @@ def describe(found: Statistics) -> dict[str, Any]:
         "weights": len(found.names),
         "bytes": sum(path.stat().st_size for path in found.folder.iterdir() if path.is_file()),
         **{key: found.about[key] for key in ("source", "texts", "samples", "length", "tokens", "all_experts")},
+        "bos": bool(found.about.get("bos")),
         "tokens_per_expert": experts,
         "no_data": {
             name: [e for e, n in enumerate(counts) if not n]

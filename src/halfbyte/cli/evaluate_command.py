@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from halfbyte.cli import options
 from halfbyte.cli.human import positive, size
 from halfbyte.cli.json_files import write_json
 from halfbyte.cli.logs import prepare_logs
-from halfbyte.cli.output import print_json, say, steps, table
+from halfbyte.cli.output import print_json, say, steps, table, warn
 
 SUMMARY = "measure perplexity, KL divergence and top-1 agreement with the source, and accuracy on tasks"
 EXAMPLES = """\
@@ -40,6 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     on.add_argument("--length", metavar="N", type=positive, help="tokens in a window (default 512)")
     on.add_argument("--stride", metavar="N", type=positive, help="tokens between windows (default: the length)")
     on.add_argument("--max-tokens", metavar="N", type=positive, help="use only the first N tokens of the text")
+    options.add_bos(on)
     on.add_argument(
         "--conversations", metavar="FILE", help="JSON in ShareGPT form: KL divergence on conversations, not on the text"
     )
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         length=args.length,
         stride=args.stride,
         max_tokens=args.max_tokens,
+        bos=args.bos,
         conversations=args.conversations,
         conversation_count=args.conversation_count,
         conversation_length=args.conversation_length,
@@ -102,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         importance=args.importance,
     )
     with steps("evaluating", args.json) as report:
-        document = measure(args.paths, args.against, settings, report)
+        document = measure(args.paths, args.against, settings, report, warn)
     if args.output:
         write_json(args.output, document)
     if args.json:

@@ -115,6 +115,16 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens per sample (default 512)")
 
 
+def add_bos(parser: argparse._ActionsContainer) -> None:
+    """--bos."""
+    parser.add_argument(
+        "--bos",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="the token that begins a text first in every piece of it: auto (default) where the tokenizer puts it",
+    )
+
+
 def add_calibration_of_base(parser: argparse.ArgumentParser) -> None:
     """--calibration-of-base."""
     parser.add_argument(

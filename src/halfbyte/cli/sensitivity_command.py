@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from halfbyte.cli import options
 from halfbyte.cli.human import positive, size
 from halfbyte.cli.logs import prepare_logs
-from halfbyte.cli.output import print_json, say, steps, table
+from halfbyte.cli.output import print_json, say, steps, table, warn
 
 SUMMARY = "measure the KL divergence that each group of weights causes when only that group is quantized"
 EXAMPLES = """\
@@ -37,6 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", metavar="N", type=positive, help="tokens in a window (default 512)")
     parser.add_argument("--stride", metavar="N", type=positive, help="tokens between windows (default: the length)")
     parser.add_argument("--max-tokens", metavar="N", type=positive, help="use only the first N tokens of the text")
+    options.add_bos(parser)
     parser.add_argument("--device", metavar="D", help="torch device, such as cuda (default: cpu)")
     parser.add_argument(
         "--dtype", metavar="T", default="float32", help="torch dtype of the computation (default float32)"
@@ -66,12 +68,13 @@ def run(args: argparse.Namespace) -> int:
         length=args.length,
         stride=args.stride,
         max_tokens=args.max_tokens,
+        bos=args.bos,
         dtype=args.dtype,
         device=args.device,
         cache=args.cache or default_cache(),
     )
     with steps("measuring", args.json) as report:
-        found = sensitivity(args.source, recipe, out, settings, by=args.by, progress=report)
+        found = sensitivity(args.source, recipe, out, settings, by=args.by, progress=report, announce=warn)
     if args.json:
         print_json(found)
     else:

@@ -91,12 +91,14 @@ def sensitivity(
     *,
     by: By = "group",
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure every group of weights that a recipe quantizes; the sensitivity file's header with ``groups``.
 
     ``out``: the sensitivity file (JSON lines, docs/evaluation.md). A run that was interrupted continues there; a file
     of another measurement is an OutputError. In memory are the source's model and the quantized weights in 4 bit.
-    ``progress`` is called with the number of groups done and their total.
+    ``progress`` is called with the number of groups done and their total, ``announce`` with a line at the beginning
+    where an earlier run is continued.
     """
     settings = settings or TextSettings()
     checkpoint = Checkpoint.open(source)
@@ -119,6 +121,9 @@ def sensitivity(
     folder = path.with_name(f"{path.name}.{plan.fingerprint[:12]}.work")
     done = {group["group"] for group in groups}
     place = nullcontext(str(settings.cache)) if settings.cache else tempfile.TemporaryDirectory(prefix="halfbyte-")
+    if groups and announce:
+        finished = "complete already" if ALL in done else "continued"
+        announce(f"{path} is {finished}: {len(groups)} groups were measured before")
     if ALL not in done:
         with place as stored:
             job = _Job(checkpoint, source, folder, passage, settings, Cache(str(stored)))

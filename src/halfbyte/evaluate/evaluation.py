@@ -62,8 +62,12 @@ def measure(
     against: str | Path | None,
     settings: Settings,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """The whole results document (docs/evaluation.md)."""
+    """Measure checkpoints and return the whole results document (docs/evaluation.md).
+
+    ``announce`` is called with a line where the source's log-probabilities are those of an earlier run.
+    """
     chosen = [paths] if isinstance(paths, (str, Path)) else list(paths)
     every = ([against] if against is not None else []) + [p for p in chosen if p != against]
     if not every:
@@ -72,7 +76,7 @@ def measure(
         raise HalfbyteError("a checkpoint is given twice; leave one out")
     place = nullcontext(settings.cache) if settings.cache else tempfile.TemporaryDirectory(prefix="halfbyte-")
     with place as folder:
-        return _Run(every, against is not None, settings, Cache(str(folder)), progress).document()
+        return _Run(every, against is not None, settings, Cache(str(folder)), progress, announce).document()
 
 
 @dataclass
@@ -84,6 +88,7 @@ class _Run:
     settings: Settings
     cache: Cache
     progress: Progress | None
+    announce: Callable[[str], None] | None = None
     done: int = 0
     total: int = 0
     correct: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -235,6 +240,8 @@ class _Run:
             elif (stored := self.cache.find_scores(self._key(passage, only="scores"))) is not None:
                 found[id(passage)] = _of_source(stored.nll, stored.window)
         self.done += sum(len(p.windows) for p in self.passages if id(p) in found)
+        if found and self.announce:
+            self.announce(f"{self.names[0]} was measured before: its log-probabilities are in {self.cache.folder}")
         return found
 
     def _score_source(self, model: Any, passage: Passage) -> TokenScores:

@@ -56,7 +56,7 @@ def reference_key(
     return {
         "model": model,
         "tokens": protocol.sha256,
-        "cut": [protocol.kind, protocol.length, protocol.stride],
+        "cut": [protocol.kind, protocol.length, protocol.stride, *([] if passage.bos is None else [passage.bos])],
         "dtype": dtype,
         "device": str(device or "cpu"),
         "dequantize": dequantize,
@@ -88,12 +88,13 @@ def log_probabilities(
     """
     device = next(model.parameters()).device
     size = vocabulary(model)
-    if max(passage.tokens) >= size:
-        raise HalfbyteError(f"the tokenizer gives token {max(passage.tokens)}, but the model has only {size}")
+    largest = max(*passage.tokens, passage.bos or 0)
+    if largest >= size:
+        raise HalfbyteError(f"the tokenizer gives token {largest}, but the model has only {size}")
     rows = max(1, CHUNK_BYTES // (4 * size))
     for batch in batches(passage.windows, LOGITS_BYTES // (4 * size)):
         cut = [passage.windows[i] for i in batch]
-        ids = torch.tensor([passage.tokens[w.start : w.stop] for w in cut], device=device)
+        ids = torch.tensor([passage.inputs(window) for window in cut], device=device)
         logits = model(input_ids=ids, use_cache=False).logits
         for i, (number, window) in enumerate(zip(batch, cut, strict=True)):
             first, last = window.scored - window.start, window.size

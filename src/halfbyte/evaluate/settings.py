@@ -17,7 +17,9 @@ class TextSettings:
     ``text``: a UTF-8 file (None: the held-out text of the demo model). ``preset``: one of
     ``halfbyte.evaluate.windows.PRESETS``, which settles length and stride. ``length``: tokens in a window (default
     512), ``stride``: tokens between windows (default: the length), ``max_tokens``: use only the text's first tokens.
-    ``dtype`` is computed in, on the torch ``device``. ``cache``: a folder for references; None: a temporary one.
+    ``bos``: whether the token that begins a text takes the place of the first one in every window, which is never
+    scored: ``auto`` where the tokenizer puts it before a text, ``yes`` or ``no``. ``dtype`` is computed in, on the
+    torch ``device``. ``cache``: a folder for references; None: a temporary one.
     """
 
     text: str | Path | None = None
@@ -25,6 +27,7 @@ class TextSettings:
     length: int | None = None
     stride: int | None = None
     max_tokens: int | None = None
+    bos: str = "auto"
     dtype: str = "float32"
     device: Any = None
     cache: str | Path | None = None

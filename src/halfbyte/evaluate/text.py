@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.bos import bos_token
 from halfbyte.evaluate.settings import TextSettings
 from halfbyte.evaluate.windows import PRESETS, Protocol, Window, windows
 
@@ -18,11 +19,20 @@ HELDOUT = "heldout.txt"
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids, the windows that are fed to the model, and the protocol that says how they came about."""
+    """Token ids, the windows that are fed to the model, and the protocol that says how they came about.
+
+    ``bos``: the token that takes the place of the first one in every window.
+    """
 
     tokens: list[int]
     windows: list[Window]
     protocol: Protocol
+    bos: int | None = None
+
+    def inputs(self, window: Window) -> list[int]:
+        """Return what the model sees of a window."""
+        tokens = self.tokens[window.start : window.stop]
+        return tokens if self.bos is None else [self.bos, *tokens[1:]]
 
 
 def passage_of(settings: TextSettings, folder: Path | None, tokenizer: Any) -> Passage:
@@ -42,8 +52,19 @@ def passage_of(settings: TextSettings, folder: Path | None, tokenizer: Any) -> P
     cut = list(windows(len(tokens), step, stride or step))
     scored = sum(window.stop - window.scored for window in cut)
     digest = sha256_of(tokens)
-    protocol = Protocol(source.name, step, stride or step, len(cut), scored, settings.dtype, preset, "text", digest)
-    return Passage(tokens, cut, protocol)
+    bos = bos_token(tokenizer, settings.bos)
+    protocol = Protocol(
+        source.name,
+        step,
+        stride or step,
+        len(cut),
+        scored,
+        settings.dtype,
+        preset,
+        sha256=digest,
+        bos=bos is not None,
+    )
+    return Passage(tokens, cut, protocol, bos)
 
 
 def sha256_of(tokens: list[int]) -> str:

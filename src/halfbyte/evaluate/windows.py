@@ -31,7 +31,8 @@ class Protocol:
     """What a perplexity or a divergence depends on besides the model. ``tokens`` are the scored ones.
 
     ``sha256`` is that of the token ids, 8 bytes each. ``kind`` is "text" or "conversations"; of conversations,
-    ``windows`` is the number of those used and ``skipped`` says why others were not.
+    ``windows`` is the number of those used and ``skipped`` says why others were not. ``bos``: the first token of every
+    window is the one that begins a text.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Protocol:
     kind: str = "text"
     sha256: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
+    bos: bool = False
 
     def __str__(self) -> str:
         if self.kind == "conversations":
@@ -52,9 +54,10 @@ class Protocol:
                 f"{self.text}: {self.tokens:,} tokens scored in {self.windows:,} conversations of {self.length} tokens"
                 f"{f' (skipped: {left})' if left else ''}, through the chat template, {self.dtype}"
             )
+        special = "BOS first in each" if self.bos else "no special tokens"
         return (
             f"{self.text}: {self.tokens:,} tokens scored in {self.windows:,} windows of {self.length}, "
-            f"stride {self.stride}, no special tokens, {self.dtype}"
+            f"stride {self.stride}, {special}, {self.dtype}"
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -29,12 +29,13 @@ class Protocol(_Document):
     tokens: int
     dtype: str
     kind: str = "text"
+    bos: bool = False
     note: str
 
     @property
     def key(self) -> tuple[object, ...]:
         """Everything that numbers depend on."""
-        return (self.sha256, self.length, self.stride, self.tokens, self.dtype, self.kind)
+        return (self.sha256, self.length, self.stride, self.tokens, self.dtype, self.kind, self.bos)
 
 
 class Divergence(_Document):
