@@ -192,15 +192,17 @@ def load(
     dequantize: bool = False,
     device: Any = None,
     revision: str | None = None,
+    mode: str = "exact",
 ) -> Any:
-    """A transformers model, in eval mode, of a plain, ``halfbyte`` or ``compressed-tensors`` checkpoint; needs torch.
+    """A transformers model, in eval mode, of a plain checkpoint or one of any dialect; needs torch.
 
-    ``halfbyte`` weights stay in 4 bit and are decoded in forward unless ``dequantize``. CheckpointError if a tensor is
-    missing or has no place: nothing is initialised at random. Details: ``halfbyte.runtime.loading.load``.
+    Quantized weights stay in 4 or 8 bits and run by compiled products on the CPU, unless ``dequantize``; ``mode``:
+    "exact", "int8" or "auto". CheckpointError if a tensor is missing or has no place: nothing is initialised at
+    random. Details: ``halfbyte.runtime.loading.load``.
     """
     from halfbyte.runtime import load as run
 
-    return run(path, dtype, dequantize, device, revision)
+    return run(path, dtype, dequantize, device, revision, mode)
 
 
 def _plan(source: Source, recipe: str | Path | Recipe, options: PlanOptions) -> Plan:

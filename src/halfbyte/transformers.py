@@ -1,7 +1,7 @@
 """``import halfbyte.transformers`` teaches transformers the dialect ``halfbyte``.
 
 From then on ``AutoModelForCausalLM.from_pretrained(path)`` (and every other auto class that has the architecture)
-loads such checkpoints: weights stay in 4 bit and are decoded in forward; a missing tensor is a ValueError.
+loads such checkpoints: weights stay in 4 bit and run by compiled products; a missing tensor is a ValueError.
 ``model.dequantize()`` makes the model dense.
 
 It does not change how transformers reads compressed-tensors checkpoints: up to 5.23 it ignores the global scale of
@@ -16,6 +16,7 @@ from halfbyte.runtime import need_torch
 need_torch()
 load_installed_with_warnings()
 
-from halfbyte.runtime.remote.halfbyte_quantizer import HalfbyteQuantizationConfig, HalfbyteQuantizer  # noqa: E402
+from halfbyte.runtime.packed_quantizer import PackedQuantizer as HalfbyteQuantizer  # noqa: E402
+from halfbyte.runtime.remote.halfbyte_quantizer import HalfbyteQuantizationConfig  # noqa: E402
 
 __all__ = ["HalfbyteQuantizationConfig", "HalfbyteQuantizer"]

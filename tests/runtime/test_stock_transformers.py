@@ -31,7 +31,7 @@ def stock(path: Path, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4", "int4_g32"])
 def test_dense_models_have_the_same_logits(fmt: str, shared: Path, quantized: Quantized) -> None:
     path = quantized(shared / "data" / "models" / "qwen3-tiny-wiki", linear(fmt), "compressed-tensors")
-    assert torch.equal(logits(load(path, "bfloat16")), logits(stock(path)))
+    assert torch.equal(logits(load(path, "bfloat16", dequantize=True)), logits(stock(path)))
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -40,7 +40,7 @@ def test_fp8_weights_are_the_same(model: str, shared: Path, quantized: Quantized
     path = quantized(shared / "data" / "models" / model, linear("fp8_channel"), "compressed-tensors")
     # their logits may differ: the scheme rounds activations to FP8 as well
     theirs = stock(path, quantization_config=CompressedTensorsConfig(dequantize=True)).state_dict()
-    for name, values in load(path, "bfloat16").state_dict().items():
+    for name, values in load(path, "bfloat16", dequantize=True).state_dict().items():
         assert torch.equal(theirs[name], values), name
 
 
@@ -48,7 +48,7 @@ def test_fp8_weights_are_the_same(model: str, shared: Path, quantized: Quantized
 @pytest.mark.parametrize("fmt", ["mxfp4", "int4_g32"])
 def test_experts_without_a_global_scale_have_the_same_logits(fmt: str, shared: Path, quantized: Quantized) -> None:
     path = quantized(shared / "data" / "models" / "qwen35moe-tiny-wiki", linear(fmt), "compressed-tensors")
-    assert torch.equal(logits(load(path, "bfloat16")), logits(stock(path)))
+    assert torch.equal(logits(load(path, "bfloat16", dequantize=True)), logits(stock(path)))
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_halfbyte_is_right_about_nvfp4_experts_whose_global_scale_transformers_i
 ) -> None:
     source = shared / "data" / "models" / "qwen35moe-tiny-wiki"
     path = quantized(source, linear("nvfp4"), "compressed-tensors")
-    ours, theirs, original = load(path, "bfloat16"), stock(path), load(source, "bfloat16")
+    ours, theirs, original = load(path, "bfloat16", dequantize=True), stock(path), load(source, "bfloat16")
     name = "model.layers.0.mlp.experts.down_proj"
     right, found = (model.get_parameter(name).float() for model in (ours, theirs))
     error = (right - original.get_parameter(name).float()).norm() / original.get_parameter(name).float().norm()

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import halfbyte.transformers
+from halfbyte.errors import HalfbyteError
 from halfbyte.runtime import load
 from halfbyte.runtime.remote.halfbyte_modules import QuantizedWeights
 from small_models import linear, read_file, write_file
@@ -56,7 +57,7 @@ def test_dequantize_makes_the_model_dense(saved: Saved, quantized: Quantized) ->
     model.dequantize()
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert not hasattr(model.config, "quantization_config")
-    assert torch.equal(logits(model), before)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_tensor_is_an_error_also_here(saved: Saved, quantized: Quantized, tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_a_model_in_4_bit_refuses_to_be_saved_by_transformers(
     saved: Saved, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = load(quantized(saved("qwen3"), linear("nvfp4")))
-    with pytest.raises(ValueError, match="not serializable"):
+    with pytest.raises(HalfbyteError, match="saved by copying its checkpoint /"):
         model.save_pretrained(tmp_path)
 
 

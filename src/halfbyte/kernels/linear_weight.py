@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,21 @@ class PackedWeight:
         self._library.unpack(self.native, arrays["codes"], arrays["scales"], arrays.get("offsets"))
         return self._tensor(self.shape, arrays)
 
+    def matrix(self, index: int) -> QuantizedTensor:
+        """One matrix [N, K] of a stack, byte for byte."""
+        whole, shape = self.format.parts(self.shape[-2:]), self.shape[-2:]
+        if self.native.block_rows != 1:
+            return _matrix_of(self.unpack(), index)
+        arrays: dict[str, Any] = {
+            name: np.empty(size, dtype=self._scale_type if name == "scales" else dtype)
+            for name, (dtype, size) in whole.items()
+            if name in ("codes", "scales", "offsets")
+        }
+        chosen = np.arange(shape[0], dtype=np.int64)
+        parts = (arrays["codes"], arrays["scales"], arrays.get("offsets"))
+        self._library.unpack_rows(self.native, index, chosen, *parts)
+        return _matrix_of(self._tensor(self.shape, arrays), index, packed=True)
+
     def rows(self, indices: NDArray[Any], dtype: Any = np.float32) -> NDArray[Any]:
         """Rows of a matrix [N, K] as their codes decode them, rounded to ``dtype``: [..., K] for integers [...].
 
@@ -142,3 +158,12 @@ class PackedWeight:
 
     def __reduce__(self) -> Any:
         raise TypeError("packed weights hold addresses and cannot be pickled; pickle what unpack() gives")
+
+
+def _matrix_of(stack: QuantizedTensor, index: int, packed: bool = False) -> QuantizedTensor:
+    """One matrix of a stack; ``packed``: codes, scales and offsets are those of this matrix already."""
+    alone = ("codes", "scales", "offsets") if packed else ()
+    names = ("codes", "scales", "offsets", "global_scale", "global_scale_inv", "rotation")
+    arrays = {name: getattr(stack, name) for name in names if getattr(stack, name) is not None}
+    parts: dict[str, Any] = {name: a if name in alone else np.asarray(a[index]) for name, a in arrays.items()}
+    return replace(stack, shape=stack.shape[1:], **parts)

@@ -15,9 +15,13 @@ from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.kernels.linear import isa
+from halfbyte.kernels.linear_native import MODES
 from halfbyte.models import Piece
 from halfbyte.runtime.decode import to_torch
-from halfbyte.runtime.remote.halfbyte_quantizer import say_left_out
+from halfbyte.runtime.packed_quantizer import Packing, packing_of
+from halfbyte.runtime.products import Mode
+from halfbyte.runtime.remote.halfbyte_quantizer import METHOD, say_left_out
 from halfbyte.source.checkpoint import Checkpoint
 
 # roles of tensors that a model class may have no place for
@@ -31,16 +35,18 @@ def load(
     dequantize: bool = False,
     device: torch.device | str | None = None,
     revision: str | None = None,
+    mode: str = "exact",
 ) -> Any:
-    """A transformers model, in eval mode, of a plain, ``halfbyte`` or ``compressed-tensors`` checkpoint.
+    """A transformers model, in eval mode, of a plain checkpoint or one of any dialect.
 
     ``path``: folder, .safetensors file beside its config.json, or hub id (with ``revision``). The class is the one
     that config.json names. ``dtype`` (default: the config's) is what weights are rounded to after decoding in FP32.
 
-    Weights of the dialect ``halfbyte`` stay in 4 bit and are decoded layer by layer, expert by expert, in forward;
-    ``dequantize`` makes an ordinary dense model instead. Weights of compressed-tensors checkpoints are decoded by
-    halfbyte while loading: NVFP4 experts are then right, which transformers itself up to 5.23 reads silently wrong
-    (it ignores their global scale, huggingface/transformers#48371).
+    Quantized weights stay as small as they are in the file and are multiplied on the CPU by compiled products
+    (``halfbyte.kernels.linear``) in this ``mode``: "exact", "int8" (activations are rounded to int8 in groups of 32)
+    or "auto". ``dequantize`` makes an ordinary dense model instead. Where there is no compiled product (another
+    ``device``, or a format that has none), weights of the dialect ``halfbyte`` are decoded at every call, which is
+    slow, those of others once, while loading; the log says so.
 
     Nothing is ever initialised at random: CheckpointError if a tensor of the model is missing, has another shape, or
     has no place in it; multi-token-prediction and vision tensors that the class does without are named in the log.
@@ -48,12 +54,18 @@ def load(
     checkpoint = Checkpoint.open(path, revision)
     config, model_class = class_of(checkpoint)
     kind = _torch_dtype(dtype)
+    if mode not in MODES:
+        raise HalfbyteError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    packing = Packing(checkpoint, Mode(mode)) if checkpoint.formats and on_cpu and not dequantize and isa() else None
     if checkpoint.dialect is not None and checkpoint.dialect.name == "halfbyte":
-        model = _strictly(checkpoint, model_class, checkpoint.inventory.root, config=config, dtype=kind or "auto")[0]
+        root = checkpoint.inventory.root
+        with packing_of(packing):
+            model = _strictly(checkpoint, model_class, root, config=config, dtype=kind or "auto")[0]
         if dequantize:
             model.dequantize(kind or model.config.dtype)
     else:
-        model = _dense(checkpoint, config, model_class, kind)
+        model = _from_tensors(checkpoint, config, model_class, kind, packing)
     return model.to(device) if device is not None else model
 
 
@@ -134,13 +146,23 @@ def _strictly(checkpoint: Checkpoint, model_class: Any, *args: Any, **kwargs: An
     return model, report
 
 
-def _dense(checkpoint: Checkpoint, config: Any, model_class: Any, dtype: torch.dtype | None) -> Any:
-    """Every weight decoded, under the names of an unquantized checkpoint, through transformers' own renamings."""
+def _from_tensors(
+    checkpoint: Checkpoint, config: Any, model_class: Any, dtype: torch.dtype | None, packing: Packing | None
+) -> Any:
+    """Weights under the names of an unquantized checkpoint, through transformers' own renamings.
+
+    All that ``packing`` does not take are decoded.
+    """
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    with Reader(checkpoint.inventory) as reader:
-        tensors = {name: LazyTensor(read) for name, read in sources_of(checkpoint, reader)}
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(Reader(checkpoint.inventory))
+        tensors = {name: LazyTensor(read, _kind(checkpoint, read)) for name, read in sources_of(checkpoint, reader)}
+        if packing is not None:
+            packing.tensors = tensors
+            config.quantization_config = {"quant_method": METHOD, **packing.stated()}
+            stack.enter_context(packing_of(packing))
         kind = dtype or getattr(config, "dtype", None) or _dtype(checkpoint)
         model, report = _strictly(checkpoint, model_class, None, config=config, state_dict=tensors, dtype=kind)
     unread = {name for name, tensor in tensors.items() if not tensor.was_read}
@@ -151,8 +173,16 @@ def _dense(checkpoint: Checkpoint, config: Any, model_class: Any, dtype: torch.d
         raise CheckpointError(
             f"{model_class.__name__} has no place for tensors of {checkpoint.inventory.source}: {_some(lost)}"
         )
-    say_left_out(sorted(unread), model_class.__name__)
+    if packing is None:  # what packs has said so
+        say_left_out(sorted(unread), model_class.__name__)
     return model
+
+
+def _kind(checkpoint: Checkpoint, read: Callable[..., Any]) -> str:
+    """The type of what ``sources_of`` reads: stored or decoded."""
+    if isinstance(read, partial) and len(read.args) == 1:
+        return checkpoint.inventory.tensors[read.args[0]].dtype
+    return "F32"
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -165,9 +195,13 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 class LazyTensor:
     """Stands for a tensor that is read when transformers asks for it."""
 
-    def __init__(self, read: Callable[[], NDArray[Any]]) -> None:
-        self.read = read
+    def __init__(self, read: Callable[[], NDArray[Any]], dtype: str = "F32") -> None:
+        self.read, self.dtype = read, dtype
         self.was_read = False
+
+    def get_dtype(self) -> str:
+        """Its type as safetensors spells it."""
+        return self.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         self.was_read = True

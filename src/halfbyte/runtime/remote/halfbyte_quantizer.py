@@ -73,7 +73,7 @@ class HalfbyteQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        stored = _headers(checkpoint_files)
+        stored = self._stored(checkpoint_files)
         mapping = get_model_conversion_mapping(model)
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
@@ -92,7 +92,7 @@ class HalfbyteQuantizer(HfQuantizer):
                 raise ValueError(f"{weight} is converted by {type(model).__name__}, which does not work in 4 bit")
             parts = {part: stored[f"{weight}_{part}"] for part in PARTS if f"{weight}_{part}" in stored}
             path, _, name = target.rpartition(".")
-            quantize_module(model.get_submodule(path), name, self.quantization_config.about(weight), parts)
+            self._install(model.get_submodule(path), name, weight, parts)
             # a checkpoint may hold either of two tied parameters, also the one that transformers ties to the other, or
             # both, of equal codes
             pairs = {t: t if source == target else source for t, source in tied.items() if target in (t, source)}
@@ -102,11 +102,23 @@ class HalfbyteQuantizer(HfQuantizer):
                     tie_module(model.get_submodule(at), own, model.get_submodule(path), name)
                 del tied[key]
                 model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k != key}
-        _be_strict(model)
+        _be_strict(model, self._elsewhere(places))
         if not hasattr(HfQuantizer, "get_new_dtype"):
             # transformers up to 5.20 leaves renamed tensors of a quantized checkpoint in the dtype of the file
             self.pre_quantized = False
         return model
+
+    def _stored(self, checkpoint_files: list[str] | None) -> dict[str, torch.Tensor]:
+        """Names and shapes of the checkpoint's tensors."""
+        return _headers(checkpoint_files)
+
+    def _install(self, module: Any, name: str, weight: str, parts: dict[str, torch.Tensor]) -> None:
+        """Make room for a quantized weight of the checkpoint in the module whose parameter ``name`` it is."""
+        quantize_module(module, name, self.quantization_config.about(weight), parts)
+
+    def _elsewhere(self, places: dict[str, tuple[str, str | None]]) -> set[str]:
+        """Tensors of the checkpoint that transformers need not load; ``places``: where weights belong."""
+        return set()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.pre_quantized = True
@@ -148,13 +160,17 @@ def _headers(files: list[str] | None) -> dict[str, torch.Tensor]:
     return found
 
 
-def _be_strict(model: Any) -> None:
-    """Errors, not a report and random weights, for tensors that are missing, misshapen or quantized without a place."""
+def _be_strict(model: Any, elsewhere: set[str]) -> None:
+    """Errors, not a report and random weights, for tensors that are missing, misshapen or quantized without a place.
+
+    Tensors that are loaded ``elsewhere`` need no place.
+    """
     adjust = model._adjust_missing_and_unexpected_keys
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def adjust_and_check(info: Any) -> None:
         del model._adjust_missing_and_unexpected_keys
+        info.unexpected_keys.difference_update(elsewhere)
         left_out = sorted(info.unexpected_keys)
         adjust(info)
         lost = [name for name in sorted(info.unexpected_keys) if name.endswith(tuple(f"_{part}" for part in PARTS))]
