@@ -114,7 +114,7 @@ def test_folding_is_reported_in_words(
     text = run_text(
         "quantize", demo_model, str(tmp_path / "out"), "--recipe", "ud-mxfp4", "--importance", importance, "--verify"
     )
-    assert "groups folded; weighted error" in text and "unquantized weights in them are rounded again" in text
+    assert "groups smoothed; weighted error" in text and "unquantized weights in them are rounded again" in text
     assert "compared with their AWQ scales applied to the source" in text.splitlines()[-1]
 
 
