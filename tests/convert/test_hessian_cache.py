@@ -162,7 +162,7 @@ def test_one_hessian_is_factored_anew_for_another_method(
 
 
 def test_a_gptq_recipe_without_calibration_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"`rounding: gptq`, but nothing is known .* \(--calibration PATH\)"):
+    with pytest.raises(RecipeError, match=r"`rounding: gptq`, which needs a calibration; give text or statistics \(--calibration PATH\)"):
         halfbyte.plan(MODEL, "nvfp4-gptq")
 
 

@@ -58,7 +58,7 @@ def test_duquant_rotations_are_found_from_each_weights_own_hessian(statistics: P
     plan = halfbyte.plan(MODEL, asking("duquant"), importance=statistics)
     convert(plan, tmp_path / "out")
     assert plan.calibration_use is not None and len(plan.calibration_use.rotated_by_inputs) > 10
-    assert any("rotated by what their inputs are" in note for note in plan.notes)
+    assert any("rotated to fit their inputs" in note for note in plan.notes)
     source, out = Checkpoint.open(MODEL), Checkpoint.open(tmp_path / "out")
     names = {w.role: w for w in source.weights}
     with Reader(source.inventory) as reader, Reader(out.inventory) as written:
@@ -126,7 +126,7 @@ def test_importance_weighs_nothing_that_is_rotated(statistics: Path) -> None:
 
 
 def test_duquant_without_a_calibration_is_refused_or_left_out(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="`transform: duquant`, but nothing is known"):
+    with pytest.raises(RecipeError, match="`transform: duquant`, which needs a calibration"):
         halfbyte.plan(MODEL, asking("duquant"))
     text = "calibration: optional\nrules: [{match: linear, format: mxfp4, transform: duquant, if_not_divisible: keep}]"
     plan = halfbyte.plan(MODEL, parse_recipe(text, "t", "t"))

@@ -67,7 +67,7 @@ def test_a_recipe_that_says_nothing_weighs_every_search_with_a_choice(moe: Path)
     plan = plan_with(moe, SWEEP)
     quantized = {item.weight.name for item in plan.items if item.action == "quantize"}
     assert weighted(plan) == quantized and not plan.smoothings
-    assert note(plan, "importance") == f"importance weighs the errors of {len(quantized)} of {len(quantized)} searches"
+    assert note(plan, "importance") == f"importance weights the errors of {len(quantized)} of {len(quantized)} searches"
 
 
 def test_weights_are_weighted_in_the_output(moe: Path, tmp_path: Path) -> None:

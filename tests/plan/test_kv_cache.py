@@ -150,7 +150,7 @@ def test_verify_notices_what_is_wrong_with_them(made: Path, tmp_path: Path) -> N
 
 
 def test_without_a_calibration_it_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"says `kv_cache: fp8`, but nothing is known .*\(--calibration PATH\)"):
+    with pytest.raises(RecipeError, match=r"says `kv_cache: fp8`, but there is no calibration .*\(--calibration PATH\)"):
         halfbyte.plan(MODEL, _recipe(), dialect=CT)
 
 
@@ -165,7 +165,7 @@ def test_with_an_importance_file_alone_it_is_refused() -> None:
 def test_statistics_of_an_older_halfbyte_are_refused(tmp_path: Path) -> None:
     folder = statistics(tmp_path / "s", caches={})
     write_about(folder, {key: value for key, value in read_about(folder).items() if key != "caches"})
-    with pytest.raises(RecipeError, match="s is of an older halfbyte, without keys and values; calibrate again"):
+    with pytest.raises(RecipeError, match="s comes from an older halfbyte, without keys and values; calibrate again"):
         halfbyte.plan(MODEL, _recipe(), dialect=CT, importance=folder)
 
 

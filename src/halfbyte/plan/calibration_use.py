@@ -61,11 +61,11 @@ class CalibrationUse:
         if self.rounded:
             notes.append(f"{len(self.rounded)} weights are rounded with Hessians")
         if total:
-            notes.append(f"importance weighs the errors of {len(self.weighted)} of {total} searches")
+            notes.append(f"importance weights the errors of {len(self.weighted)} of {total} searches")
         elif not (self.rounded or self.rotated_by_inputs):
-            notes.append("no search of the recipe has a choice, so importance weighs no errors")
+            notes.append("no search of the recipe has more than one candidate, so importance has no effect")
         if self.rotated_by_inputs:
-            notes.append(f"blocks of {len(self.rotated_by_inputs)} weights are rotated by what their inputs are")
+            notes.append(f"blocks of {len(self.rotated_by_inputs)} weights are rotated to fit their inputs")
         if self.rotated_by_hadamard:
             notes.append(f"no Hessian for {_some(self.rotated_by_hadamard)}: rotated by the Hadamard matrix")
         if self.unrounded:
@@ -135,9 +135,8 @@ def check_calibration(recipe: Recipe, items: Iterable[Item], decisions: Iterable
         return None
     file = "" if asked.method else "an importance file (--importance FILE) or "
     return Refusal(
-        f"rule {asked.rule} of recipe {recipe.name} says `{_wish(asked)}`, but nothing is known of the model's "
-        f"activations; give {file}a text or statistics (--calibration PATH), or say `calibration: optional` in "
-        "the recipe",
+        f"rule {asked.rule} of recipe {recipe.name} says `{_wish(asked)}`, which needs a calibration; "
+        f"give {file}text or statistics (--calibration PATH), or set `calibration: optional` in the recipe",
         RecipeError,
     )
 
@@ -265,8 +264,8 @@ def _rotated_by_hessians(
             (result.known if reached and any(reached) else result.unknown).append(item.weight.name)
     if result.unknown and not result.known and recipe.calibration == "required":
         raise RecipeError(
-            f"recipe {recipe.name} rotates weights by what their inputs are, but {calibration.name} holds no "
-            "Hessians for them; collect them with `halfbyte calibrate`, or say `transform: hadamard`"
+            f"recipe {recipe.name} rotates weights to fit their inputs, but {calibration.name} holds no "
+            "Hessians for them; collect them with `halfbyte calibrate`, or use `transform: hadamard`"
         )
     return result
 

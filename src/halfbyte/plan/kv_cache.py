@@ -187,13 +187,13 @@ def check_statistics(recipe: Recipe, calibration: Calibration | None) -> Refusal
     if statistics is not None and statistics.about.get("caches"):
         return None
     if calibration is None:
-        why = "nothing is known of the model's keys and values; give a text or statistics (--calibration PATH)"
+        why = "there is no calibration of keys and values; give text or statistics (--calibration PATH)"
     elif statistics is None:
-        why = f"{calibration.name} is an importance file, without keys and values; give a text or statistics instead"
+        why = f"{calibration.name} is an importance file, without keys and values; give text or statistics instead"
     else:
-        why = f"{calibration.name} is of an older halfbyte, without keys and values; calibrate again"
+        why = f"{calibration.name} comes from an older halfbyte, without keys and values; calibrate again"
     return Refusal(
-        f"recipe {recipe.name} says `kv_cache: {recipe.kv_cache}`, but {why}, or say `calibration: optional` in the "
+        f"recipe {recipe.name} says `kv_cache: {recipe.kv_cache}`, but {why}, or set `calibration: optional` in the "
         "recipe",
         RecipeError,
     )
