@@ -162,7 +162,8 @@ def test_one_hessian_is_factored_anew_for_another_method(
 
 
 def test_a_gptq_recipe_without_calibration_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"`rounding: gptq`, which needs a calibration; give text or statistics \(--calibration PATH\)"):
+    message = r"`rounding: gptq`, which needs a calibration; give text or statistics \(--calibration PATH\)"
+    with pytest.raises(RecipeError, match=message):
         halfbyte.plan(MODEL, "nvfp4-gptq")
 
 

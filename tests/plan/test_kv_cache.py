@@ -150,7 +150,9 @@ def test_verify_notices_what_is_wrong_with_them(made: Path, tmp_path: Path) -> N
 
 
 def test_without_a_calibration_it_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"says `kv_cache: fp8`, but there is no calibration .*\(--calibration PATH\)"):
+    with pytest.raises(
+        RecipeError, match=r"says `kv_cache: fp8`, but there is no calibration .*\(--calibration PATH\)"
+    ):
         halfbyte.plan(MODEL, _recipe(), dialect=CT)
 
 
