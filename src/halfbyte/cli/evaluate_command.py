@@ -57,6 +57,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     on.add_argument(
         "--errors", action="store_true", help="also measure the error of every tensor, like `halfbyte errors`"
     )
+    on.add_argument(
+        "--mtp",
+        metavar="K",
+        type=positive,
+        nargs="?",
+        const=3,
+        default=0,
+        help="let the multi-token-prediction head draft K tokens (default 3) and count those that its model accepts",
+    )
     on.add_argument("--importance", metavar="FILE", help="importance file that weights these errors")
     how = parser.add_argument_group("computation")
     how.add_argument(
@@ -101,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         tasks=tuple(name for name in (args.tasks or "").split(",") if name),
         questions=args.questions,
         limit=args.limit,
+        drafts=args.mtp,
         errors=args.errors,
         importance=args.importance,
     )
@@ -126,12 +136,35 @@ def show(document: dict[str, Any]) -> None:
     rows, floor = document["rows"], document["noise_floor"]
     if any(row["protocol"] or row["kl"] or row["invalid"] for row in rows):
         _show_rows(rows, floor)
+    _show_drafts(rows)
     for name in dict.fromkeys(name for row in rows for name in row["tasks"]):
         _show_task(name, document)
     for line in _protocols(rows):
         say(line)
     for sentence in invalid(document):
         say(f"not valid   {sentence}")
+
+
+def _show_drafts(rows: list[dict[str, Any]]) -> None:
+    """What the multi-token-prediction heads are worth."""
+    measured = [(row["name"], row["mtp_drafts"]) for row in rows if row["mtp_drafts"]]
+    if not measured:
+        return
+    most = max(len(drafts["accepted"]) for _, drafts in measured)
+    table(
+        ["checkpoint", *(f">{k} accepted" for k in range(1, most + 1)), ">tokens per step"],
+        [
+            [name, *(f"{100 * share:.1f} %" for share in drafts["accepted"]), f"{drafts['tokens_per_step']:.2f}"]
+            for name, drafts in measured
+        ],
+    )
+    first = measured[0][1]
+    say(
+        "",
+        f"drafts of the multi-token-prediction head, greedy: {first['positions']:,} positions in continuations of "
+        f"{first['prompts']} prompts of {first['prompt_length']} tokens by {first['continuation']}",
+        "",
+    )
 
 
 def _show_rows(rows: list[dict[str, Any]], floor: dict[str, Any] | None) -> None:

@@ -166,28 +166,33 @@ class _Run:
             "activations": None if is_source else s.activations,
         }
         try:
-            scores, tasks = self._run(index)
+            scores, tasks, drafts = self._run(index)
             row["invalid"] = None
         except MeasurementError as error:
             if is_source:
                 raise
-            scores, tasks, row["invalid"] = {}, {}, str(error)
+            scores, tasks, drafts, row["invalid"] = {}, {}, None, str(error)
         entry = self._scored(row, scores)
         summarize(entry)
-        row |= {"tasks": tasks, "errors": None if is_source or not s.errors else self._errors(index)}
+        row |= {
+            "tasks": tasks,
+            "mtp_drafts": drafts,
+            "errors": None if is_source or not s.errors else self._errors(index),
+        }
         row["seconds"] = round(time.monotonic() - began, 3)
         return entry
 
-    def _run(self, index: int) -> tuple[dict[int, TokenScores], dict[str, Any]]:
-        """Scores by passage and answers by task of one checkpoint."""
+    def _run(self, index: int) -> tuple[dict[int, TokenScores], dict[str, Any], dict[str, Any] | None]:
+        """Scores by passage, answers by task, and accepted drafts of one checkpoint."""
         s, path, checkpoint = self.settings, self.paths[index], self.checkpoints[index]
         is_source = self.compare and index == 0
         scores: dict[int, TokenScores] = {}
         tasks: dict[str, Any] = {}
+        drafts: dict[str, Any] | None = None
         if is_source:
             scores = self._stored_source()
         activations = None if is_source else s.activations
-        if len(scores) < len(self.passages) or s.tasks:
+        if len(scores) < len(self.passages) or s.tasks or s.drafts:
             with opened(path, s.dtype, s.dequantize, s.device) as model:
                 if activations:
                     from halfbyte.evaluate.emulated_activations import round_activations
@@ -199,7 +204,11 @@ class _Run:
                         scores[id(passage)] = self._score(model, passage, index)
                 if s.tasks:
                     tasks = self._answer(model, index)
-        return scores, tasks
+                if s.drafts:
+                    from halfbyte.evaluate.draft_acceptance import measure_drafts
+
+                    drafts = measure_drafts(model, checkpoint, self.passages[0].tokens, s.drafts)
+        return scores, tasks, drafts
 
     def _scored(self, row: dict[str, Any], scores: dict[int, TokenScores]) -> Scored:
         """A row with its scores; without any where it is not valid."""

@@ -48,7 +48,7 @@ class Settings(TextSettings):
     (nvfp4, mxfp4, fp8) are rounded where weights are quantized; ``dequantize`` decodes weights once. ``noise_floor``:
     measure the source against itself in another dtype. ``tasks`` of lm-evaluation-harness, with the ``questions`` of
     mmlu_pro (a JSON lines file) and at most ``limit`` of them. ``errors``: also compare tensors, weighted by the file
-    ``importance``.
+    ``importance``. ``drafts``: also let the multi-token-prediction head draft so many tokens.
     """
 
     conversations: str | Path | None = None
@@ -61,4 +61,5 @@ class Settings(TextSettings):
     questions: str | Path | None = None
     limit: int | None = None
     errors: bool = False
+    drafts: int = 0
     importance: str | Path | None = None
