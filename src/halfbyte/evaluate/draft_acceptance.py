@@ -21,8 +21,12 @@ MOST_DRAFTS = 8
 
 
 @torch.no_grad()
-def measure_drafts(model: Any, checkpoint: Checkpoint, tokens: list[int], drafts: int) -> dict[str, Any]:
+def measure_drafts(
+    model: Any, checkpoint: Checkpoint, tokens: list[int], drafts: int, bos: int | None = None
+) -> dict[str, Any]:
     """Acceptance of 1..``drafts`` drafted tokens on continuations of prompts that are cut from ``tokens``.
+
+    ``bos`` takes the place of each prompt's first token.
 
     Returns ``accepted`` (the share of positions at which the first k drafts are all right, k = 1..drafts),
     ``tokens_per_step`` (what a step of the model then yields), ``positions``, and how it was measured.
@@ -30,7 +34,10 @@ def measure_drafts(model: Any, checkpoint: Checkpoint, tokens: list[int], drafts
     if not 1 <= drafts <= MOST_DRAFTS:
         raise HalfbyteError(f"the number of drafts must be between 1 and {MOST_DRAFTS}, not {drafts}")
     head = DraftHead(checkpoint, model)
-    prompts = prompts_of(tokens).to(next(model.parameters()).device)
+    prompts = prompts_of(tokens)
+    if bos is not None:
+        prompts[:, 0] = bos
+    prompts = prompts.to(next(model.parameters()).device)
     written = continue_greedily(model, prompts, CONTINUATION)
     right = torch.cat([_right_drafts(head, model, row[None], prompts.shape[1], drafts) for row in written])
     accepted = [round(float((right >= k).double().mean()), 4) for k in range(1, drafts + 1)]

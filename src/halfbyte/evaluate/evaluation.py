@@ -207,7 +207,8 @@ class _Run:
                 if s.drafts:
                     from halfbyte.evaluate.draft_acceptance import measure_drafts
 
-                    drafts = measure_drafts(model, checkpoint, self.passages[0].tokens, s.drafts)
+                    passage = self.passages[0]
+                    drafts = measure_drafts(model, checkpoint, passage.tokens, s.drafts, passage.bos)
         return scores, tasks, drafts
 
     def _scored(self, row: dict[str, Any], scores: dict[int, TokenScores]) -> Scored:
