@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dialects.gguf_models import SPLIT, checkpoint, tokenizer
+from halfbyte.checkpoint.foreign import Fields
 from halfbyte.dialects.gguf_vocab import pre_tokenizer
 from halfbyte.errors import PlanError
 from small_models import linear, run
@@ -25,13 +26,13 @@ def metadata(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["qwen2", "llama-bpe", "gpt-4o", "tekken"])
 def test_the_regular_expression_names_the_pre_tokenizer(name: str) -> None:
-    assert pre_tokenizer(tokenizer(name), "here") == name
+    assert pre_tokenizer(Fields(tokenizer(name), "here"), "here") == name
 
 
 def test_llama_3_rules_without_whole_words_have_another_name() -> None:
     table = tokenizer("llama-bpe")
     table["model"]["ignore_merges"] = False
-    assert pre_tokenizer(table, "here") == "smaug-bpe"
+    assert pre_tokenizer(Fields(table, "here"), "here") == "smaug-bpe"
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,8 @@ def test_llama_3_rules_without_whole_words_have_another_name() -> None:
     ],
 )
 def test_byte_level_splitting_of_gpt_2(steps: list[dict[str, Any]], name: str) -> None:
-    assert pre_tokenizer({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}, "here") == name
+    table = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}
+    assert pre_tokenizer(Fields(table, "here"), "here") == name
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_byte_level_splitting_of_gpt_2(steps: list[dict[str, Any]], name: str) -
 )
 def test_other_pre_tokenizers_are_refused(steps: list[dict[str, Any]]) -> None:
     with pytest.raises(PlanError, match="splits text in a way that is not known"):
-        pre_tokenizer({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}, "here")
+        pre_tokenizer(Fields({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}, "here"), "here")
 
 
 def test_tokens_beyond_the_tokenizer_are_padded(tmp_path: Path) -> None:

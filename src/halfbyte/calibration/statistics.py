@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from halfbyte.calibration.importance import Importance
 from halfbyte.checkpoint import ShardWriter, TensorInfo, build_header, numpy_dtype, write_file_atomic
-from halfbyte.checkpoint.files import parse_object, reason
+from halfbyte.checkpoint.files import parse_object, read_small
 from halfbyte.checkpoint.header import read_header
 from halfbyte.checkpoint.identity import identities
 from halfbyte.errors import CheckpointError, MeasurementError, OutputError
@@ -65,9 +65,9 @@ def write_about(folder: Path, about: Mapping[str, Any]) -> None:
 def read_about(folder: Path) -> dict[str, Any]:
     """What the statistics in a folder are of; CheckpointError if it holds none."""
     try:
-        raw = (folder / ABOUT).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{folder} holds no statistics of activations ({reason(error)})") from error
+        raw = read_small(folder / ABOUT)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} holds no statistics of activations: {error}") from error
     about = parse_object(raw, str(folder / ABOUT))
     if about.get("kind") != _KIND or about.get("version") != VERSION:
         raise CheckpointError(f"{folder / ABOUT} is not of this halfbyte; collect the statistics again")

@@ -38,6 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the card; say what it lacks, and what it replaces."""
     from halfbyte.checkpoint import write_file_atomic
+    from halfbyte.checkpoint.files import read_small
     from halfbyte.report.model_card import model_card
     from halfbyte.verify.checksums import update_checksum
     from halfbyte.verify.output_folder import CARD_MARK
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         place=args.repository,
     )
     path = Path(args.output) if args.output else Path(args.out) / "README.md"
-    replaced = path.is_file() and CARD_MARK.encode() not in path.read_bytes()
+    replaced = path.is_file() and CARD_MARK.encode() not in read_small(path)
     write_file_atomic(path, card.text.encode())
     if path.parent.resolve() == Path(args.out).resolve():
         update_checksum(path.parent, path.name)

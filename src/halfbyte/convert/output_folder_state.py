@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import Journal, prepare_output
+from halfbyte.checkpoint.files import parse_object, read_small
 from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.checkpoint.journal import NAME, check_output
 from halfbyte.checkpoint.lock import FOLDER, remove_leftovers, remove_remains
-from halfbyte.errors import OutputError
+from halfbyte.errors import CheckpointError, OutputError
 from halfbyte.plan.conversion_plan import PROVENANCE, Plan
 
 
@@ -75,7 +75,7 @@ def continue_or_begin(
 
 def _provenance(out: Path) -> dict[str, Any]:
     try:
-        content = json.loads((out / PROVENANCE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = parse_object(read_small(out / PROVENANCE), PROVENANCE)
+    except CheckpointError:
         return {}
-    return content if isinstance(content, dict) and isinstance(content.get("source"), dict) else {}
+    return content if isinstance(content.get("source"), dict) else {}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
+from halfbyte.checkpoint.foreign import Fields
 from halfbyte.dialects.capabilities import Package
 from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.gguf_blocks import BLOCKS
@@ -99,13 +100,11 @@ class GgufModelDialect(GgufDialect):
 
 
 def _heads(inventory: Inventory) -> tuple[int, int]:
-    config = inventory.config
-    try:
-        queries = int(config["num_attention_heads"])
-        keys = int(config.get("num_key_value_heads") or queries)
-    except (KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"config.json of {inventory.source} does not say num_attention_heads") from error
-    return queries, keys
+    fields = Fields(inventory.config, f"config.json of {inventory.source}")
+    queries = fields.count("num_attention_heads", least=1)
+    if queries is None:
+        raise PlanError(f"config.json of {inventory.source} does not say num_attention_heads")
+    return queries, fields.count("num_key_value_heads") or queries
 
 
 GGUF = register_dialect(GgufDialect())

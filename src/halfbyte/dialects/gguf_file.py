@@ -12,6 +12,7 @@ import numpy as np
 from halfbyte.checkpoint import Inventory, Layout, Reader, nbytes
 from halfbyte.dialects.gguf_metadata import describe, general, rope_factors
 from halfbyte.dialects.gguf_models import Model, library
+from halfbyte.dialects.gguf_source import library_reads
 from halfbyte.dialects.gguf_vocab import add_tokenizer
 from halfbyte.dialects.outputs import Container, OutputTensor
 from halfbyte.errors import PlanError
@@ -43,9 +44,10 @@ class GgufContainer(Container):
         self._gguf = library()
         self._types = types
         self._stem = f"{model_name(inventory)}-{recipe}"
-        self._rope = rope_factors(inventory.config, model)
+        self._rope = rope_factors(inventory.config, model, inventory.source)
         self.writer = metadata(inventory, model, main_type(types, outputs), self._infos(outputs))
-        self.overhead = len(self._header(self.writer, []))
+        with library_reads(inventory):
+            self.overhead = len(self._header(self.writer, []))
 
     def name(self, number: int, count: int) -> str:
         """Name files as llama.cpp names its splits."""
@@ -110,11 +112,12 @@ def metadata(
     counted = gguf.GGUFWriter(None, model.name)
     add_infos(counted, infos)
     writer = gguf.GGUFWriter(None, model.name)
-    general(writer, inventory.root, model_name(inventory), counted.get_total_parameter_count())
-    describe(writer, inventory, model)
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[main]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, inventory)
+    with library_reads(inventory):
+        general(writer, inventory.root, model_name(inventory), counted.get_total_parameter_count())
+        describe(writer, inventory, model)
+        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[main]])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_tokenizer(writer, inventory)
     return writer
 
 
@@ -130,7 +133,7 @@ def metadata_differences(output: Inventory, source: Inventory, model: Model) -> 
             problems.append(f"the metadata lacks {key}")
         elif not _alike(stated[key], value.value):
             problems.append(f"{key} of the metadata is not what the source gives")
-    rope = rope_factors(source.config, model)
+    rope = rope_factors(source.config, model, source.source)
     info = output.tensors.get(_ROPE)
     if (rope is None) != (info is None):
         problems.append(f"{_ROPE} is {'missing' if info is None else 'there'}, which does not fit the source")

@@ -6,14 +6,15 @@ pre-tokenizer that tokenizer.json states, whatever the vocabulary; a pre-tokeniz
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
+from halfbyte.checkpoint.foreign import Fields
 from halfbyte.dialects.gguf_metadata import rows_of
 from halfbyte.dialects.gguf_models import library
+from halfbyte.dialects.gguf_source import read_tokenizer
 from halfbyte.errors import PlanError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -50,33 +51,22 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 def add_tokenizer(writer: Any, inventory: Inventory) -> None:
     """Tokens, merges or scores, special tokens and the chat template; PlanError for a tokenizer that is not known."""
     gguf = library()
-    assert inventory.root is not None
-    path = inventory.root / "tokenizer.json"
-    if not path.is_file():
-        raise PlanError(
-            f"{inventory.source} has no tokenizer.json, which a GGUF file must hold; save the tokenizer with "
-            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
-    try:
-        table = json.loads(path.read_bytes())
-        model, added = table["model"], table.get("added_tokens") or []
-        tokens = {int(i): str(text) for text, i in model["vocab"].items()}
-        tokens |= {int(a["id"]): str(a["content"]) for a in added}
-        specials = {int(a["id"]): bool(a.get("special")) for a in added}
-        pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"tokenizer.json of {inventory.source} is no BPE tokenizer, which GGUF needs here") from error
-    if model.get("type", "BPE") != "BPE":
-        raise PlanError(f"the tokenizer of {inventory.source} is {model['type']}; GGUF is written for BPE tokenizers")
+    table = read_tokenizer(inventory)
+    model = table.fields("model")
+    if model.text("type", "BPE") != "BPE":
+        kind = model.text("type")[:80]
+        raise PlanError(f"the tokenizer of {inventory.source} is {kind}; GGUF is written for BPE tokenizers")
+    tokens, specials = _tokens(table)
+    pairs = _pairs(model)
     count = rows_of(inventory, "model.embed_tokens.weight")
     if tokens and max(tokens) >= count:
         raise PlanError(f"the tokenizer of {inventory.source} has more tokens than the embedding has rows ({count})")
-    sentencepiece = bool(model.get("byte_fallback")) and not _has_bytes(table)
+    sentencepiece = model.flag("byte_fallback") and not _has_bytes(table)
     texts, types = [], []
     for i in range(count):
         text = tokens.get(i)
         texts.append(f"[PAD{i}]" if text is None else text)
-        types.append(_type(gguf.TokenType, i, text, specials, model.get("unk_token") if sentencepiece else None))
+        types.append(_type(gguf.TokenType, i, text, specials, model.text("unk_token") if sentencepiece else None))
     if sentencepiece:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -88,6 +78,7 @@ def add_tokenizer(writer: Any, inventory: Inventory) -> None:
         writer.add_tokenizer_pre(pre_tokenizer(table, inventory.source))
         writer.add_token_list(texts)
     writer.add_token_types(types)
+    assert inventory.root is not None
     special = gguf.SpecialVocab(inventory.root, load_merges=not sentencepiece, n_vocab=count)
     special.add_to_gguf(writer, quiet=True)
     # what llama.cpp assumes where nothing is said depends on the kind of tokenizer
@@ -96,20 +87,49 @@ def add_tokenizer(writer: Any, inventory: Inventory) -> None:
             getattr(writer, f"add_add_{which}_token")(False)
 
 
-def pre_tokenizer(table: Mapping[str, Any], source: str) -> str:
+def _tokens(table: Fields) -> tuple[dict[int, str], dict[int, bool]]:
+    """Texts by number, and which of the added ones are special."""
+    vocabulary = table.fields("model").fields("vocab")
+    numbers = {text: vocabulary.count(text) for text in vocabulary.values}
+    if not numbers or None in numbers.values():
+        raise PlanError(f"{table.file} has no vocabulary that numbers its tokens, which GGUF needs")
+    tokens = {number: text for text, number in numbers.items() if number is not None}
+    specials: dict[int, bool] = {}
+    for added in table.objects("added_tokens"):
+        number = added.count("id")
+        if number is None or "content" not in added:
+            raise PlanError(f"{added.path} in {table.file} has no id or no content")
+        tokens[number], specials[number] = added.text("content"), added.flag("special")
+    return tokens, specials
+
+
+def _pairs(model: Fields) -> list[tuple[str, ...]]:
+    """The merges, which are "a b" or ["a", "b"]."""
+    merges = model.values.get("merges")
+    if merges is None:
+        return []
+    if not isinstance(merges, list):
+        raise model.wrong("merges", "a list of pairs")
+    pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else m for m in merges]
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise model.wrong("merges", "a list of pairs")
+    return [tuple(pair) for pair in pairs]
+
+
+def pre_tokenizer(table: Fields, source: str) -> str:
     """llama.cpp's name for the way in which a byte-level tokenizer splits text; PlanError if it has none."""
-    steps = _steps(table.get("pre_tokenizer"))
-    kinds = [step.get("type") for step in steps]
+    steps = _steps(table.fields("pre_tokenizer"))
+    kinds = [step.text("type") for step in steps]
     known = None
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        pattern = steps[0].get("pattern") or {}
-        if steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
-            known = _SPLITS.get(pattern.get("Regex", ""))
-    elif kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
+    if kinds == ["Split", "ByteLevel"] and not steps[1].flag("use_regex", True):
+        if steps[0].text("behavior") == "Isolated" and not steps[0].flag("invert"):
+            known = _SPLITS.get(steps[0].fields("pattern").text("Regex"))
+    elif kinds == ["ByteLevel"] and steps[0].flag("use_regex", True) and not steps[0].flag("add_prefix_space"):
         known = "gpt-2"
-    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+    elif kinds == ["Digits", "ByteLevel"] and steps[0].flag("individual_digits") and steps[1].flag("use_regex", True):
         known = "smollm"
-    if known == "llama-bpe" and not table["model"].get("ignore_merges"):
+    if known == "llama-bpe" and not table.fields("model").flag("ignore_merges"):
         # the same rules, but words that are tokens are still put together by merges
         known = "smaug-bpe"
     if known is None:
@@ -122,32 +142,30 @@ def pre_tokenizer(table: Mapping[str, Any], source: str) -> str:
 
 def tokenizer_remarks(inventory: Inventory) -> list[str]:
     """Where llama.cpp may split text into other tokens."""
-    assert inventory.root is not None
-    table = json.loads((inventory.root / "tokenizer.json").read_bytes())
-    kinds = [step.get("type") for step in _steps(table.get("normalizer"), "normalizers")]
+    kinds = [step.text("type") for step in _steps(read_tokenizer(inventory).fields("normalizer"), "normalizers")]
     form = next((kind for kind in kinds if kind in ("NFC", "NFD", "NFKC", "NFKD")), None)
     if form is None:
         return []
     return [f"the tokenizer brings text into the form {form} and llama.cpp does not: other text may get other tokens"]
 
 
-def _steps(part: Any, inner: str = "pretokenizers") -> list[dict[str, Any]]:
+def _steps(part: Fields, inner: str = "pretokenizers") -> list[Fields]:
     if not part:
         return []
-    return list(part[inner]) if part.get("type") == "Sequence" else [part]
+    return part.objects(inner) if part.text("type") == "Sequence" else [part]
 
 
-def _has_bytes(table: Mapping[str, Any]) -> bool:
-    return any(step.get("type") == "ByteLevel" for step in _steps(table.get("pre_tokenizer")))
+def _has_bytes(table: Fields) -> bool:
+    return any(step.text("type") == "ByteLevel" for step in _steps(table.fields("pre_tokenizer")))
 
 
-def _prefix(table: Mapping[str, Any]) -> bool:
+def _prefix(table: Fields) -> bool:
     """Whether a space is put before the text."""
-    for step in (*_steps(table.get("normalizer"), "normalizers"), *_steps(table.get("pre_tokenizer"))):
-        if step.get("type") == "Prepend":
+    for step in (*_steps(table.fields("normalizer"), "normalizers"), *_steps(table.fields("pre_tokenizer"))):
+        if step.text("type") == "Prepend":
             return True
-        if step.get("type") == "Metaspace":
-            return step.get("prepend_scheme", "always") != "never"
+        if step.text("type") == "Metaspace":
+            return step.text("prepend_scheme", "always") != "never"
     return False
 
 

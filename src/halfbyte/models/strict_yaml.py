@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -42,9 +44,21 @@ def load_yaml(text: str) -> Any:
     """
     if len(text) > MAX_LENGTH:
         raise ValueError(f"it has more than {MAX_LENGTH} characters")
-    try:
-        _check_depth(text)
+    with _sentences():
+        _check_events(text)
         return yaml.load(text, Loader=_StrictLoader)
+
+
+def check_yaml(text: str) -> None:
+    """Raise `ValueError` for YAML that is no YAML, has tags, is nested deeply or stands for an endless value."""
+    with _sentences():
+        _check_events(text)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    try:
+        yield
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{line}{error.problem or error.context or 'not valid YAML'}") from None
@@ -56,7 +70,7 @@ def load_yaml(text: str) -> Any:
         raise ValueError(f"a value does not fit its tag ({type(error).__name__}: {error})") from None
 
 
-def _check_depth(text: str) -> None:
+def _check_events(text: str) -> None:
     """Look through the document's events, which need no recursion, before anything is composed of them."""
     depth, anchored = 0, 0  # the depth at which an anchor's collection begins
     for event in yaml.parse(text, Loader=_StrictLoader):

@@ -20,11 +20,12 @@ from pydantic import (
     model_validator,
 )
 
-from halfbyte.errors import RecipeError
+from halfbyte.checkpoint.files import read_small
+from halfbyte.errors import CheckpointError, RecipeError
 from halfbyte.formats.rotation import ROTATIONS
 from halfbyte.models.regex import REGEX, check_expression
 from halfbyte.models.roles import ROLES, is_known
-from halfbyte.models.strict_yaml import load_yaml
+from halfbyte.models.strict_yaml import MAX_LENGTH, load_yaml
 from halfbyte.recipes.old_keys import replace_old_keys
 
 ALIASES = ("linear", "all")
@@ -208,9 +209,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"} or path.name != str(name_or_path) or path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            text = read_small(path, MAX_LENGTH).decode("utf-8")
+        except (CheckpointError, UnicodeDecodeError) as error:
+            reason = str(error) if isinstance(error, CheckpointError) else "it is not UTF-8 text"
             raise RecipeError(f"the recipe {path} cannot be read: {reason}") from None
         return parse_recipe(text, str(path), path.stem)
     wanted = str(name_or_path).lower().replace("_", "-")

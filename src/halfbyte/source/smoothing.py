@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Layout, Reader, build_header, nbytes
+from halfbyte.checkpoint.files import read_small
 from halfbyte.checkpoint.header import read_header
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.arrays import Floats
@@ -77,10 +78,10 @@ def layout(groups: Sequence[SmoothingGroup]) -> Layout:
 
 def read_scales(path: Path) -> dict[str, Floats]:
     """The scales of a file, by group; CheckpointError where it is damaged."""
-    tensors, metadata, _ = read_header(path, path.name)
+    tensors, metadata, size = read_header(path, path.name)
     if {key: metadata.get(key) for key in _KIND} != _KIND:
         raise CheckpointError(f"{path.name} is not the file of scales that this release writes")
-    data, scales = path.read_bytes(), {}
+    data, scales = read_small(path, size), {}
     for tensor in tensors:
         if tensor.dtype != "F32":
             raise CheckpointError(f"{tensor.name} in {path.name} is {tensor.dtype}, not F32")

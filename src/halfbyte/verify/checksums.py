@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from halfbyte.checkpoint import write_file_atomic
-from halfbyte.checkpoint.files import parse_object, reason
+from halfbyte.checkpoint.files import parse_object, read_small, reason
 from halfbyte.checkpoint.stream_hash import hash_path
 from halfbyte.errors import CheckpointError, VerifyError
 from halfbyte.plan import sealed_provenance
@@ -40,7 +40,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = parse_object(path.read_bytes(), PROVENANCE)
+        content = parse_object(read_small(path), PROVENANCE)
     except (CheckpointError, OSError) as error:
         raise VerifyError(f"{path} cannot be used ({error}); convert again") from error
     sealed_provenance.check_keys(content, str(path))
@@ -52,7 +52,7 @@ def check_files(folder: Path, record: dict[str, Any], report: Callable[[int], No
     result = Checksums(stated="files" in record)
     if not result.stated:
         return result
-    if not sealed_provenance.is_sealed((folder / PROVENANCE).read_bytes()):
+    if not sealed_provenance.is_sealed(read_small(folder / PROVENANCE)):
         result.problems.append(f"{PROVENANCE} is not what was written: its own SHA-256 differs")
     stated = _stated(record["files"], result.problems)
     with ThreadPoolExecutor(min(4, cores())) as pool:
@@ -78,7 +78,7 @@ def stated_bytes(folder: Path) -> int:
 def update_checksum(folder: Path, name: str) -> bool:
     """Note the SHA-256 of a file that was replaced on purpose, as a model card is; False where none are noted."""
     record = read_provenance(folder)
-    if "files" not in record or not sealed_provenance.is_sealed((folder / PROVENANCE).read_bytes()):
+    if "files" not in record or not sealed_provenance.is_sealed(read_small(folder / PROVENANCE)):
         return False
     path = folder / name
     record["files"][name] = {"bytes": path.stat().st_size, "sha256": hash_path(path)}

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.files import read_small
 from halfbyte.checkpoint.journal import NAME
 from halfbyte.checkpoint.lock import FOLDER
+from halfbyte.checkpoint.stream_hash import hash_path
 from halfbyte.dialects import unquantized_config
 from halfbyte.errors import HalfbyteError, VerifyError
 from halfbyte.plan.conversion_plan import INDEX, PROVENANCE
@@ -51,9 +53,9 @@ def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> li
         path = ours.root / name
         if not path.is_file():
             problems.append(f"the side file {name} of the source is missing")
-        elif name == "README.md" and CARD_MARK.encode() in path.read_bytes():
+        elif name == "README.md" and CARD_MARK.encode() in read_small(path):
             continue
-        elif path.stat().st_size != size or path.read_bytes() != (source.root / name).read_bytes():
+        elif path.stat().st_size != size or hash_path(path) != hash_path(source.root / name):
             problems.append(f"the side file {name} differs from the source")
     stray = [name for name in ours.ignored_files if name.endswith(".safetensors")]
     if stray:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import Reader
-from halfbyte.checkpoint.files import parse_json
+from halfbyte.checkpoint.files import parse_json, read_small
 from halfbyte.checkpoint.writer import bytes_of
 from halfbyte.convert.encode_slice import Context
 from halfbyte.convert.work_unit import WorkUnit
@@ -64,7 +64,7 @@ def _differing_files(plan: Plan, folder: Path, output: Checkpoint) -> list[str]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif parse_json(path.read_bytes(), name) != json.loads(content):
+        elif parse_json(read_small(path), name) != json.loads(content):
             problems.append(f"{name} is not what the recorded recipe gives")
     return problems
 
