@@ -12,7 +12,7 @@ import numpy as np
 from halfbyte.checkpoint import Inventory, Layout, Reader, nbytes
 from halfbyte.dialects.gguf_metadata import describe, general, rope_factors
 from halfbyte.dialects.gguf_models import Model, library
-from halfbyte.dialects.gguf_source import library_reads
+from halfbyte.dialects.gguf_source import library_reads, read_tokenizer
 from halfbyte.dialects.gguf_vocab import add_tokenizer
 from halfbyte.dialects.outputs import Container, OutputTensor
 from halfbyte.errors import PlanError
@@ -112,12 +112,13 @@ def metadata(
     counted = gguf.GGUFWriter(None, model.name)
     add_infos(counted, infos)
     writer = gguf.GGUFWriter(None, model.name)
+    tokenizer = read_tokenizer(inventory)
     with library_reads(inventory):
         general(writer, inventory.root, model_name(inventory), counted.get_total_parameter_count())
         describe(writer, inventory, model)
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[main]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_tokenizer(writer, inventory)
+        add_tokenizer(writer, inventory, tokenizer)
     return writer
 
 

@@ -46,7 +46,10 @@ def read_tokenizer(inventory: Inventory) -> Fields:
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     where = f"{TOKENIZER} of {inventory.source}"
-    return Fields(_plain_object(path, where), where)
+    try:
+        return Fields(_plain_object(path, where), where)
+    except CheckpointError as error:
+        raise PlanError(f"{where} is no BPE tokenizer, which GGUF needs here: {error}") from error
 
 
 def _check_files(root: Path) -> None:

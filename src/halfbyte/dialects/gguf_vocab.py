@@ -48,10 +48,9 @@ _SPLITS = {
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def add_tokenizer(writer: Any, inventory: Inventory) -> None:
+def add_tokenizer(writer: Any, inventory: Inventory, table: Fields) -> None:
     """Tokens, merges or scores, special tokens and the chat template; PlanError for a tokenizer that is not known."""
     gguf = library()
-    table = read_tokenizer(inventory)
     model = table.fields("model")
     if model.text("type", "BPE") != "BPE":
         kind = model.text("type")[:80]
@@ -92,7 +91,9 @@ def _tokens(table: Fields) -> tuple[dict[int, str], dict[int, bool]]:
     vocabulary = table.fields("model").fields("vocab")
     numbers = {text: vocabulary.count(text) for text in vocabulary.values}
     if not numbers or None in numbers.values():
-        raise PlanError(f"{table.file} has no vocabulary that numbers its tokens, which GGUF needs")
+        raise PlanError(
+            f"{table.file} is no BPE tokenizer, which GGUF needs here: it has no vocabulary that numbers its tokens"
+        )
     tokens = {number: text for text, number in numbers.items() if number is not None}
     specials: dict[int, bool] = {}
     for added in table.objects("added_tokens"):

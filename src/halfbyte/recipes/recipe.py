@@ -211,7 +211,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         try:
             text = read_small(path, MAX_LENGTH).decode("utf-8")
         except (CheckpointError, UnicodeDecodeError) as error:
-            reason = str(error) if isinstance(error, CheckpointError) else "it is not UTF-8 text"
+            cause = getattr(error.__cause__, "strerror", None) or str(error)
+            reason = cause if isinstance(error, CheckpointError) else "it is not UTF-8 text"
             raise RecipeError(f"the recipe {path} cannot be read: {reason}") from None
         return parse_recipe(text, str(path), path.stem)
     wanted = str(name_or_path).lower().replace("_", "-")
