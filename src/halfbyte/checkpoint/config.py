@@ -16,6 +16,8 @@ QUANTIZATION = ("quantization_config", "compression_config", "quantization")
 # the configuration of a composite model's language model
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "llm", "language_model_config")
 _OBJECTS = (*QUANTIZATION, *_TEXT[:4], "vision_config", "auto_map", "rope_scaling", "rope_parameters")
+# what only configurations have
+_MARKS = ("model_type", "architectures", *QUANTIZATION)
 _COUNTS = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "moe_intermediate_size", "moe_latent_size"),
@@ -58,16 +60,35 @@ def check_config(config: Mapping[str, Any], file: str) -> None:
 
 
 def parts_of(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """A configuration and every configuration inside of it, with their places; text models come first."""
+    """Give a configuration and every configuration inside of it, with their places; text models come first."""
     level = [(place, config)]
     while level:
         yield from level
         level = [
             (f"{outer}.{key}" if outer else key, inner)
             for outer, part in level
-            for key, inner in sorted(part.items(), key=lambda entry: entry[0] not in _TEXT)
-            if isinstance(inner, Mapping) and (key.endswith("config") or key in _TEXT) and key not in QUANTIZATION
+            for key, value in sorted(part.items(), key=lambda entry: entry[0] not in _TEXT)
+            if key not in QUANTIZATION
+            for key, inner in _configs(key, value)
         ]
+
+
+def _configs(key: str, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Give what is a configuration by its key or by its content: a value, or members of a list."""
+    if isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _configs(f"{key}[{number}]", inner)
+    elif isinstance(value, Mapping) and (key.endswith("config") or key in _TEXT or _is_marked(value)):
+        yield key, value
+
+
+def _is_marked(value: Any) -> bool:
+    """Whether a value has, at any depth, what only configurations have."""
+    if isinstance(value, list):
+        return any(_is_marked(inner) for inner in value)
+    if not isinstance(value, Mapping):
+        return False
+    return any(mark in value for mark in _MARKS) or any(_is_marked(inner) for inner in value.values())
 
 
 def text_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from halfbyte.checkpoint.adapter import check_no_adapter
 from halfbyte.checkpoint.config import CONFIG
 from halfbyte.checkpoint.files import check_link, check_unicode, parse_object, read_small, reason
 from halfbyte.checkpoint.foreign import check_plain
@@ -55,7 +56,9 @@ def scan(root: Path, only: str | None = None) -> Contents:
         index, metadata = read_index(root / index_name)
         contents = Contents(sorted(set(index.values())), index, metadata)
     else:
+        check_no_adapter(root, [], names if not top else ())
         contents = Contents(_without_index(root, top, names))
+    check_no_adapter(root, contents.weights, names)
     for name, size in sorted(names.items()):
         if name in contents.weights or name in (index_name, CONFIG):
             continue

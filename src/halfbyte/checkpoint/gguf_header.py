@@ -100,6 +100,7 @@ def read_gguf(root: Path, names: list[str]) -> GgufHeaders:
             found.types[tensor.name] = tensor.kind
         if number == 0:
             found.metadata = parsed.metadata
+            _check_kind(name, parsed.metadata.get("general.type", "model"))
         found.files[name] = parsed.size
     if not found.tensors:
         raise CheckpointError(f"{names[0]} holds no tensor")
@@ -107,6 +108,18 @@ def read_gguf(root: Path, names: list[str]) -> GgufHeaders:
     if stated != len(found.tensors):
         raise CheckpointError(f"{names[0]} and its splits hold {len(found.tensors)} tensors, but {stated} are stated")
     return found
+
+
+def _check_kind(name: str, kind: Any) -> None:
+    """Refuse files that hold something else than a model."""
+    kinds = {
+        "adapter": "an adapter (LoRA), not a model",
+        "mmproj": "the vision or audio part of a model, not a language model",
+        "imatrix": "an importance matrix, not a model; give it as --importance",
+        "vocab": "a vocabulary without weights",
+    }
+    if isinstance(kind, str) and kind in kinds:
+        raise CheckpointError(f"{name} holds {kinds[kind]}")
 
 
 def _info(tensor: GgufTensor, file: str) -> TensorInfo:

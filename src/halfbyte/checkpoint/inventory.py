@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.adapter import check_no_lora
 from halfbyte.checkpoint.config import check_config, read_config
 from halfbyte.checkpoint.dtypes import nbytes
 from halfbyte.checkpoint.files import check_link, check_unicode, collector_paused, parse_object, read_small
@@ -80,6 +81,7 @@ class Inventory:
         tensors, metadata, files = _read_headers(found.root, contents)
         if not tensors:
             raise CheckpointError(f"{src} holds no tensor")
+        check_no_lora(found.root, contents.weights[0], tensors)
         return cls(
             tensors=tensors,
             config=read_config(found.root),

@@ -62,6 +62,10 @@ def _head(found: Overview) -> None:
         f"also holds  {has or 'neither vision nor multi-token prediction'}",
         f"files       {len(found.files)} with weights, {len(found.side_files)} others ({size(found.side_file_bytes)})",
     )
+    if found.vision_only:
+        say("note        it holds a vision model and no language model")
+    if found.dialect and found.packed:
+        say(f"note        {found.packed} holds packed codes that the quantization_config does not cover")
     if found.ignored_files:
         say(f"ignored     {', '.join(found.ignored_files)}")
     say("")
@@ -71,8 +75,12 @@ def _undeclared(found: Overview) -> str:
     """What to say of a checkpoint in no dialect: nothing may be vouched for that was not recognised."""
     if found.method:
         return f"none that halfbyte reads: config.json says that it is quantized by {found.method[:60]!r}"
-    if any(role.role.startswith("quantized.") for role in found.roles):
-        return "none that halfbyte reads: it holds packed codes, and config.json does not say how they are quantized"
+    if found.packed:
+        like = f", as of {found.likely}," if found.likely else ""
+        return (
+            f"none that halfbyte reads: {found.packed} holds packed codes{like} and config.json does not say how they are "
+            "quantized"
+        )
     return _NOTHING
 
 
@@ -115,7 +123,7 @@ def _engines(found: Overview) -> None:
     if rows := [_row(f) for _, known in each for f in known if f.effect != "unknown"]:
         table(("engine", "effect", "~what is known"), rows)
         say("")
-    recognised = found.dialect or _undeclared(found) == _NOTHING
+    recognised = not found.packed and (found.dialect or _undeclared(found) == _NOTHING)
     if recognised and (silent := [name for name, known in each if not known]):
         say(f"no known loss in {', '.join(silent)}")
     untried: dict[str, list[str]] = {}

@@ -33,8 +33,14 @@ def quantization_fields(inventory: Inventory) -> Fields:
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without its ``quantization_config``, wherever it stands."""
     parts = {id(part) for _, part in parts_of(config)}
+
+    def without(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without(inner) for inner in value]
+        return unquantized_config(value) if id(value) in parts else value
+
     return {
-        key: unquantized_config(value) if id(value) in parts else value
+        key: without(value)
         for key, value in config.items()
         if key not in QUANTIZATION and not (key in STOP and STOP[key] == value)
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from halfbyte.calibration import Calibration
 from halfbyte.checkpoint.files import collector_paused
-from halfbyte.dialects import Dialect, get_dialect, quantization_config_of
+from halfbyte.dialects import Dialect, get_dialect
 from halfbyte.errors import PlanError
 from halfbyte.formats import Format
 from halfbyte.models import Weight
@@ -21,16 +21,15 @@ from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.fusion_groups import check_groups, check_tied, requantized_together
 from halfbyte.plan.global_scales import fitted_note
 from halfbyte.plan.kv_cache import add_cache_scales, respell_caches
-from halfbyte.plan.refusal import Refusal, enforce
+from halfbyte.plan.refusal import enforce
 from halfbyte.plan.shards import Item, Shard, make_index, make_shards
+from halfbyte.plan.source_check import check_source
 from halfbyte.plan.transcoding import respell_input_scales
 from halfbyte.plan.unrecognised import notes_on_reach
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.source.checkpoint import Checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
-
-_PACKED = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F4")
 
 
 @dataclass(frozen=True)
@@ -104,28 +103,6 @@ def _begin(
     target = source if source and source.name == target.name else target.for_model(checkpoint.inventory)
     family = checkpoint.family.note
     return Draft(checkpoint, recipe, target, calibration, (*recipe.notes, *([family] if family else [])))
-
-
-def check_source(checkpoint: Checkpoint) -> Refusal | None:
-    """Refuse sources that no dialect reads, and those whose configuration cannot be written in another form."""
-    inventory, dialect = checkpoint.inventory, checkpoint.dialect
-    method = quantization_config_of(inventory).get("quant_method")
-    if dialect is None and method:
-        return Refusal(
-            f"{inventory.source} is quantized by {method!r}, which cannot be read; start from another source"
-        )
-    packed = (w for w in checkpoint.weights if w.role.startswith("quantized.") and w.dtype in _PACKED)
-    if dialect is None and (first := next(packed, None)):
-        return Refusal(
-            f"{first.name} in {inventory.source} holds packed codes ({first.dtype}), but config.json does not say how "
-            "they are quantized; restore its quantization_config or start from another source"
-        )
-    if dialect and dialect.package.standalone:
-        return Refusal(
-            f"{inventory.source} is in the dialect {dialect.name}, which inspect and verify read, but its "
-            "configuration and tokenizer cannot be written in another form; start from the original checkpoint"
-        )
-    return None
 
 
 def _assign_formats(draft: Draft) -> Draft:

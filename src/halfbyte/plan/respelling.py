@@ -6,6 +6,8 @@ import re
 
 from halfbyte.dialects import Dialect
 from halfbyte.errors import PlanError
+from halfbyte.plan.refusal import enforce
+from halfbyte.plan.source_check import check_source
 from halfbyte.plan.transcoding import check_transcoding
 from halfbyte.recipes import Recipe, parse_recipe
 from halfbyte.recipes.recipe import Rule
@@ -23,6 +25,8 @@ def recipe_for(
     Weights whose format the dialect cannot spell get the format ``requantize``; without one PlanError names them. It
     is also raised for a checkpoint that is not quantized, or in this dialect already.
     """
+    if checkpoint.dialect is None:
+        enforce(check_source(checkpoint))
     if checkpoint.dialect is None or not checkpoint.formats:
         raise PlanError(
             f"{checkpoint.inventory.source} holds no quantized weights, so there is nothing to convert; use "

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.compatibility.engine_facts import CompatibilityNote, RoleHolding, compatibility_notes
-from halfbyte.dialects import quantization_config_of
 from halfbyte.models.roles import is_under
 from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.unread import likely_method, unread_codes, unread_method, without_language_model
 
 CLASSES = {
     "routed experts": ("experts", "experts_latent"),
@@ -66,7 +66,9 @@ class ClassSummary:
 class Overview:
     """What a checkpoint holds. ``dialect`` is None where nothing is quantized; bytes are those of the tensors.
 
-    ``engines``: what each engine is known to lose, refuse or get wrong of it (``halfbyte.compatibility.engine_facts``).
+    ``method``: of a quantization that no dialect reads; ``packed``: the first tensor of codes that no configuration
+    covers, and what it is ``likely`` of; ``engines``: what each engine is known to lose, refuse or get wrong of it
+    (``halfbyte.compatibility.engine_facts``).
     """
 
     source: str
@@ -91,6 +93,9 @@ class Overview:
     side_file_bytes: int
     ignored_files: list[str]
     method: str = ""
+    packed: str = ""
+    likely: str = ""
+    vision_only: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -144,7 +149,10 @@ def overview(checkpoint: Checkpoint) -> Overview:
         side_files=inventory.side_files,
         side_file_bytes=inventory.side_file_bytes,
         ignored_files=list(inventory.ignored_files),
-        method="" if checkpoint.dialect else str(quantization_config_of(inventory).get("quant_method") or ""),
+        method=unread_method(checkpoint),
+        packed=next((f"{w.name} ({w.dtype})" for w in unread_codes(checkpoint)), ""),
+        likely=likely_method(checkpoint) if any(unread_codes(checkpoint)) else "",
+        vision_only=without_language_model(checkpoint),
     )
 
 

@@ -1,0 +1,32 @@
+"""Which sources cannot be written in any other form, whatever the recipe."""
+
+from __future__ import annotations
+
+from halfbyte.plan.refusal import Refusal
+from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.unread import likely_method, unread_codes, unread_method, without_language_model
+
+
+def check_source(checkpoint: Checkpoint) -> Refusal | None:
+    """Refuse sources that no dialect reads, and those whose configuration cannot be written in another form."""
+    source, dialect = checkpoint.inventory.source, checkpoint.dialect
+    method = unread_method(checkpoint)
+    if method:
+        return Refusal(f"{source} is quantized by {method[:80]!r}, which cannot be read; start from another source")
+    first = next(unread_codes(checkpoint), None)
+    if first is not None:
+        guess = likely_method(checkpoint)
+        like = f", as of {guess}," if guess else ""
+        says = "its quantization_config does not cover them" if dialect else "config.json does not say how they are"
+        return Refusal(
+            f"{first.name} in {source} holds packed codes ({first.dtype}){like} but {says}"
+            f"{'' if dialect else ' quantized'}; restore its quantization_config or start from another source"
+        )
+    if dialect and dialect.package.standalone:
+        return Refusal(
+            f"{source} is in the dialect {dialect.name}, which inspect and verify read, but its "
+            "configuration and tokenizer cannot be written in another form; start from the original checkpoint"
+        )
+    if without_language_model(checkpoint):
+        return Refusal(f"{source} holds a vision model and no language model, so there is nothing to quantize")
+    return None
