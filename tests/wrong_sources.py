@@ -11,8 +11,11 @@ import ml_dtypes
 import numpy as np
 
 import halfbyte
+from collected import with_caches
 from dialects.gguf_models import checkpoint as gguf_checkpoint
 from halfbyte.api import respelling
+from halfbyte.calibration import read_importance
+from halfbyte.calibration.model_identity import identity_of
 from halfbyte.source.checkpoint import Checkpoint
 from quantized_sources import gpt_oss, kimi
 from small_models import (
@@ -52,6 +55,22 @@ def respell(folder: Path) -> object:
 
 def respell_own(folder: Path) -> object:
     return respelling(str(folder), "halfbyte").summary()
+
+
+def verify(folder: Path) -> object:
+    return halfbyte.verify(str(folder))
+
+
+def verify_against(folder: Path) -> object:
+    return halfbyte.verify(str(folder), str(folder.with_name(f"{folder.name}-bf16")))
+
+
+def importance(folder: Path) -> object:
+    return read_importance(folder)
+
+
+def plan_calibrated(folder: Path) -> object:
+    return halfbyte.plan(str(folder.with_name(f"{folder.name}-model")), "nvfp4", importance=str(folder)).summary()
 
 
 MORE = {
@@ -98,6 +117,14 @@ def fp8(folder: Path) -> Path:
     return write_checkpoint(folder, tensors, {**DENSE_CONFIG, "quantization_config": settings})
 
 
+def statistics(folder: Path) -> Path:
+    model = write_checkpoint(folder.with_name(f"{folder.name}-model"), dense_tensors(), DENSE_CONFIG | MORE)
+    about = with_caches(folder, model, {}) / "statistics.json"
+    source = {"name": "m", "identity": identity_of(Checkpoint.open(model)), "revision": None}
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"source": source, "texts": ["t"], "length": 5}))
+    return folder
+
+
 SOURCES: list[Source] = [
     ("dense", dense, (inspect, plan, plan_mlx)),
     ("composite", composite, (inspect, plan, plan_mlx)),
@@ -110,5 +137,8 @@ SOURCES: list[Source] = [
     ("modelopt", written("nvfp4", "modelopt"), (inspect, respell)),
     ("mlx", written("ud-q4", "mlx"), (inspect, respell_own)),
     ("fp8", fp8, (inspect, respell_own)),
+    ("verify", written("nvfp4", "compressed-tensors"), (verify, verify_against)),
+    ("verify-modelopt", written("nvfp4", "modelopt"), (verify, verify_against)),
+    ("statistics", statistics, (plan_calibrated, importance)),
 ]
 """Name, how it is made, what is done with it."""

@@ -12,7 +12,9 @@ DEEP: Any = []
 for _ in range(200):
     DEEP = [DEEP]
 
+MISSING = object()
 VALUES: dict[str, Any] = {
+    "missing": MISSING,
     "null": None,
     "list": [],
     "list of numbers": [1],
@@ -46,12 +48,15 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def replaced(document: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """The document with another value at a place."""
+    """The document with another value at a place, or without what is there."""
     result = copy.deepcopy(document)
     part = result
     for key in path[:-1]:
         part = part[key]
-    part[path[-1]] = value
+    if value is MISSING:
+        del part[path[-1]]
+    else:
+        part[path[-1]] = value
     return result
 
 
