@@ -74,7 +74,7 @@ def without_language_model(checkpoint: Checkpoint) -> bool:
 
 
 def _is_index(weight: Weight) -> bool:
-    if weight.name.rpartition(".")[2] in _INDICES:
+    if weight.name.rpartition(".")[2] in _INDICES or len(weight.shape) < 2:
         return True
     # a list of numbers, such as positions or a map between vocabularies
     return weight.dtype in ("I16", "I32", "U16", "U32") and sum(n > 1 for n in weight.shape) < 2
