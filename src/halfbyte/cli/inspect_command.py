@@ -78,8 +78,8 @@ def _undeclared(found: Overview) -> str:
     if found.packed:
         like = f", as of {found.likely}," if found.likely else ""
         return (
-            f"none that halfbyte reads: {found.packed} holds packed codes{like} and config.json does not say how they are "
-            "quantized"
+            f"none that halfbyte reads: {found.packed} holds packed codes{like} and config.json does not say how they "
+            "are quantized"
         )
     return _NOTHING
 
