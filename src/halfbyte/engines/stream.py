@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 
@@ -20,13 +20,17 @@ _ROWS = 1024
 
 
 def decoded(
-    checkpoint: Checkpoint, dtype: torch.dtype, unused: Callable[[str], bool] = lambda name: False
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    unused: Callable[[str], bool] = lambda name: False,
+    packed: Container[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of a quantized checkpoint under the names of an unquantized one; quantized weights in ``dtype``.
 
     Values are computed in FP32 and rounded once. Stacks of experts come one expert and projection at a time, large
     matrices are decoded in slices, so that memory stays that of one tensor. ``unused`` says which names the model
-    does not want; these are not decoded. Scales of activations are left out, those of a KV cache are not.
+    does not want; these are not decoded, and neither are the weights named ``packed``. Scales of activations are left
+    out, those of a KV cache are not.
     """
     dialect, source = checkpoint.dialect, checkpoint.inventory.source
     if dialect is None:
@@ -35,7 +39,7 @@ def decoded(
         raise CheckpointError(f"{source} {said}; leave the choice of the quantization method to the engine")
     with Reader(checkpoint.inventory) as reader:
         for weight in checkpoint.weights:
-            if is_input_scale(checkpoint, weight):
+            if is_input_scale(checkpoint, weight) or weight.name in packed:
                 continue
             if checkpoint.tensors_of(weight) == list(weight.sources):
                 for name in weight.sources:

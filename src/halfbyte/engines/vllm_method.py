@@ -1,4 +1,4 @@
-"""vLLM's quantization method ``halfbyte``: every layer is an unquantized one."""
+"""vLLM's quantization method ``halfbyte``: which layer multiplies with packed weights, and which is unquantized."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from halfbyte.engines.vllm_claims import METHOD, fp8_cache, takes_over
+from halfbyte.engines.vllm_experts import HalfbyteMoEMethod
+from halfbyte.engines.vllm_linear import HalfbyteLinearMethod
+from halfbyte.engines.vllm_names import QuantizedModules, open_checkpoint
+from halfbyte.engines.vllm_vocabulary import HalfbyteVocabularyMethod, TiedHeadMethod
+from halfbyte.models import Weight
 
 
 class HalfbyteConfig(QuantizationConfig):
-    """Weights are decoded before they arrive at the layers, so that nothing is left to do for these.
+    """Linear layers and experts keep the checkpoint's codes on a CPU; all other weights are decoded by the loader.
 
     ``kv_cache_scheme`` is where attention layers look whether a checkpoint wants its cache in FP8.
     """
@@ -24,6 +32,14 @@ class HalfbyteConfig(QuantizationConfig):
     def __init__(self, kv_cache_scheme: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.kv_cache_scheme = kv_cache_scheme
+        self.model: tuple[str, str | None] | None = None
+        self.config: Any = None
+        self.mappers: list[Any] = []
+        self._modules: QuantizedModules | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # other processes open the checkpoint themselves
+        return {**self.__dict__, "_modules": None}
 
     def get_name(self) -> str:
         """As in ``quantization="halfbyte"``."""
@@ -45,7 +61,7 @@ class HalfbyteConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> HalfbyteConfig:
-        """What concerns weights the loader reads itself."""
+        """What concerns weights the checkpoint itself says."""
         return cls(fp8_cache(config))
 
     @classmethod
@@ -56,13 +72,61 @@ class HalfbyteConfig(QuantizationConfig):
         return METHOD if takes_over(hf_quant_cfg, user_quant, hf_config, current_platform.is_cpu()) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Model classes that load their own packed weights, as gpt-oss does, look for the method's name here."""
+        """Remember where the checkpoint is.
+
+        Model classes that load their own packed weights, as gpt-oss does, look for the method's name in hf_config.
+        """
+        self.model, self.config = (model_name, revision), hf_config
         settings = getattr(hf_config, "quantization_config", None)
         if isinstance(settings, dict):
             settings["quant_method"] = METHOD
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Remember how a model's modules are renamed."""
+        self.mappers.append(hf_to_vllm_mapper)
+        if self._modules is not None:
+            self._modules.rename(hf_to_vllm_mapper)
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """That of unquantized layers; None stands for it where the layer is not linear. Caches are vLLM's own."""
+        """The method of one layer; None stands for an unquantized one that is not linear. Caches are vLLM's own."""
         if isinstance(layer, Attention) and self.kv_cache_scheme:
             return BaseKVCacheMethod(self)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if isinstance(layer, LinearBase):
+            weights = self._weights(prefix)
+            return HalfbyteLinearMethod(self.modules.checkpoint, weights) if weights else UnquantizedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
+        return None
+
+    @property
+    def modules(self) -> QuantizedModules:
+        """The checkpoint's quantized weights by vLLM's modules."""
+        if self._modules is None:
+            assert self.model is not None  # vLLM says it before it builds a model
+            folder = get_current_vllm_config().load_config.download_dir
+            self._modules = QuantizedModules(open_checkpoint(*self.model, folder), self.config)
+            for mapper in self.mappers:
+                self._modules.rename(mapper)
+        return self._modules
+
+    def _weights(self, prefix: str) -> list[Weight]:
+        """The weights of a linear layer, one below the other; [] where not all of them can stay packed."""
+        return self.modules.linear(prefix, self.packed_modules_mapping) if current_platform.is_cpu() else []
+
+    def _vocabulary(self, layer: torch.nn.Module, prefix: str) -> Any:
+        # a drafter compares the weights of its vocabulary with the model's
+        if not current_platform.is_cpu() or get_current_vllm_config().speculative_config is not None:
+            return None
+        weights = self._weights(prefix)
+        if weights:
+            return HalfbyteVocabularyMethod(self.modules.checkpoint, weights)
+        return TiedHeadMethod() if isinstance(layer, ParallelLMHead) else None
+
+    def _experts(self, layer: torch.nn.Module, prefix: str) -> Any:
+        pair = self.modules.experts(prefix) if current_platform.is_cpu() else None
+        if pair is None:
+            return None
+        method = HalfbyteMoEMethod(layer, self.modules.checkpoint, *pair)
+        return method if method.parts else None

@@ -1,0 +1,72 @@
+"""The quantized weights of a checkpoint by the modules of vLLM's models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halfbyte.models import Weight
+from halfbyte.source.checkpoint import Checkpoint
+
+# read as they are by attention that multiplies with them in other ways
+_READ_BY_ATTENTION = (".kv_b_proj",)
+# cut for tensor parallelism by rules of their own
+_CUT_BY_MODEL = (".mixer.in_proj",)
+
+
+def open_checkpoint(model: str, revision: str | None, cache: str | None) -> Checkpoint:
+    """Open the checkpoint on this machine; vLLM has fetched its configuration already where it is a hub id."""
+    if Path(model).is_dir():
+        return Checkpoint.open(model)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json"]
+    return Checkpoint.open(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=wanted))
+
+
+class QuantizedModules:
+    """Names of modules, as vLLM calls them, and the quantized weight of each.
+
+    There are none where nobody can tell them apart: in a drafter, which names its own modules like the model's, and in
+    models of an unknown family, whose classes may turn rows when they load them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: Any) -> None:
+        self.checkpoint = checkpoint
+        self._named: dict[str, Weight] = {}
+        if checkpoint.dialect is None or checkpoint.family.is_generic or is_drafter(checkpoint, config):
+            return
+        quantized = [weight for weight in checkpoint.weights if weight.name in checkpoint.formats]
+        self._named = {weight.name: weight for weight in quantized if weight.role.split(".")[0] != "mtp"}
+
+    def rename(self, mapper: Any) -> None:
+        """Rename all modules as a model class does with the names of its checkpoints."""
+        renamed = ((mapper.map_name(name), weight) for name, weight in self._named.items())
+        self._named = {name: weight for name, weight in renamed if name is not None}
+
+    def linear(self, prefix: str, fused: Mapping[str, list[str]]) -> list[Weight]:
+        """The weights of a linear layer, one below the other; [] where not all of its parts are quantized matrices."""
+        parent, _, last = prefix.rpartition(".")
+        if prefix.endswith(_READ_BY_ATTENTION) or prefix.endswith(_CUT_BY_MODEL):
+            return []
+        names = [".".join(filter(None, (parent, part, "weight"))) for part in fused.get(last, [last])]
+        found = [self._named.get(name) for name in names]
+        weights = [weight for weight in found if weight is not None and len(weight.shape) == 2]
+        return weights if len(weights) == len(names) else []
+
+    def experts(self, prefix: str) -> tuple[Weight, Weight] | None:
+        """The stacks of a mixture of experts: gate and up as one (or up alone), and down."""
+        inside = [weight for name, weight in self._named.items() if name.startswith(f"{prefix}.")]
+        stacks = [weight for weight in inside if len(weight.shape) == 3]
+        downs = [weight for weight in stacks if weight.role.endswith(".down")]
+        ups = [weight for weight in stacks if weight not in downs]
+        return (ups[0], downs[0]) if len(ups) == len(downs) == 1 else None
+
+
+def is_drafter(checkpoint: Checkpoint, config: Any) -> bool:
+    """Whether vLLM loads another model than the one that config.json describes: its multi-token-prediction head."""
+    stated = checkpoint.inventory.config
+    return getattr(config, "architectures", None) != stated.get("architectures") and getattr(
+        config, "model_type", None
+    ) != stated.get("model_type")
