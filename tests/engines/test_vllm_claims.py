@@ -52,6 +52,14 @@ def test_on_a_cpu_what_has_no_kernel_there_is_decoded(dense: Path, fmt: str, dec
     assert takes_over(settings(dense, fmt), None, DENSE, True) is decoded
 
 
+def test_int4_is_taken_where_layers_keep_it_packed(dense: Path) -> None:
+    qwen, other = (SimpleNamespace(architectures=[name]) for name in ("Qwen3ForCausalLM", "FalconForCausalLM"))
+    assert takes_over(settings(dense, "int4_g32"), None, qwen, True)
+    assert not takes_over(settings(dense, "int4_g32"), None, other, True)
+    assert not takes_over(settings(dense, "int4_g32"), None, qwen, False)
+    assert not takes_over(settings(dense, "fp8_channel"), None, qwen, True)
+
+
 def test_one_group_without_a_kernel_is_enough(dense: Path) -> None:
     both = settings(dense, "int4_g32")
     both["config_groups"]["group_1"] = settings(dense, "nvfp4")["config_groups"]["group_0"]

@@ -15,7 +15,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
-from halfbyte.engines.vllm_linear import MODE, Part
+from halfbyte.engines.vllm_linear import Part
 from halfbyte.engines.vllm_ops import mix, number_of
 from halfbyte.formats import QuantizedTensor
 from halfbyte.models import Weight
@@ -146,7 +146,7 @@ class HalfbyteMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """Return the weighted sum of each token's experts that are this rank's."""
         chosen = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
-        return mix(x, chosen, topk_weights, layer.halfbyte_product, self.product, MODE)
+        return mix(x, chosen, topk_weights, layer.halfbyte_product, self.product, "exact")
 
 
 def _experts_of(layer: torch.nn.Module) -> list[range]:

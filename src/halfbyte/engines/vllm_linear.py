@@ -25,8 +25,6 @@ from halfbyte.models import Weight
 from halfbyte.runtime import packed
 from halfbyte.source.checkpoint import Checkpoint
 
-MODE = __import__("os").environ.get("HBMODE", "auto")
-
 
 @dataclass(frozen=True)
 class Part:
@@ -66,8 +64,8 @@ class HalfbyteLinearMethod(LinearMethodBase):
     weights the loader decodes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, weights: Sequence[Weight]) -> None:
-        self.checkpoint, self.weights = checkpoint, tuple(weights)
+    def __init__(self, checkpoint: Checkpoint, weights: Sequence[Weight], mode: str) -> None:
+        self.checkpoint, self.weights, self.mode = checkpoint, tuple(weights), mode
         self.parts: list[Part] = []
         self.product: Any = None
 
@@ -105,7 +103,7 @@ class HalfbyteLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x W^T + bias."""
-        y = multiply(x, layer.halfbyte_product, self.product, MODE)
+        y = multiply(x, layer.halfbyte_product, self.product, self.mode)
         return y if bias is None else y + bias
 
 

@@ -20,7 +20,6 @@ from halfbyte.engines.vllm_experts import HalfbyteMoEMethod
 from halfbyte.engines.vllm_linear import HalfbyteLinearMethod
 from halfbyte.engines.vllm_names import QuantizedModules, open_checkpoint
 from halfbyte.engines.vllm_vocabulary import HalfbyteVocabularyMethod, TiedHeadMethod
-from halfbyte.models import Weight
 
 
 class HalfbyteConfig(QuantizationConfig):
@@ -92,8 +91,7 @@ class HalfbyteConfig(QuantizationConfig):
         if isinstance(layer, Attention) and self.kv_cache_scheme:
             return BaseKVCacheMethod(self)
         if isinstance(layer, LinearBase):
-            weights = self._weights(prefix)
-            return HalfbyteLinearMethod(self.modules.checkpoint, weights) if weights else UnquantizedLinearMethod()
+            return self._packed(HalfbyteLinearMethod, prefix) or UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(layer, prefix)
         if isinstance(layer, RoutedExperts):
@@ -111,18 +109,17 @@ class HalfbyteConfig(QuantizationConfig):
                 self._modules.rename(mapper)
         return self._modules
 
-    def _weights(self, prefix: str) -> list[Weight]:
-        """The weights of a linear layer, one below the other; [] where not all of them can stay packed."""
-        return self.modules.linear(prefix, self.packed_modules_mapping) if current_platform.is_cpu() else []
+    def _packed(self, kind: type[HalfbyteLinearMethod], prefix: str) -> HalfbyteLinearMethod | None:
+        """The method of a layer all of whose weights can stay packed."""
+        weights = self.modules.linear(prefix, self.packed_modules_mapping) if current_platform.is_cpu() else []
+        return kind(self.modules.checkpoint, weights, self.modules.mode) if weights else None
 
     def _vocabulary(self, layer: torch.nn.Module, prefix: str) -> Any:
         # a drafter compares the weights of its vocabulary with the model's
         if not current_platform.is_cpu() or get_current_vllm_config().speculative_config is not None:
             return None
-        weights = self._weights(prefix)
-        if weights:
-            return HalfbyteVocabularyMethod(self.modules.checkpoint, weights)
-        return TiedHeadMethod() if isinstance(layer, ParallelLMHead) else None
+        packed = self._packed(HalfbyteVocabularyMethod, prefix)
+        return packed or (TiedHeadMethod() if isinstance(layer, ParallelLMHead) else None)
 
     def _experts(self, layer: torch.nn.Module, prefix: str) -> Any:
         pair = self.modules.experts(prefix) if current_platform.is_cpu() else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from halfbyte.engines.vllm_claims import keeps_packed
 from halfbyte.models import Weight
 from halfbyte.source.checkpoint import Checkpoint
 
@@ -28,16 +29,17 @@ def open_checkpoint(model: str, revision: str | None, cache: str | None) -> Chec
 class QuantizedModules:
     """Names of modules, as vLLM calls them, and the quantized weight of each.
 
-    There are none where nobody can tell them apart: in a drafter, which names its own modules like the model's, and in
-    models of an unknown family, whose classes may turn rows when they load them.
+    There are none in a drafter, which names its own modules like the model's, and in models whose classes in vLLM may
+    turn rows when they load them. ``mode`` is that of products: rounded activations turn too many routers.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: Any) -> None:
         self.checkpoint = checkpoint
         self._named: dict[str, Weight] = {}
-        if checkpoint.dialect is None or checkpoint.family.is_generic or is_drafter(checkpoint, config):
-            return
         quantized = [weight for weight in checkpoint.weights if weight.name in checkpoint.formats]
+        self.mode = "exact" if any(len(weight.shape) == 3 for weight in checkpoint.weights) else "auto"
+        if is_drafter(checkpoint, config) or not keeps_packed(checkpoint.inventory.config.get("architectures")):
+            return
         self._named = {weight.name: weight for weight in quantized if weight.role.split(".")[0] != "mtp"}
 
     def rename(self, mapper: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from halfbyte.engines.vllm_linear import MODE, HalfbyteLinearMethod, Part
+from halfbyte.engines.vllm_linear import HalfbyteLinearMethod, Part
 from halfbyte.engines.vllm_ops import look_up
 from halfbyte.runtime.ops import run_linear
 
@@ -29,7 +29,7 @@ class HalfbyteVocabularyMethod(HalfbyteLinearMethod):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return the logits of this rank's tokens; those of padding are 0."""
-        y = run_linear(x, self.product, MODE)
+        y = run_linear(x, self.product, self.mode)
         missing = layer.num_embeddings_per_partition - self.product.n
         y = torch.nn.functional.pad(y, (0, missing)) if missing else y
         return y if bias is None else y + bias
