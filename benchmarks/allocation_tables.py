@@ -26,7 +26,7 @@ def against(documents: Sequence[dict[str, Any]], hand: Sequence[str]) -> list[st
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     lines = [
         f"{first['date']}, {first['machine']['cpu']}, {versions}. KL divergence from the source on held-out text, nats "
-        "per token × 1000, in brackets bits per weight over all weights. **Bold**: better than by hand beyond the "
+        "per token × 1000; brackets give bits per weight over all weights. **Bold**: better than by hand beyond the "
         "paired 95 % interval; *italic*: worse.",
         "",
         "| recipe | | " + " | ".join(d["model"] for d in documents) + " |",

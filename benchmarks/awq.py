@@ -90,7 +90,7 @@ def table(results: dict[str, Any]) -> str:
     """The measured numbers as Markdown."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [
-        f"{results['date']}, {versions}. Importance from {CALIBRATION} × {LENGTH} tokens; judged on {HELD_OUT} × "
+        f"{results['date']}, {versions}. Importance from {CALIBRATION} × {LENGTH} tokens; evaluated on {HELD_OUT} × "
         f"{LENGTH} others. Error: mean over the weights of the importance-weighted squared error relative to the "
         "output's energy. KL: nats per token × 1000.",
         "",

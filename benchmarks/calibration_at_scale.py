@@ -165,10 +165,10 @@ def at_scale(inventory: Path, layers: int, scratch: Path, data: Path, text: Path
 def table(estimates: list[dict[str, Any]], measured: dict[str, Any]) -> list[str]:
     """Lines of the documentation: sizes that follow from shapes, and what was measured with these shapes."""
     lines = [
-        "Shapes of large models. By formula from their headers: the weights of the largest layer (FP32, experts as the "
-        "checkpoint has them), its Hessians, and what lies on the disk. Peaks above that of the imports "
+        "Shapes of large models. A formula gives, from their headers, the weights of the largest layer (FP32, experts as "
+        "in the checkpoint), its Hessians, and the disk space. Peaks above that of the imports "
         f"({', '.join(sorted({_gib(c['imports_bytes']) for m in measured.values() for c in m['calibrations']}))} GiB) "
-        "were measured with so many layers of these shapes and random weights. All in GiB.",
+        "were measured with the stated number of layers of these shapes and random weights. All sizes are in GiB.",
         "",
         "| | weights | Hessians | measured with | importance | Hessians | Hessians, BF16 | states on disk, 128 × 512 "
         "tokens | statistics |",
@@ -191,8 +191,8 @@ def _told(found: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     told = [
         f"`{found['inventory']}`: {found['date']}, {found['machine']['cpu']}, {found['machine']['cores']} cores with "
-        f"other work beside (load {found['load_at_start'][0]}), {versions}. Processor time, which counts "
-        "threads that wait for each other where other work keeps the cores busy: an upper bound.",
+        f"other work running (load {found['load_at_start'][0]}), {versions}. Processor time includes threads that wait "
+        "for each other while other work keeps the cores busy, so it is an upper bound.",
         "",
     ]
     passes = DEFAULT_TOKENS / (found["samples"] * found["length"])
@@ -200,22 +200,23 @@ def _told(found: dict[str, Any]) -> list[str]:
         each, fill = (median(c[key]) for key in ("cpu_seconds", "filling_cpu_seconds"))
         whole = fill + passes * (each - fill)
         told.append(
-            f"- {c['kind']}: {each:.0f} s for a layer (median), {fill:.1f} s of them to fill it; from this, "
-            f"{whole / 60:.0f} minutes for a layer and {whole * found['all_layers'] / 3600:.1f} hours for all "
+            f"- {c['kind']}: {each:.0f} s per layer (median), of which {fill:.1f} s fill it. This gives "
+            f"{whole / 60:.0f} minutes per layer and {whole * found['all_layers'] / 3600:.1f} hours for all "
             f"{found['all_layers']} with the default 128 × 512 tokens."
         )
     k, q = found["killed"], found["conversion"]
     told.append(
-        "- Killed (`kill -9`) in the second batch of the third layer and run again: continued with layer "
-        f"{k['resumed_with'] + 1}, {'the same' if k['same_bytes'] else 'NOT the same'} bytes as without interruption."
+        "- Killed (`kill -9`) in the second batch of the third layer, the run continued with layer "
+        f"{k['resumed_with'] + 1} and gave {'the same' if k['same_bytes'] else 'NOT the same'} bytes as without "
+        "interruption."
     )
     layer = q["cpu_seconds"] / found["layers"]
     told.append(
         f"- `halfbyte quantize --recipe {q['recipe']}` with these statistics: {_gib(q['bytes'])} GiB at the peak, "
-        f"{_gib(q['stated_bytes'])} GiB stated by the plan; {q['cpu_seconds'] / 60:.0f} minutes, {layer:.0f} s for a "
-        f"layer (what lies outside of layers included), so about {layer * found['all_layers'] / 3600:.1f} hours for "
+        f"{_gib(q['stated_bytes'])} GiB stated by the plan; {q['cpu_seconds'] / 60:.0f} minutes, {layer:.0f} s per "
+        f"layer (including weights outside of layers), so about {layer * found['all_layers'] / 3600:.1f} hours for "
         f"{found['all_layers']}. `halfbyte verify` "
-        f"{'found nothing wrong' if q['verify_exit_code'] == 0 else 'FAILED'}."
+        f"{'reported no problem' if q['verify_exit_code'] == 0 else 'FAILED'}."
     )
     return told
 

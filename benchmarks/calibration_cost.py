@@ -137,7 +137,7 @@ def estimate(inventory: Path, dtype_bytes: int = 4) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['date']}, {results['machine']['cpu']}, one thread, {SAMPLES} × {LENGTH} tokens. Processor time "
-        "relative to a plain forward pass of the whole model over the same samples (loading included in all), and peak "
+        "relative to a plain forward pass of the whole model over the same samples (all include loading), and peak "
         "memory above that of the imports.",
         "",
         "| model | forward | " + " | ".join(KINDS) + " |",

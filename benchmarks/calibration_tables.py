@@ -35,10 +35,11 @@ def about(documents: Sequence[dict[str, Any]]) -> str:
     )
     samples = first["calibration"]["samples"]
     return (
-        f"{first['date']}, {first['machine']['cpu']}, {versions}. Calibrated with {samples} samples; judged on other "
-        f"text, windows of ({scored}). KL divergence from the source, nats per token × 1000. **Bold**: the least of "
-        "its column; *italic*: not distinguishable from it (paired 95 % interval). In brackets the error of outputs: "
-        "squared error of a weight's outputs over their energy, on the same text, the mean over the weights, × 1000."
+        f"{first['date']}, {first['machine']['cpu']}, {versions}. Calibrated with {samples} samples, evaluated on "
+        f"other text (window length, tokens: {scored}). KL divergence from the source, nats per token × 1000. "
+        "**Bold**: the smallest of its column; *italic*: not distinguishable from it (paired 95 % interval). Brackets "
+        "give the output error: the squared error of a weight's outputs over their energy on the same text, averaged "
+        "over the weights, × 1000."
     )
 
 
@@ -56,7 +57,7 @@ def main(documents: Sequence[dict[str, Any]], formats: Iterable[str], methods: l
             kept = max((r["kept"] for r in column), default=0)
             heads.append(name + (" †" if kept else ""))
             if kept and "†" not in "".join(notes):
-                notes.append("† some weights have a K that the blocks do not divide, and are kept.")
+                notes.append("† some weights are kept because their K is no multiple of the block.")
         lines += ["", f"| `{fmt}` | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(names)]
         for method in methods:
             found = [next((r for r in column if r["method"] == method), None) for column in columns]
@@ -87,10 +88,10 @@ def tokens(documents: Sequence[dict[str, Any]], study: Sequence[str], apart: str
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
         if document.get("experts"):
             seen = ", ".join(
-                f"{samples} samples {c['least']:,} to the least used and {c['median']:,} to the median expert"
+                f"{c['least']:,} and {c['median']:,} with {samples} samples"
                 for samples, c in document["experts"].items()
             )
-            lines += ["", f"Tokens that reached an expert: {seen}."]
+            lines += ["", f"Tokens that reached the least used and the median expert: {seen}."]
     return lines[1:]
 
 

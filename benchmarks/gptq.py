@@ -243,8 +243,8 @@ def table(results: dict[str, Any]) -> str:
     for model in results["models"]:
         lines += [
             "",
-            f"**{model['model']}**: Hessians from {model['calibration']} × {LENGTH} tokens, judged on "
-            f"{model['held_out']} × {LENGTH} others. KL: nats per token × 1000; in brackets the output error, the "
+            f"**{model['model']}**: Hessians from {model['calibration']} × {LENGTH} tokens, evaluated on "
+            f"{model['held_out']} × {LENGTH} others. KL: nats per token × 1000; brackets give the output error, the "
             "mean over the weights of the squared error of their outputs over the outputs' energy, × 1000.",
             "",
             "| method | " + " | ".join(f"`{f}`" for f in (*FORMATS, "iq4_nl")) + " |",

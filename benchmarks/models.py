@@ -106,8 +106,8 @@ def tables(documents: dict[str, dict[str, Any]]) -> str:
         f"{first['created'][:10]}, {about['machine']} ({about['cores']} cores), {versions}. "
         f"Windows of {LENGTH} tokens, FP32; tokens scored: {tokens}.",
         "",
-        "KL divergence from the source, nats per token × 1000, and in parentheses half the width of its 95 % interval, "
-        "resampling windows. Bits: of the quantized weights, scales included.",
+        "KL divergence from the source, nats per token × 1000; parentheses give half the width of its 95 % interval, "
+        "resampling windows. Bits: of the quantized weights, including scales.",
         "",
         f"| recipe | bits | {' | '.join(names)} |",
         f"|---|---:|{'---:|' * len(names)}",
@@ -120,7 +120,7 @@ def tables(documents: dict[str, dict[str, Any]]) -> str:
     lines.append(f"| *source in bfloat16* | | {' | '.join(cells)} |")
     lines += [
         "",
-        "Perplexity. *: not distinguishable from the source's (the paired 95 % interval of the ratio holds 1).",
+        "Perplexity. *: not distinguishable from the source's (the paired 95 % interval of the ratio contains 1).",
     ]
     lines += ["", f"| recipe | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     lines.append("| source | " + " | ".join(f"{documents[n]['rows'][0]['perplexity']:.3f}" for n in names) + " |")

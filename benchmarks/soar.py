@@ -77,9 +77,9 @@ def run(source: Path, text: Path, work: Path) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     named = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [
-        f"{results['date']}, {named}. `nvfp4`, all linear weights, converted and judged on {WINDOWS} windows of "
+        f"{results['date']}, {named}. `nvfp4`, all linear weights, converted and evaluated on {WINDOWS} windows of "
         f"{LENGTH} tokens. KL divergence from the source in nats per token × 1000, 95 % intervals in brackets; "
-        "*italic*: not distinguishable from that of amax (paired). Passes: further encodings that a fit took.",
+        "*italic*: not distinguishable from that of amax (paired). Passes: additional encodings per fit.",
         "",
         "| model | search | relative squared error, amax | `soar` | change | KL, amax | `soar` | passes |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
