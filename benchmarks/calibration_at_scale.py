@@ -165,8 +165,8 @@ def at_scale(inventory: Path, layers: int, scratch: Path, data: Path, text: Path
 def table(estimates: list[dict[str, Any]], measured: dict[str, Any]) -> list[str]:
     """Lines of the documentation: sizes that follow from shapes, and what was measured with these shapes."""
     lines = [
-        "Shapes of large models. A formula gives, from their headers, the weights of the largest layer (FP32, experts as "
-        "in the checkpoint), its Hessians, and the disk space. Peaks above that of the imports "
+        "Shapes of large models. A formula gives, from their headers, the weights of the largest layer (FP32, experts "
+        "as in the checkpoint), its Hessians, and the disk space. Peaks above that of the imports "
         f"({', '.join(sorted({_gib(c['imports_bytes']) for m in measured.values() for c in m['calibrations']}))} GiB) "
         "were measured with the stated number of layers of these shapes and random weights. All sizes are in GiB.",
         "",
