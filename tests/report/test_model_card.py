@@ -16,6 +16,7 @@ from tests.report.documents import NASTY, write
 
 import halfbyte
 from halfbyte.cli import main
+from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.evaluate.results import describe
 from halfbyte.report.model_card import model_card
@@ -270,3 +271,15 @@ def test_the_error_weighted_by_activations_is_what_the_conversion_noted(out: Pat
     made["calibrated_errors"] = {"a": ["2.000000e-01", "4.000000e+01"], "b": ["4.000000e-01", "2.000000e+01"]}
     (out / "halfbyte.json").write_text(json.dumps(made))
     assert "2 calibrated weights, relative to their squares: 0.01000, weighted by" in model_card(out, [results]).text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"recipe": []}, {"recipe": {"name": 1}}, {"recipe": {"rules": [1]}}, {"source": {"name": {}}}, {"importance": 3}],
+)
+def test_a_record_with_other_types_gives_one_sentence(out: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    results = results_of(out, tmp_path / "r.json")
+    made = json.loads((out / "halfbyte.json").read_text()) | change
+    (out / "halfbyte.json").write_text(json.dumps(made))
+    with pytest.raises(HalfbyteError, match=r"halfbyte\.json"):
+        model_card(out, [results])

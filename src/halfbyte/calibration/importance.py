@@ -16,7 +16,7 @@ from halfbyte.models.roles import bare_role, is_matrix
 
 Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
-MAX_IMPORTANCE_BYTES = 1 << 34
+MAX_IMPORTANCE_BYTES = 1 << 32
 """Models of a trillion parameters have importance of about a GB."""
 
 

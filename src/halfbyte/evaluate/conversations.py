@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.files import parse_json, reason
+from halfbyte.checkpoint.files import parse_json, read_small
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.settings import CONVERSATION_LENGTH, CONVERSATIONS
-from halfbyte.evaluate.text import Passage, sha256_of
+from halfbyte.evaluate.text import MAX_TEXT_BYTES, Passage, sha256_of
 from halfbyte.evaluate.windows import Protocol, Window
 from halfbyte.runtime.templates import apply_template
 
@@ -28,11 +28,7 @@ def read_conversations(path: str | Path) -> list[Messages | None]:
     "content"}]}. None stands for one that is neither; HalfbyteError if the file is no such list at all.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise HalfbyteError(f"the conversations {path} cannot be read ({reason(error)})") from error
-    found = parse_json(content, path.name, strict=False)
+    found = parse_json(read_small(path, MAX_TEXT_BYTES), path.name, strict=False)
     if not isinstance(found, list):
         raise HalfbyteError(f"{path} must hold a JSON list of conversations in ShareGPT form")
     every = [_messages(item) for item in found]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 import platform
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import halfbyte
+from halfbyte.checkpoint.files import parse_object, read_small
+from halfbyte.errors import CheckpointError
 from halfbyte.plan.conversion_plan import PROVENANCE
 from halfbyte.source.checkpoint import Checkpoint
 
@@ -112,17 +113,18 @@ def distinct_names(paths: list[str | Path]) -> list[str]:
 def provenance_of(root: Path | None) -> dict[str, Any]:
     """Return halfbyte.json, {} where there is none that can be read."""
     try:
-        found = json.loads((root / PROVENANCE).read_bytes()) if root is not None else {}
-    except (OSError, ValueError):
+        return {} if root is None else parse_object(read_small(root / PROVENANCE), PROVENANCE)
+    except CheckpointError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _recipe(made: dict[str, Any]) -> str | None:
     """The recipe's name, and how much of its rounding could be done."""
-    name = (made.get("recipe") or {}).get("name")
-    part = made.get("rounded_with_hessian")
-    if name and isinstance(part, dict):
+    recipe, part = made.get("recipe"), made.get("rounded_with_hessian")
+    name = recipe.get("name") if isinstance(recipe, dict) else None
+    if not isinstance(name, str):
+        return None
+    if isinstance(part, dict):
         return f"{name} ({part.get('weights')} of {part.get('of')} weights rounded with Hessians)"
     return name
 

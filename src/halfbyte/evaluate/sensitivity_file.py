@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.files import reason
-from halfbyte.errors import OutputError
+from halfbyte.checkpoint.files import read_small
+from halfbyte.errors import CheckpointError, OutputError
 
 VERSION = 1
 ALL = "all"
@@ -23,9 +23,9 @@ def read_sensitivity(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise OutputError(f"the sensitivities {path} cannot be read ({reason(error)})") from error
+        lines = read_small(path).split(b"\n")
+    except CheckpointError as error:
+        raise OutputError(f"there are no sensitivities: {error}") from error
     header = _object(lines[0])
     if header is None or header.get("halfbyte") != "sensitivity" or header.get("version") != VERSION:
         raise OutputError(f"{path} is no sensitivity file of this version; choose another name")

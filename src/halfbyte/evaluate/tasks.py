@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.files import parse_object, reason
+from halfbyte.checkpoint.files import parse_object, read_small
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.confidence import wilson
 
@@ -60,12 +60,8 @@ def prepare(names: Sequence[str], questions: str | Path | None, limit: int | Non
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
     """Questions of MMLU-Pro: JSON lines with ``question``, ``options``, ``answer_index`` and ``category``."""
     path = Path(path)
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise HalfbyteError(f"the questions {path} cannot be read ({reason(error)})") from error
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_small(path).splitlines(), 1):
         if not line.strip():
             continue
         what = f"line {number} of {path.name}"

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.checkpoint.files import read_small
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.bos import bos_token
 from halfbyte.evaluate.settings import TextSettings
 from halfbyte.evaluate.windows import PRESETS, Protocol, Window, windows
 
 HELDOUT = "heldout.txt"
+MAX_TEXT_BYTES = 1 << 32
+"""Tokens of more text would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def tokens_of(path: Path, tokenizer: Any, most: int | None, rows: bool = False) 
     ``rows``: the file has a row of a data set in each line; those that are not blank are joined by blank lines.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_small(path, MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise HalfbyteError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
     if not content.strip():

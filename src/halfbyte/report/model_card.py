@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 import halfbyte
+from halfbyte.checkpoint.foreign import Fields
 from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.plan.conversion_plan import PROVENANCE
 from halfbyte.plan.sealed_provenance import calibrated_errors
@@ -58,7 +59,7 @@ def model_card(
     if not folder.is_dir():
         raise ReportError(f"{out} is no folder with a checkpoint")
     checkpoint = Checkpoint.open(folder)
-    about, made = overview(checkpoint), read_provenance(folder)
+    about, made = overview(checkpoint), Fields(read_provenance(folder), PROVENANCE)
     if about.dialect is None:
         raise ReportError(f"{out} holds nothing quantized, so there is no card to write")
     measured = _measured(checkpoint, folder, results)
@@ -72,7 +73,7 @@ def model_card(
     if "license" not in told:
         missing.append("license: no card of the source states one; give --source FOLDER_OR_HUB_ID")
     body = "\n\n".join(_body(folder, about, made, measured, base, place or f"./{folder.resolve().name}"))
-    return Card(f"---\n{_front_matter(about, made, told, base)}\n---\n{CARD_MARK}\n\n{body}\n", missing)
+    return Card(f"---\n{_front_matter(about, told, base)}\n---\n{CARD_MARK}\n\n{body}\n", missing)
 
 
 def _measured(checkpoint: Checkpoint, folder: Path, results: Sequence[str | Path]) -> list[tuple[Study, Row]]:
@@ -97,7 +98,7 @@ def _base(measured: list[tuple[Study, Row]]) -> str | None:
     return next((s.path for s in sources if s.revision and HUB_ID.fullmatch(s.path)), None)
 
 
-def _front_matter(about: Overview, made: dict[str, Any], told: dict[str, Any], base: str | None) -> str:
+def _front_matter(about: Overview, told: dict[str, Any], base: str | None) -> str:
     from huggingface_hub import ModelCardData
 
     formats = list(dict.fromkeys(name for role in about.roles for name in role.formats))
@@ -112,15 +113,14 @@ def _front_matter(about: Overview, made: dict[str, Any], told: dict[str, Any], b
 
 
 def _body(
-    folder: Path, about: Overview, made: dict[str, Any], measured: list[tuple[Study, Row]], base: str | None, place: str
+    folder: Path, about: Overview, made: Fields, measured: list[tuple[Study, Row]], base: str | None, place: str
 ) -> Iterable[str]:
-    recipe = made.get("recipe") or {}
-    origin = made.get("source") or {}
-    named = escape(origin.get("name") or "a source that is not named")
+    recipe = made.fields("recipe")
+    named = escape(made.fields("source").text("name") or "a source that is not named")
     source = f"[{base}](https://huggingface.co/{base})" if base else named
-    by = f" with the recipe `{code(recipe['name'])}`" if recipe.get("name") else ""
+    by = f" with the recipe `{code(recipe.text('name'))}`" if recipe.text("name") else ""
     yield f"# {escape(folder.resolve().name)}"
-    yield f"{source}, quantized by halfbyte{by}. {escape(recipe.get('description') or '')}".rstrip()
+    yield f"{source}, quantized by halfbyte{by}. {escape(recipe.text('description'))}".rstrip()
     yield "## Size"
     yield from _size(measured[0][1])
     yield "## Evaluation"
@@ -224,35 +224,35 @@ def _use(about: Overview, place: str) -> Iterable[str]:
         )
 
 
-def _provenance(made: dict[str, Any], measured: list[tuple[Study, Row]]) -> Iterable[str]:
-    recipe, origin = made.get("recipe") or {}, made.get("source") or {}
+def _provenance(made: Fields, measured: list[tuple[Study, Row]]) -> Iterable[str]:
+    recipe, origin = made.fields("recipe"), made.fields("source")
     lines = [f"- checkpoint: SHA-256 `{measured[0][1].fingerprint}` over weight files and config.json"]
     if origin:
-        at = f" at revision `{code(origin['revision'])}`" if origin.get("revision") else ""
-        digest = code(origin.get("fingerprint") or "")
-        lines.append(f"- source: {escape(origin.get('name') or '')}{at}, fingerprint of its headers `{digest}`")
-    if importance := made.get("importance"):
-        digest = code(importance.get("digest") or "")
-        lines.append(f"- importance: {escape(importance.get('name') or '')}, digest `{digest}`")
-    weighted = calibrated_errors(made).values()
+        at = f" at revision `{code(origin.text('revision'))}`" if origin.text("revision") else ""
+        digest = code(origin.text("fingerprint"))
+        lines.append(f"- source: {escape(origin.text('name'))}{at}, fingerprint of its headers `{digest}`")
+    if importance := made.fields("importance"):
+        digest = code(importance.text("digest"))
+        lines.append(f"- importance: {escape(importance.text('name'))}, digest `{digest}`")
+    weighted = calibrated_errors(made.values).values()
     if squares := sum(energy for _, energy in weighted):
         relmse = sum(error for error, _ in weighted) / squares
         lines.append(
             f"- squared error of the outputs of {len(weighted)} calibrated weights, relative to their squares: "
             f"{relmse:.5f}, weighted by the activations of the calibration text"
         )
-    if part := made.get("rounded_with_hessian"):
-        lines.append(
-            f"- rounded with Hessians: {part.get('weights')} of the {part.get('of')} weights that the recipe names"
-        )
+    if part := made.fields("rounded_with_hessian"):
+        rounded, wanted = part.count("weights", 0), part.count("of", 0)
+        lines.append(f"- rounded with Hessians: {rounded} of the {wanted} weights that the recipe names")
     commands = dict.fromkeys(public_command(document) for study, _ in measured for document in study.results)
     lines += [f"- measured by `{code(command)}`" for command in commands]
     lines.append(f"- card written by halfbyte {halfbyte.__version__}")
     yield "\n".join(lines)
     if recipe:
-        told = {key: value for key, value in recipe.items() if key not in SKIPPED and value}
-        told["rules"] = [{k: v for k, v in rule.items() if v is not False} for rule in told.get("rules", [])]
-        text = yaml.safe_dump(told, sort_keys=False, width=100).strip().replace("`", "'")
+        noted = {key: value for key, value in recipe.values.items() if key not in SKIPPED and value}
+        rules = recipe.objects("rules")
+        noted["rules"] = [{k: v for k, v in rule.values.items() if v is not False} for rule in rules]
+        text = yaml.safe_dump(noted, sort_keys=False, width=100).strip().replace("`", "'")
         yield f"The recipe, as `{PROVENANCE}` notes it:\n\n```yaml\n{text}\n```"
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from halfbyte.errors import HalfbyteError, OutputError
+from halfbyte.checkpoint.files import read_small
+from halfbyte.errors import CheckpointError, HalfbyteError, OutputError
 from halfbyte.evaluate.sensitivity_file import read_sensitivity
 from halfbyte.report.results_schema import Allocation, Document, ErrorsFile, Results, Sensitivity
 
 KINDS: dict[str, type[Document]] = {"results": Results, "errors": ErrorsFile, "sensitivity": Sensitivity}
 SUFFIXES = (".json", ".jsonl")
+MAX_DOCUMENT_BYTES = 1 << 30
+"""Results of a hundred checkpoints with the errors of every expert have about 100 MB."""
 
 
 class ReportError(HalfbyteError):
@@ -73,12 +76,14 @@ def read_results(path: str | Path) -> Results:
 
 def read_document(path: Path) -> Document | None:
     """A document of halfbyte; None where the JSON is something else; ReportError where it is damaged."""
+    if not path.exists():
+        raise ReportError(f"{path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path, MAX_DOCUMENT_BYTES).decode()
         value = _lines(path, text) if path.suffix == ".jsonl" else json.loads(text)
-    except FileNotFoundError:
-        raise ReportError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except CheckpointError as error:
+        raise ReportError(str(error)) from error
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.files import read_small
 from halfbyte.report.private_paths import HUB_ID
 from halfbyte.report.read import ReportError
 
@@ -28,7 +29,7 @@ def read_front_matter(path: Path) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path).decode()
         # without front matter the library complains aloud
         data: dict[str, Any] = ModelCard(text).data.to_dict() if text.startswith("---") else {}  # type: ignore[no-untyped-call]
     except Exception as error:  # YAML, encoding and the hub's own checks each have their type
