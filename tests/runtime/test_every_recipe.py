@@ -86,7 +86,7 @@ def test_pictures_and_text_give_the_logits_of_the_decoded_weights(
     plain = qwen35.write_dense(tmp_path / "plain", decoded(path), models[FUSED])
     dense = eager(AutoModelForImageTextToText.from_pretrained(plain))
     for image in (True, False):
-        torch.testing.assert_close(logits(model, image), logits(dense, image), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(model, image), logits(dense, image), rtol=1e-4, atol=1e-4)
     source = AutoModelForImageTextToText.from_pretrained(models[FUSED], dtype=torch.float32)
     both = torch.stack([logits(model, True).flatten(), logits(source, True).flatten()])
     # a random model of two layers exaggerates errors; logits that have nothing in common have a correlation of 0
@@ -102,7 +102,7 @@ def test_text_alone_gives_the_logits_of_the_decoded_weights(
     assert type(model).__name__ == "Qwen3_5MoeForCausalLM"
     plain = qwen35.write_dense(tmp_path / "plain", decoded(path), models[FUSED])
     dense = eager(AutoModelForCausalLM.from_pretrained(plain))
-    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", RECIPES)

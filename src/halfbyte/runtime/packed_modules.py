@@ -159,10 +159,14 @@ def reserve_parameter(module: nn.Module, name: str, about: dict[str, Any], shape
     state.setdefault("_dense_class", type(module))
     del module._parameters[name]
     state["_is_hf_initialized"] = True
+    # code of transformers that initialises weights may look at it meanwhile
+    state[name] = torch.empty(shape, dtype=parameter.dtype, device="meta")
+    state[name]._is_hf_initialized = True
 
 
 def pack_parameter(module: Any, name: str, packed: Packed) -> None:
     """Give a module the packed weight of a parameter that ``reserve_parameter`` took."""
+    module.__dict__.pop(name, None)
     module.__dict__.setdefault("_packed", {})[name] = packed
     names = tuple(sorted(module._packed))
     stacks = tuple(n for n in names if isinstance(module._packed[n], PackedStack))

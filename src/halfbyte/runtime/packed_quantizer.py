@@ -237,6 +237,7 @@ def _decode(packing: Packing, reader: Reader, place: Place) -> None:
     for first in range(len(values)):
         values[first] = torch.from_numpy(packing.checkpoint.read(reader, weight, first, first + 1)[0])
     values = values.transpose(-1, -2).contiguous() if place.name in module._transposed else values
+    module.__dict__.pop(place.name, None)
     module.register_parameter(place.name, nn.Parameter(values, requires_grad=False))
 
 
