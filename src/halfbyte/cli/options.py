@@ -121,7 +121,7 @@ def add_bos(parser: argparse._ActionsContainer) -> None:
         "--bos",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="the token that begins a text first in every piece of it: auto (default) where the tokenizer puts it",
+        help="begin every sample with the BOS token: auto (default) if the tokenizer adds it to a text",
     )
 
 
