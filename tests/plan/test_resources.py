@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.dialects import OutputTensor
+from halfbyte.formats import get_format
+from halfbyte.models import Weight
 from halfbyte.plan import resources as slices
 from halfbyte.plan.build import make_plan
 from halfbyte.plan.conversion_plan import Plan
-from halfbyte.plan.resources import MEMORY, Limits, cuts, find_resources, item_bytes, whole_rows
+from halfbyte.plan.resources import MEMORY, Limits, cuts, find_resources, item_bytes, need, whole_rows
+from halfbyte.plan.shards import Item
 from halfbyte.recipes import Method
 from halfbyte.source.checkpoint import Checkpoint
 from small_models import DENSE_CONFIG, MOE_CONFIG, dense_tensors, linear, moe_tensors, write_checkpoint
@@ -74,3 +78,45 @@ def test_the_stated_memory_holds_a_hessian_and_its_factors_for_each_thread(plan:
         assert nearest.threads == gptq.threads == threads
         # the Hessian in FP32, and in FP64 the Hessian, its factor and the inverse of that
         assert gptq.memory - nearest.memory >= threads * (4 + 3 * 8) * columns**2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantized", "folded", "wide"),
+    [("BF16", False, False, 0), ("BF16", True, False, 8), ("BF16", False, True, 4), ("F64", False, False, 4)],
+)
+def test_a_slice_counts_as_read_as_converted_to_fp32_and_twice_as_packed(
+    dtype: str, quantized: bool, folded: bool, wide: int
+) -> None:
+    """64 rows of 128 columns in MXFP4: 4.25 bits a weight."""
+    fmt = get_format("mxfp4")
+    outputs = (OutputTensor("w.codes", "U8", (256, 64), "codes"), OutputTensor("w.scales", "U8", (256, 4), "scales"))
+    weight = Weight("w", "mlp.up", 0, (256, 128), dtype, ())
+    item = Item(weight, "quantize", "why", fmt, "absmax", outputs=outputs)
+    width = {"BF16": 2, "F64": 8}[dtype]
+    assert need(item, 64, quantized, folded) == 64 * 128 * (width + wide) + 2 * 64 * (64 + 4)
+
+
+def test_a_transposed_weight_counts_twice_and_a_rotated_one_in_fp32() -> None:
+    weight = Weight("w", "mlp.up", 0, (4, 64, 128), "BF16", ())
+    plain = Item(weight, "quantize", "why", get_format("mxfp4"), "absmax")
+    turned = replace(plain, weight=replace(weight, transposed=True))
+    rotated = replace(plain, format=get_format("mxfp4_hadamard"))
+    sizes = [need(item, 2, False) for item in (plain, turned, rotated)]
+    assert sizes == [2 * 64 * 128 * width for width in (2, 4, 6)]
+
+
+def test_a_copied_weight_takes_a_slice_at_most() -> None:
+    outputs = (OutputTensor("w", "BF16", (1 << 16, 128), "copy"),)
+    item = Item(Weight("w", "norm", 0, (1 << 16, 128), "BF16", ()), "keep", "why", outputs=outputs)
+    assert (need(item, 1 << 16, False), need(item, 1 << 16, False, True)) == (8 << 20, 4 * (8 << 20))
+    small = replace(item, weight=replace(item.weight, shape=(2, 128)))
+    assert need(small, 2, False) == 2 * 128 * 2
+
+
+def test_there_are_no_more_threads_than_slices_fit_into_the_memory(plan: Plan) -> None:
+    units = [u for s in plan.shards for u in s.units]
+    one, many = (find_resources(units, (), 0, Limits(8, memory)) for memory in (1, 1 << 30))
+    slice_of_one = one.memory - (80 << 20)
+    assert (one.threads, many.threads) == (1, 8)
+    three = find_resources(units, (), 0, Limits(8, 3 * slice_of_one + 1))
+    assert three == (3, (80 << 20) + 3 * slice_of_one)

@@ -5,6 +5,7 @@ import pytest
 
 from halfbyte.errors import FormatError
 from halfbyte.formats import get_format, list_formats
+from halfbyte.formats.codebooks import E4M3 as E4M3_ELEMENTS
 from halfbyte.search import SEARCHES, Search, encode, get_search, register_search
 
 
@@ -57,6 +58,12 @@ def test_the_absmax_scale_is_the_first_candidate(search: object) -> None:
         assert getattr(search, steps)[0] == 0
     for ratios in ("int_ratios", "float_ratios", "shrink"):
         assert getattr(search, ratios)[0] == 1
+
+
+def test_scales_of_8_bit_floats_are_tried_where_the_largest_element_becomes_a_value_of_e4m3() -> None:
+    values = E4M3_ELEMENTS.array[np.isfinite(E4M3_ELEMENTS.array)]
+    tops = 448 / np.array(SEARCHES["sweep"].float_ratios)
+    assert tops.tolist() == sorted(values[(values >= 240) & (values <= 448)].tolist(), reverse=True)
 
 
 def test_the_sweep_covers_three_codes_down_and_eight_up() -> None:

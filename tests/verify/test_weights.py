@@ -329,6 +329,23 @@ def test_the_wrong_source_is_recognised(out: Path, tmp_path: Path) -> None:
     assert sum("relative error" in problem for problem in problems(out, other)) > 10
 
 
+def test_a_source_that_the_output_was_not_made_from_is_named(moe: Path, tmp_path: Path) -> None:
+    run(moe, tmp_path / "out", linear("nvfp4"))
+    assert verify(tmp_path / "out", moe).wrong_source == ""
+    renamed = write_checkpoint(tmp_path / "renamed", moe_tensors(seed=1), MOE_CONFIG)
+    said = f"{renamed} is not what {tmp_path / 'out'} was made from, which was moe"
+    assert verify(tmp_path / "out", renamed).wrong_source == said
+    namesake = write_checkpoint(tmp_path / "moe", moe_tensors(seed=1), MOE_CONFIG)
+    assert verify(tmp_path / "out", namesake).wrong_source.endswith("was made from, which was another source")
+
+
+def test_a_damaged_output_of_the_right_source_is_not_blamed_on_the_source(moe: Path, tmp_path: Path) -> None:
+    run(moe, tmp_path / "out", linear("nvfp4"))
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    result = verify(tmp_path / "out", moe)
+    assert not result.ok and result.wrong_source == ""
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_damaged_provenance_file_is_an_error(moe: Path, out: Path) -> None:
     (out / "halfbyte.json").write_text("{")
