@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import VerifyError
-from halfbyte.plan.sealed_provenance import UNKNOWN, check_keys, is_sealed, seal, spell
+from halfbyte.plan.sealed_provenance import UNKNOWN, Outcome, calibrated_errors, check_keys, is_sealed, seal, spell
 
 ORIGIN: dict[str, Any] = {"halfbyte": 3, "source": {"name": "m"}, "dialect": "halfbyte", "recipe": {}}
-SEALED = spell(ORIGIN, "f" * 64, {"b": 2, "a": 1}, {"a": "1" * 64}, "s" * 64)
+SIZES = {"b": 2, "a": 1}
+SEALED = spell(ORIGIN, "f" * 64, SIZES, [], Outcome({"a": "1" * 64}, "s" * 64))
 
 
 def test_the_last_entry_is_the_hash_of_the_file_with_zeros_in_its_place() -> None:
@@ -29,8 +30,16 @@ def test_it_names_the_source_the_plan_and_every_file() -> None:
 
 
 def test_its_size_does_not_depend_on_the_hashes() -> None:
-    unknown = spell(ORIGIN, "f" * 64, {"b": 2, "a": 1}, {}, UNKNOWN)
+    unknown = spell(ORIGIN, "f" * 64, SIZES, [], Outcome())
     assert len(unknown) == len(SEALED) and unknown != SEALED
+
+
+def test_errors_weighted_by_activations_are_read_as_they_were_written_in_a_fixed_length() -> None:
+    errors = {"w": (1.25, 3e-7), "v": (1e120, 1e-120)}
+    known = spell(ORIGIN, "f" * 64, SIZES, ["w", "v", "u"], Outcome(errors=errors))
+    assert calibrated_errors(json.loads(known)) == {"w": (1.25, 3e-7), "v": (9e99, 0), "u": (0, 0)}
+    assert len(known) == len(spell(ORIGIN, "f" * 64, SIZES, ["w", "v", "u"], Outcome()))
+    assert calibrated_errors(json.loads(SEALED)) == {}
 
 
 def test_every_changed_byte_breaks_the_seal() -> None:
