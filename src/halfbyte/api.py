@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from halfbyte.checkpoint import Inventory
 from halfbyte.checkpoint.files import collector_paused
 from halfbyte.convert.conversion import Conversion, Progress
 from halfbyte.convert.conversion import convert as run_conversion
+from halfbyte.convert.keep_going import convert_keeping
 from halfbyte.dialects import get_dialect
 from halfbyte.dialects.halfbyte import HALFBYTE
 from halfbyte.errors import PlanError
@@ -93,22 +95,33 @@ def quantize(
     threads: int | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
+    keep_going: bool = False,
 ) -> Conversion:
     """Quantize a checkpoint to the folder ``out``, or continue there after an interruption.
 
     Give a source and a recipe, or a Plan (then only ``threads``, ``memory`` and ``progress`` are left to choose).
     ``threads`` (default: one per core) hold slices of ``memory`` bytes at most, default 2 GiB;
-    ``progress`` is called with numbers of source bytes dealt with.
+    ``progress`` is called with numbers of source bytes dealt with. A weight that its format cannot hold within the
+    bound of ``verify`` is an UnconvertibleError; with ``keep_going`` such weights stay unquantized, and the warnings
+    of the module ``warnings`` name them.
     """
     options = PlanOptions(dialect, revision, max_shard_bytes, remote_code, importance, calibration_of_base)
     if isinstance(source, Plan):
-        given = (["recipe"] if recipe is not None else []) + options.given()
+        given = (["recipe"] if recipe is not None else []) + options.given() + (["keep_going"] if keep_going else [])
         if given:
             raise TypeError(f"quantize(plan, out): {', '.join(given)} cannot be given, since they are part of the plan")
         return run_conversion(source, out, threads, progress, memory)
     if recipe is None:
         raise TypeError("quantize(source, out, recipe): the recipe is missing")
-    return run_conversion(_plan(source, recipe, options), out, threads, progress, memory)
+    if not keep_going:
+        return run_conversion(_plan(source, recipe, options), out, threads, progress, memory)
+    return convert_keeping(
+        _plan(source, recipe, options),
+        Path(out).expanduser(),
+        lambda other: _plan(source, other, options),
+        lambda made: run_conversion(made, out, threads, progress, memory, collect_refused=True),
+        lambda line: warnings.warn(line, stacklevel=2),
+    )[1]
 
 
 @accepts_old_names(workers="threads")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class HalfbyteError(Exception):
     """Base of every error that halfbyte raises on purpose; the command line prints it without a traceback."""
@@ -11,6 +13,17 @@ class HalfbyteError(Exception):
 
 class CheckpointError(HalfbyteError):
     """A source checkpoint cannot be read or is not what its headers say."""
+
+
+class UnconvertibleError(CheckpointError):
+    """What a source holds cannot be converted, and a rerun would meet it again: no part of the output is kept.
+
+    ``weights``: of those that another format could hold, or that can stay unquantized, the names and what is wrong.
+    """
+
+    def __init__(self, message: str, weights: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.weights = dict(weights or {})
 
 
 class FormatError(HalfbyteError):

@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.checkpoint.files import open_regular, read_into, reason
 from halfbyte.checkpoint.stream_hash import hash_file, hash_path
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, UnconvertibleError
 
 WHOLE_BYTES = 1 << 24
 """Files up to this size are hashed completely, larger ones at places spread over them."""
@@ -69,7 +69,7 @@ def sample(path: Path) -> str:
 class SourceIdentity:
     """All files that a conversion reads: who they were when the plan was made, and what samples of them say.
 
-    CheckpointError if one of them is another one by now.
+    UnconvertibleError if one of them is another one by now.
     """
 
     def __init__(self, root: Path, files: Mapping[str, FileIdentity]) -> None:
@@ -85,10 +85,10 @@ class SourceIdentity:
             self.files[prefix + name], self.samples[prefix + name] = other.files[name], other.samples[name]
 
     def check(self) -> None:
-        """CheckpointError if a file is no longer what it was when the plan was made."""
+        """UnconvertibleError if a file is no longer what it was when the plan was made."""
         for name, identity in self.files.items():
             if identify(self._paths[name]) != identity:
-                raise CheckpointError(
+                raise UnconvertibleError(
                     f"{self._paths[name]} changed after the plan was made, so the output would mix two models; start "
                     "again with files that stay as they are"
                 )

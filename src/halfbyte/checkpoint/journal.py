@@ -18,21 +18,29 @@ from halfbyte.errors import OutputError
 
 NAME = "journal.jsonl"
 VERSION = 2
+_LONGEST_LINE = 1 << 26
 
 
 class Journal:
     """Finished files of one conversion, in ``<folder>/.halfbyte/journal.jsonl``; opened or created.
 
-    The first line holds the conversion's fingerprint and ``source``, who the files are that it reads; a journal of
-    another conversion is an OutputError. ``done`` maps a file name to {"nbytes": n, **extra}, only for files that
-    are there with that size. ``continued``: whether an earlier run began it.
+    The first line holds the conversion's fingerprint, its ``recipe``, and ``source``, who the files are that it reads;
+    a journal of another conversion is an OutputError. ``done`` maps a file name to {"nbytes": n, **extra}, only for
+    files that are there with that size. ``continued``: whether an earlier run began it.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str, source: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        fingerprint: str,
+        source: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.fingerprint = fingerprint
         self.path = self.folder / FOLDER / NAME
         self.source: dict[str, Any] = dict(source or {})
+        self._recipe = dict(recipe or {})
         self.done: dict[str, dict[str, Any]] = {}
         self.continued = self.path.exists()
         if not self.continued:
@@ -113,7 +121,7 @@ class Journal:
 
     def _start(self) -> None:
         """Write the first line; where several processes start at once, the first one wins and none fails."""
-        first = {"journal": VERSION, "fingerprint": self.fingerprint, "source": self.source}
+        first = {"journal": VERSION, "fingerprint": self.fingerprint, "source": self.source, "recipe": self._recipe}
         line = json.dumps(first) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,15 +148,30 @@ class Journal:
             return None
 
 
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of an unfinished conversion; {} where there is none or it does not say."""
+    try:
+        with open(folder / FOLDER / NAME, "rb") as file:
+            first = _object(file.readline(_LONGEST_LINE)) or {}
+    except OSError:
+        return {}
+    recipe = first.get("recipe")
+    return recipe if isinstance(recipe, dict) else {}
+
+
 def prepare_output(
-    out: str | Path, source_root: str | Path | None, fingerprint: str, source: Mapping[str, Any] | None = None
+    out: str | Path,
+    source_root: str | Path | None,
+    fingerprint: str,
+    source: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> Journal:
-    """Make the output folder, or continue in one whose journal has this fingerprint; ``source`` as in ``Journal``.
+    """Make the output folder, or continue in one whose journal has this fingerprint; the rest as in ``Journal``.
 
     OutputError for a file, a folder that holds anything else, or a folder that is the input or inside it.
     """
     check_output(out, source_root)
-    return Journal(Path(out).expanduser(), fingerprint, source)
+    return Journal(Path(out).expanduser(), fingerprint, source, recipe)
 
 
 def check_output(out: str | Path, source_root: str | Path | None) -> None:

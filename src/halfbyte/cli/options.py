@@ -11,8 +11,10 @@ from halfbyte.cli.human import parse_size, positive
 if TYPE_CHECKING:
     from halfbyte.plan.conversion_plan import Plan
     from halfbyte.plan.resources import Limits
+    from halfbyte.recipes import Recipe
     from halfbyte.source.checkpoint import Checkpoint
 
+OTHER_DIALECT = "written in the dialect"
 SOURCE = "a local folder, a .safetensors file, or a hub id owner/name"
 
 
@@ -187,19 +189,19 @@ def dialect_of(args: argparse.Namespace) -> str | None:
     return "halfbyte" if args.remote_code else best_dialect(recipe, args.engine)
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """The plan that the options describe."""
+def plan_of(args: argparse.Namespace, recipe: Recipe | None = None, dialect: str | None = None) -> Plan:
+    """The plan that the options describe; ``recipe``: by another recipe than they name, in this ``dialect``."""
     from halfbyte.api import plan
     from halfbyte.errors import FormatError, HalfbyteError, PlanError
     from halfbyte.plan.dialect_choice import OWN
     from halfbyte.recipes import load_recipe
 
-    checkpoint, chosen, known = open_checkpoint(args), dialect_of(args), activations_of(args)
+    checkpoint, chosen, known = open_checkpoint(args), dialect or dialect_of(args), activations_of(args)
 
     def make(dialect: str | None) -> Plan:
         return plan(
             checkpoint,
-            args.recipe,
+            recipe or args.recipe,
             dialect=dialect,
             max_shard_bytes=args.max_shard_size,
             remote_code=args.remote_code,
@@ -210,11 +212,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
     try:
         return make(chosen)
     except (PlanError, FormatError) as error:
-        if chosen == OWN or args.dialect or args.engine or load_recipe(args.recipe).dialect:
+        if recipe or chosen == OWN or args.dialect or args.engine or load_recipe(args.recipe).dialect:
             raise
         try:
             made = make(OWN)
         except HalfbyteError:
             raise error from None
-        made.notes.append(f"written in the dialect {OWN}, because {chosen} cannot store it ({error})")
+        made.notes.append(f"{OTHER_DIALECT} {OWN}, because {chosen} cannot store it ({error})")
         return made

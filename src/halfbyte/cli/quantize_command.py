@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli import accuracy, options, plan_command
@@ -13,6 +14,8 @@ from halfbyte.cli.output import print_json, progress, say, warn
 if TYPE_CHECKING:
     from halfbyte.convert.conversion import Conversion
     from halfbyte.plan.conversion_plan import Plan
+    from halfbyte.plan.keeping import Remake
+    from halfbyte.recipes import Recipe
 
 SUMMARY = "quantize a checkpoint into a new folder; run it again to continue after an interruption"
 EXAMPLES = """\
@@ -38,6 +41,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue even if more than a tenth of the parameters is in matrices without a known role",
     )
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="keep weights that their format cannot hold unquantized, and name them, instead of stopping there",
+    )
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +63,22 @@ def run(args: argparse.Namespace) -> int:
     made = options.plan_of(args)
     if not (args.allow_unrecognised or args.dry_run):
         check_recognised(made.items)
-    return carry_out(made, args)
+
+    def remake(recipe: Recipe) -> Plan:
+        again = options.plan_of(args, recipe, made.dialect.name)
+        again.notes.extend(note for note in made.notes if note.startswith(options.OTHER_DIALECT))
+        return again
+
+    return carry_out(made, args, remake=remake)
 
 
-def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") -> int:
-    """Do what a plan says, or only show it (``--dry-run``); for every command that writes a checkpoint."""
-    from halfbyte.convert.conversion import convert, source_bytes
+def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing", remake: Remake | None = None) -> int:
+    """Do what a plan says, or only show it (``--dry-run``); for every command that writes a checkpoint.
+
+    ``remake`` is for ``--keep-going``, where the command has it.
+    """
+    from halfbyte.convert.conversion import source_bytes
+    from halfbyte.plan.keeping import kept_by
 
     if args.dry_run:
         if args.json:
@@ -70,9 +88,8 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
         return 0
     for note in made.recipe.notes:
         warn(note)
+    made, done = _converted(made, args, verb, remake)
     total = source_bytes(made)
-    with progress(verb, total, args.json) as report:
-        done = convert(made, args.out, args.threads, report, args.memory, warn)
     report_json = {
         **plan_command.document(made, args),
         "out": str(done.out),
@@ -81,6 +98,7 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
         "already_complete": done.already_complete,
         "relmse": None if done.already_complete else done.relmse,
         "calibrated_relmse": done.calibrated_relmse,
+        "not_quantized": kept_by(made),
         "folds": [asdict(fold) for fold in done.smoothings],
         "carried": [
             {
@@ -125,6 +143,28 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing") ->
     if args.json:
         print_json(report_json)
     return code
+
+
+def _converted(made: Plan, args: argparse.Namespace, verb: str, remake: Remake | None) -> tuple[Plan, Conversion]:
+    """The plan that was carried out, and what that did."""
+    from halfbyte.convert.conversion import convert, source_bytes
+    from halfbyte.convert.keep_going import convert_keeping
+    from halfbyte.errors import UnconvertibleError
+
+    keep_going = remake is not None and args.keep_going
+
+    def run(plan: Plan) -> Conversion:
+        with progress(verb, source_bytes(plan), args.json) as report:
+            return convert(plan, args.out, args.threads, report, args.memory, warn, keep_going)
+
+    if remake is not None and keep_going:
+        return convert_keeping(made, Path(args.out).expanduser(), remake, run, warn)
+    try:
+        return made, run(made)
+    except UnconvertibleError as error:
+        if remake is None or not error.weights:
+            raise
+        raise UnconvertibleError(f"{error}; --keep-going leaves such weights unquantized", error.weights) from error
 
 
 def usage_of(out: str) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,20 @@ from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.checkpoint.lock import OutputLock
 from halfbyte.convert.encode_slice import Context, Progress
 from halfbyte.convert.hessian_cache import Hessians
-from halfbyte.convert.output_folder_state import already_complete, continue_or_begin, source_identity
+from halfbyte.convert.output_folder_state import (
+    already_complete,
+    continue_or_begin,
+    discard,
+    source_identity,
+    with_what_stays,
+)
 from halfbyte.convert.pipeline import Pipeline, Stages
+from halfbyte.convert.refusals import Refusals
 from halfbyte.convert.smoothing_search import FOLD_BYTES, FoldReport, sample_bytes, settle_folds
 from halfbyte.convert.work_unit import WorkUnit
-from halfbyte.errors import CheckpointError, OutputError, PlanError
+from halfbyte.errors import HalfbyteError, OutputError, PlanError, UnconvertibleError
 from halfbyte.kernels import backend, use_backend_here
-from halfbyte.kernels.tensor_error import MAX_RELMSE_FEEDBACK, TensorError, calibrated_relmse
+from halfbyte.kernels.tensor_error import TensorError, calibrated_relmse
 from halfbyte.plan.conversion_plan import CONFIG, PROVENANCE, Plan
 from halfbyte.plan.resources import MEMORY, RESIDENT_UNITS, Limits, cores, item_bytes
 from halfbyte.plan.sealed_provenance import Outcome
@@ -85,6 +92,7 @@ def convert(
     progress: Progress | None = None,
     memory: int | None = None,
     announce: Announce | None = None,
+    collect_refused: bool = False,
 ) -> Conversion:
     """Write the plan's output to the folder ``out``, or continue there after an interruption.
 
@@ -92,7 +100,10 @@ def convert(
     on slices of weights side by side, while finished files are made durable in the background. The bytes written
     depend on neither. ``announce`` is told at the beginning if an earlier run is continued. An output that is
     complete already is left alone. Raises OutputError for an unusable folder, one that another process writes, or a
-    full disk, CheckpointError for a source that is damaged or changes.
+    full disk, CheckpointError for a source that cannot be read: what is finished stays then, and a rerun continues.
+    UnconvertibleError is for a source that changes and for weights that are not finite or that their format cannot
+    hold within the bound of ``verify``: a rerun would meet them again, so nothing stays. With ``collect_refused`` it
+    is raised at the end and names all of these weights, else at the first one.
     """
     began = time.monotonic()
     root = plan.checkpoint.inventory.root
@@ -101,19 +112,39 @@ def convert(
             f"{plan.checkpoint.inventory.source} is an inventory without weights; give the checkpoint itself"
         )
     out = Path(out).expanduser()
+    existed = out.exists()
     source = source_identity(plan, root)
     if already_complete(plan, out, root, source):
         return Conversion(out, [], time.monotonic() - began, len(plan.shards), already_complete=True)
-    with OutputLock(out):
-        journal = continue_or_begin(plan, out, root, source, announce or (lambda _: None))
-        done = _convert(plan, out, journal, source, Limits(threads or cores(), memory or MEMORY), progress)
-        journal.finish()
+    limits, refusals = Limits(threads or cores(), memory or MEMORY), Refusals(collect_refused)
+    try:
+        with OutputLock(out):
+            journal = continue_or_begin(plan, out, root, source, announce or (lambda _: None))
+            try:
+                done = _convert(plan, out, journal, source, limits, progress, refusals)
+            except UnconvertibleError:
+                discard(plan, out)
+                raise
+            except HalfbyteError as error:
+                raise with_what_stays(plan, out, journal, error) from error
+            journal.finish()
+    except HalfbyteError:
+        if not existed:
+            with suppress(OSError):  # something is finished, and stays
+                out.rmdir()
+        raise
     done.seconds = time.monotonic() - began
     return done
 
 
 def _convert(
-    plan: Plan, out: Path, journal: Journal, source: SourceIdentity, limits: Limits, progress: Progress | None
+    plan: Plan,
+    out: Path,
+    journal: Journal,
+    source: SourceIdentity,
+    limits: Limits,
+    progress: Progress | None,
+    refusals: Refusals,
 ) -> Conversion:
     """All files that the journal does not hold yet."""
     todo = [shard for shard in plan.shards if shard.name not in journal.done]
@@ -130,8 +161,9 @@ def _convert(
             smoothings, chosen = settle_folds(plan, out, journal, reader, pool, report)
         known = plan.calibration_use.calibration if plan.calibration_use else None
         hessians = Hessians(known, limits.memory // 8) if known and known.statistics else None
-        context = Context(plan, reader, smoothings, report, limits, hessians)
+        context = Context(plan, reader, smoothings, report, limits, hessians, refusals)
         _write_shards(context, count, todo, out, journal, source)
+    refusals.check()
     errors: dict[str, TensorError] = {}
     for shard in plan.shards:
         for error in (TensorError(**e) for e in journal.done[shard.name]["errors"]):
@@ -157,12 +189,6 @@ class _OpenShard:
 
     def commit(self, journal: Journal, source: SourceIdentity) -> None:
         """Make the file durable and note that it is finished, unless the source changed while it was written."""
-        for error in (error for job in self.errors for error in job):
-            if not error.relmse <= MAX_RELMSE_FEEDBACK:
-                raise CheckpointError(
-                    f"{error.name} has a relative error of {error.relmse:.3g} in {error.format}, whose scales cannot "
-                    "hold its values; give it another format, or keep it by a rule"
-                )
         sha256 = self.writer.commit()
         source.check()
         errors = [vars(error) for job in self.errors for error in job]
@@ -180,12 +206,15 @@ def _write_shards(
         with Pipeline(threads) as pipeline:
 
             def commit(file: _OpenShard) -> None:
-                file.commit(journal, source)
+                if context.refusals.weights:
+                    file.writer.abort()
+                else:
+                    file.commit(journal, source)
                 opened.remove(file)
 
             def ended(file: _OpenShard, units: Sequence[WorkUnit], errors: list[TensorError]) -> None:
                 for unit in units:
-                    errors += unit.errors
+                    errors += unit.judged_errors()
                     if unit.resident:
                         resident.remove(unit)
                 with lock:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from halfbyte.calibration import Activations
 from halfbyte.checkpoint import Reader
 from halfbyte.convert.hessian_cache import Hessians
-from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.convert.refusals import Refusals
+from halfbyte.errors import FormatError, UnconvertibleError
 from halfbyte.formats import Format, QuantizedTensor, rotation_of, stacked
 from halfbyte.formats.rotation import Swaps
 from halfbyte.kernels import ErrorStats
@@ -27,6 +28,8 @@ from halfbyte.source.smoothing import Smoothing
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
+# times the square root of any block, this is still in the range of FP32
+_LARGEST_ROTATED = np.float32(1e36)
 Progress = Callable[[int], None]
 """Called with the number of source bytes that have just been dealt with."""
 
@@ -41,6 +44,7 @@ class Context:
     report: Progress
     limits: Limits
     hessians: Hessians | None = None
+    refusals: Refusals = field(default_factory=Refusals)
 
 
 def read_values(
@@ -60,7 +64,11 @@ def read_slice(context: Context, item: Item, first: int, stop: int) -> tuple[Arr
             array, _ = fmt.rotate(array, _rotation(context, item, first, stop))
         except FormatError as error:
             raise not_finite(item.weight.name) from error
-    return array, _largest(array, item)
+    amax = _largest(array, item)
+    if rotation_of(fmt) is not None and (amax > _LARGEST_ROTATED).any():
+        reason = f"has values up to {amax.max():.3g}, too large to be rotated back in FP32"
+        raise UnconvertibleError(f"{item.weight.name} {reason}", {item.weight.name: reason})
+    return array, amax
 
 
 def known_of(context: Context, item: Item, first: int, stop: int) -> Activations | None:
@@ -88,12 +96,14 @@ def encode_slice(
     item: Item,
     array: Array,
     amax: Floats,
-    stats: ErrorStats,
+    stats: Sequence[ErrorStats],
     known: Activations | None = None,
     fitted: Floats | None = None,
 ) -> QuantizedTensor:
     """Codes and scales of a slice; ``amax`` of the tensors that share its scale, or of each expert.
 
+    ``stats`` takes the errors: one for a matrix, one for each expert of a stack. UnconvertibleError names the weight
+    where the format has no scales for its values.
     ``known``: what is known of the inputs that meet the slice; ``fitted``: the global scale that was found for
     matrices that share it, while each expert's is found here. For a format in rotated space all of it is that of
     the rotated weight.
@@ -101,40 +111,53 @@ def encode_slice(
     assert item.format is not None
     fmt = item.format.plain
     weights = known.importance if known else None
-    scales: dict[str, Any] = {"amax": amax}
-    if fmt.has_global_scale:
-        scale = global_scale(amax, fmt, get_search(item.search), item.power_of_two) if fitted is None else fitted
-        if item.fitted and len(array.shape) > 2:
-            scale = soar_global_scale(
-                [array], fmt, item.search, weights, global_scale_inv=plan.dialect.spelling.global_scale_inv
-            ).global_scale
-        inverse = plan.dialect.spelling.global_scale_inv
-        scales = {"global_scale_inv": np.float32(1) / scale} if inverse else {"global_scale": scale}
     prepared = known.prepared if known else None
+    rotation = known.rotation if known else None
     try:
-        if prepared is None or len(array.shape) < 3:
-            tensor = _encode(fmt, item.search, array, weights, prepared[0] if prepared else None, scales, stats)
-            return item.format.from_plain(tensor, known.rotation if known else None)
+        scales = _scales(plan, item, array, amax, weights, fitted)
+        if len(array.shape) < 3:
+            tensor = _encode(fmt, item.search, array, weights, prepared[0] if prepared else None, scales, stats[0])
+            return item.format.from_plain(tensor, rotation)
         each = [
             _encode(
                 fmt,
                 item.search,
                 array[i : i + 1],
                 weights if weights is None or weights.ndim == 1 else weights[i : i + 1],
-                one,
+                prepared[i] if prepared else None,
                 {name: value if np.ndim(value) == 0 else value[i : i + 1] for name, value in scales.items()},
-                stats,
+                expert_stats,
             )
-            for i, one in enumerate(prepared)
+            for i, expert_stats in enumerate(stats)
         ]
-        return item.format.from_plain(stacked(each), known.rotation if known else None)
+        return item.format.from_plain(each[0] if len(each) == 1 else stacked(each), rotation)
     except FormatError as error:
-        raise CheckpointError(f"{item.weight.name}: {error}") from error
+        raise UnconvertibleError(f"{item.weight.name}: {error}", {item.weight.name: str(error)}) from error
 
 
-def not_finite(name: str) -> CheckpointError:
+def _scales(
+    plan: Plan, item: Item, array: Array, amax: Floats, weights: Floats | None, fitted: Floats | None
+) -> dict[str, Any]:
+    """What settles the scales of a slice, as ``encode`` takes it: amax, or the global scale in the dialect's way."""
+    assert item.format is not None
+    fmt, inverse = item.format.plain, plan.dialect.spelling.global_scale_inv
+    if not fmt.has_global_scale:
+        return {"amax": amax}
+    scale = global_scale(amax, fmt, get_search(item.search), item.power_of_two) if fitted is None else fitted
+    if item.fitted and len(array.shape) > 2:
+        scale = soar_global_scale([array], fmt, item.search, weights, global_scale_inv=inverse).global_scale
+    if not inverse:
+        return {"global_scale": scale}
+    with np.errstate(divide="ignore", over="ignore"):
+        reciprocal = np.float32(1) / scale
+    if not np.isfinite(reciprocal).all():
+        raise FormatError(f"its values are so small that the global scale of {fmt.name} has no finite reciprocal")
+    return {"global_scale_inv": reciprocal}
+
+
+def not_finite(name: str) -> UnconvertibleError:
     """What is said of a weight with values that no format holds."""
-    return CheckpointError(
+    return UnconvertibleError(
         f"{name} holds a NaN, an infinity or a value beyond FP32; repair the source, or drop the tensor by a rule"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from halfbyte.checkpoint.files import parse_object, read_small
 from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.checkpoint.journal import NAME, check_output
 from halfbyte.checkpoint.lock import FOLDER, remove_leftovers, remove_remains
-from halfbyte.errors import CheckpointError, OutputError
+from halfbyte.errors import CheckpointError, HalfbyteError, OutputError
 from halfbyte.plan.conversion_plan import PROVENANCE, Plan
 
 
@@ -58,7 +59,7 @@ def continue_or_begin(
     OutputError if the source is not what the interrupted run read. Finished files that hold something else by now
     are forgotten, and what killed runs left of unfinished ones is removed.
     """
-    journal = prepare_output(out, root, plan.fingerprint, source.to_dict())
+    journal = prepare_output(out, root, plan.fingerprint, source.to_dict(), plan.origin["recipe"])
     changed = source.changed(journal.source)
     if changed is not None:
         raise OutputError(
@@ -71,6 +72,28 @@ def continue_or_begin(
         finished = sum(shard.name in journal.done for shard in plan.shards)
         announce(f"continuing in {out}: {finished} of {len(plan.shards)} weight files are finished")
     return journal
+
+
+def discard(plan: Plan, out: Path) -> None:
+    """Remove what this conversion wrote and no rerun can use, and the folder if that was all of it."""
+    for name in (PROVENANCE, *plan.file_bytes):
+        for path in (out / name, out / f"{name}.partial"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    with contextlib.suppress(OSError):
+        (out / FOLDER / NAME).unlink()
+
+
+def with_what_stays(plan: Plan, out: Path, journal: Journal, error: HalfbyteError) -> HalfbyteError:
+    """The same error, saying what is finished already; where nothing is, nothing is left either."""
+    if not journal.done:
+        discard(plan, out)
+        return error
+    finished = sum(shard.name in journal.done for shard in plan.shards)
+    return type(error)(
+        f"{error}; {finished} of {len(plan.shards)} weight files in {out} are finished, and the same command "
+        "continues there"
+    )
 
 
 def _provenance(out: Path) -> dict[str, Any]:

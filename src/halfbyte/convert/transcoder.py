@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
-from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.errors import FormatError, UnconvertibleError
 from halfbyte.formats import QuantizedTensor
 from halfbyte.formats.transcode import top_exponent, transcode
 from halfbyte.plan.conversion_plan import Plan
@@ -68,7 +68,7 @@ class Transcoder:
         try:
             after = respell(tensor, self.global_scale_inv)
         except FormatError as error:
-            raise CheckpointError(
+            raise UnconvertibleError(
                 f"{item.weight.name}: {error}, and the dialect stores reciprocals; repair the source, or drop the "
                 "tensor by a rule"
             ) from error
@@ -117,6 +117,6 @@ def _same_scales(a: QuantizedTensor, b: QuantizedTensor) -> bool:
 def _check_finite(tensor: QuantizedTensor, name: str) -> None:
     """As decoding would find it, without decoding where the scales tell."""
     if not tensor.format.is_finite(tensor):
-        raise CheckpointError(
+        raise UnconvertibleError(
             f"{name} decodes to a NaN or an infinity; repair the source, or drop the tensor by a rule"
         )

@@ -25,7 +25,7 @@ from halfbyte.convert.global_scale_fit import shared_scale
 from halfbyte.convert.pipeline import Stages, Task
 from halfbyte.convert.transcoder import Transcoder
 from halfbyte.dialects import OutputChunk, OutputTensor
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import UnconvertibleError
 from halfbyte.formats import QuantizedTensor
 from halfbyte.kernels import ErrorStats
 from halfbyte.kernels import amax as largest
@@ -75,6 +75,13 @@ class WorkUnit:
         for (k, _), part in sorted(self._errors.items(), key=lambda entry: entry[0]):
             found[k].merge(part)
         return found
+
+    def judged_errors(self) -> list[TensorError]:
+        """The errors, once all of them are measured; UnconvertibleError for one beyond the bound."""
+        errors = self.errors
+        for item, error in zip(self._chosen, errors, strict=True):
+            self._common.refusals.judge(error, item.method is not None)
+        return errors
 
     def run(self) -> None:
         """All of the unit in this thread."""
@@ -181,7 +188,12 @@ class WorkUnit:
 
     def _look(self, k: int, first: int, stop: int) -> None:
         """The amax of a slice that shares it with others."""
-        array, self._amax[k, first] = read_slice(self._common, self._chosen[k], first, stop)
+        try:
+            array, self._amax[k, first] = read_slice(self._common, self._chosen[k], first, stop)
+        except UnconvertibleError as refusal:
+            self._common.refusals.take(refusal)
+            self._amax[k, first] = np.float32(0)
+            return
         if self._holds:
             self._held[k, first] = array
 
@@ -201,7 +213,12 @@ class WorkUnit:
         carrier = self._carrier
         for a, b, carried in carrier.slices(item, first, stop) if carrier else [(first, stop, None)]:
             if carried is None:
-                tensor = self._encoded(k, a, b, error)
+                try:
+                    tensor = self._encoded(k, a, b, error)
+                except UnconvertibleError as refusal:
+                    self._common.refusals.take(refusal)
+                    self._report(item, a, b)
+                    continue
             else:
                 tensor = carried.tensor
                 if not carried.exact:
@@ -218,10 +235,14 @@ class WorkUnit:
             array, amax = read_slice(self._common, item, first, stop)
             found = amax if found is None else found
         assert found is not None
-        stats = ErrorStats()
+        stats = [ErrorStats() for _ in range(stop - first if array.ndim > 2 else 1)]
         known = known_of(self._common, item, first, stop)
         tensor = encode_slice(self.plan, item, array, found, stats, known, self._fitted)
-        error.count(stats)
+        if array.ndim > 2:
+            for expert, one in enumerate(stats, first):
+                error.count_expert(expert, one)
+        else:
+            error.count(stats[0])
         weighted = count_calibrated_error(self._common, item, first, stop, array, tensor)
         error.calibrated_error, error.calibrated_squares = weighted
         error.requantized += array.size if error.source else 0
@@ -255,7 +276,7 @@ def _reciprocal(name: str, scale: NDArray[Any]) -> NDArray[np.float32]:
     with np.errstate(divide="ignore", over="ignore"):
         value = np.asarray(np.float32(1) / scale.astype(np.float32))
     if not (np.isfinite(scale) & (scale > 0) & np.isfinite(value)).all():
-        raise CheckpointError(
+        raise UnconvertibleError(
             f"{name}, a scale of activations, is {scale.flat[0]:g} instead of a positive number; "
             "calibrate the source again, or drop such scales by a rule"
         )

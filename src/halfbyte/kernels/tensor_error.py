@@ -10,13 +10,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.formats import QuantizedTensor
+from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.kernels import ErrorStats, compare
 
 MAX_RELMSE = 0.1
 """A quantized tensor further than this from its source is not the same tensor."""
 MAX_RELMSE_FEEDBACK = 0.5
 """The same where rounding fed errors back: weights move for the sake of outputs then, far where tokens are few."""
+# formats with so few bits are further from heavy-tailed weights (0.33 and 0.09 at most in groups of 128)
+_COARSE = {2: 0.5, 3: 0.25}
+
+
+def largest_relmse(fmt: Format, fed_back: bool, stated: float = MAX_RELMSE) -> float:
+    """The largest relative error that a weight in a format may have; ``stated`` other than the default counts for all.
+
+    ``fed_back``: GPTQ rounded it.
+    """
+    if stated != MAX_RELMSE:
+        return stated
+    return max(MAX_RELMSE_FEEDBACK if fed_back else MAX_RELMSE, _COARSE.get(fmt.bits, 0))
 
 
 @dataclass
@@ -28,6 +40,7 @@ class TensorError:
     ``max_relative``: the largest change, relative to it, of a value that a carried tensor's scales can make.
     ``calibrated_error`` and ``calibrated_squares`` are weighted by activations (``halfbyte.convert.calibrated_error``),
     zeros where no calibration weighs errors.
+    ``worst_relmse`` and ``worst_expert``: of a stack, the expert whose own relative error is the largest.
     """
 
     name: str
@@ -44,6 +57,8 @@ class TensorError:
     max_relative: float = 0.0
     calibrated_error: float = 0.0
     calibrated_squares: float = 0.0
+    worst_relmse: float = 0.0
+    worst_expert: int = -1
 
     @property
     def lossless(self) -> bool:
@@ -53,9 +68,7 @@ class TensorError:
     @property
     def relmse(self) -> float:
         """Squared error over the sum of squares; infinite where only the source is zero."""
-        if not self.squares:
-            return math.inf if self.squared_error else 0.0
-        return self.squared_error / self.squares
+        return _ratio(self.squared_error, self.squares)
 
     @property
     def calibrated_relmse(self) -> float | None:
@@ -77,6 +90,11 @@ class TensorError:
         if len(stats.codebook_blocks) > 1:
             self._count(stats.codebook_blocks)
 
+    def count_expert(self, expert: int, stats: ErrorStats) -> None:
+        """Count one expert of a stack, whose error may be lost in that of many."""
+        self.count(stats)
+        self._compare_worst(_ratio(stats.squared_error, stats.squares), expert)
+
     def carry(self, before: QuantizedTensor, after: QuantizedTensor) -> None:
         """Count a slice with the same codes and scales, whose values may have changed by a rounding."""
         self.add(before.decode(), after)
@@ -94,8 +112,14 @@ class TensorError:
         self.max_relative = max(self.max_relative, other.max_relative)
         self.calibrated_error += other.calibrated_error
         self.calibrated_squares += other.calibrated_squares
+        self._compare_worst(other.worst_relmse, other.worst_expert)
         if other.codebook_blocks:
             self._count(other.codebook_blocks)
+
+    def _compare_worst(self, relmse: float, expert: int) -> None:
+        # not "greater", which a NaN never is
+        if not relmse <= self.worst_relmse:
+            self.worst_relmse, self.worst_expert = relmse, expert
 
     def _count(self, blocks: list[int]) -> None:
         self.codebook_blocks = [a + b for a, b in zip(self.codebook_blocks or [0] * len(blocks), blocks, strict=True)]
@@ -106,6 +130,12 @@ def calibrated_relmse(errors: Iterable[TensorError]) -> float | None:
     members = [error for error in errors if error.calibrated_squares]
     squares = sum(error.calibrated_squares for error in members)
     return sum(error.calibrated_error for error in members) / squares if members else None
+
+
+def _ratio(squared_error: float, squares: float) -> float:
+    if not squares:
+        return math.inf if squared_error else 0.0
+    return squared_error / squares
 
 
 def _largest_change(before: QuantizedTensor, after: QuantizedTensor) -> float:

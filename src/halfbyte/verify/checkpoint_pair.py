@@ -15,7 +15,7 @@ from halfbyte.dialects import OutputTensor
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax
-from halfbyte.kernels.tensor_error import MAX_RELMSE, MAX_RELMSE_FEEDBACK, TensorError
+from halfbyte.kernels.tensor_error import TensorError, largest_relmse
 from halfbyte.models import Weight
 from halfbyte.plan.kv_cache import check_caches, respelled_caches
 from halfbyte.plan.resources import SLICE_BYTES
@@ -109,8 +109,8 @@ class CheckpointPair:
         elif keep and (before is None or self.ours.dialect is self.source.dialect):
             self._kept(weight, [o.name for o in self.source.stored(weight)] if before else weight.sources)
         elif fmt is not None:
-            fed_back = decision is not None and decision.method is not None and self.max_relmse == MAX_RELMSE
-            self._quantized(weight, twin, fmt, MAX_RELMSE_FEEDBACK if fed_back else self.max_relmse)
+            fed_back = decision is not None and decision.method is not None
+            self._quantized(weight, twin, fmt, largest_relmse(fmt, fed_back, self.max_relmse))
 
     def respelled(self, weight: Weight, output: OutputTensor) -> None:
         """A scale of activations, which may have become its reciprocal."""
