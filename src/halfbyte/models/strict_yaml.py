@@ -13,6 +13,7 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: More than any recipe or family needs; beyond it the parser itself may overflow its stack.
 MAX_DEPTH = 50
 MAX_LENGTH = 10_000_000
+_LONGEST_NUMBER = 100
 
 
 class _StrictLoader(_Base):  # type: ignore[misc]
@@ -63,7 +64,7 @@ def _sentences() -> Iterator[None]:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{line}{error.problem or error.context or 'not valid YAML'}") from None
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(" ".join(str(error).split())) from None
     except (RecursionError, MemoryError):
         raise ValueError("it is nested too deeply") from None
     except (KeyError, TypeError, AttributeError, OverflowError) as error:  # constructors of tags check little
@@ -85,6 +86,16 @@ def _check_events(text: str) -> None:
             raise ValueError(f"line {line}: an alias stands inside of what an anchor names")
         if isinstance(event, yaml.CollectionStartEvent) and event.anchor and not anchored:
             anchored = depth
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
+            _check_plain(event.value, line)
         tag = getattr(event, "tag", None)
         if tag not in (None, "!", "tag:yaml.org,2002:str"):
             raise ValueError(f"line {line}: the tag {tag[:60]} is not used here; write the value without one")
+
+
+def _check_plain(value: str, line: int) -> None:
+    """Refuse merge keys, which copy, and numbers of any length, since those to the base 60 take the square of it."""
+    if value == "<<":
+        raise ValueError(f"line {line}: merge keys (<<) are not used here; write the keys out")
+    if len(value) > _LONGEST_NUMBER and not value.strip("+-.:_0123456789abcdefABCDEFx"):
+        raise ValueError(f"line {line}: a number of more than {_LONGEST_NUMBER} digits")
