@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +186,47 @@ def test_a_named_file_brings_the_side_files_only_with_a_config(tmp_path: Path) -
     contents = scan(tmp_path, "x.safetensors")
     assert (contents.weights, contents.ignored) == (["x.safetensors"], ["y.safetensors"])
     assert contents.side_files == {"holiday.jpg": 3}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_what_is_never_copied_is_named_with_its_kind(tmp_path: Path) -> None:
+    touch(tmp_path, "model.safetensors", "a/b/c/deep.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "other.safetensors").symlink_to("nothing")
+    (tmp_path / "loop").symlink_to(".")
+    with socket.socket(socket.AF_UNIX) as opened:
+        before = Path.cwd()
+        os.chdir(tmp_path)  # addresses are short
+        try:
+            opened.bind("socket.json")
+        finally:
+            os.chdir(before)
+    assert sorted(scan(tmp_path).ignored) == [
+        "a/b/",
+        "loop/ (a link to the folder itself)",
+        "other.safetensors (a link to nothing)",
+        "pipe.json (a pipe)",
+        "socket.json (a socket)",
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_weights_that_are_a_pipe_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors \(a pipe\)"):
+        scan(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have only UTF-8 names")
+@pytest.mark.parametrize("name", [b"caf\xe9.json", b"caf\xe9.safetensors"])
+def test_a_name_that_is_no_utf8_is_refused_where_the_file_is_needed_and_named_where_not(
+    name: bytes, tmp_path: Path
+) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.bin")).write_bytes(b"x")
+    if name.endswith(b".json"):
+        touch(tmp_path, "model.safetensors")
+        assert scan(tmp_path).ignored == ["caf\\xe9.bin"]
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"caf\\xe9\.\w+ in .* is not UTF-8") as caught:
+        scan(tmp_path)
+    str(caught.value).encode()

@@ -129,6 +129,11 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def printable(name: str) -> str:
+    """Spell a name for messages and files; those of other encodings hold unpaired surrogates."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def check_unicode(texts: Iterable[str], what: str) -> None:
     """Refuse unpaired surrogates, which JSON can spell but no output can hold or print."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -10,7 +11,7 @@ from typing import Any
 
 from halfbyte.checkpoint.adapter import check_no_adapter
 from halfbyte.checkpoint.config import CONFIG
-from halfbyte.checkpoint.files import check_link, check_unicode, parse_object, read_small, reason
+from halfbyte.checkpoint.files import check_link, check_unicode, parse_object, printable, read_small, reason
 from halfbyte.checkpoint.foreign import check_plain
 from halfbyte.errors import CheckpointError
 
@@ -60,11 +61,12 @@ def scan(root: Path, only: str | None = None) -> Contents:
         contents = Contents(_without_index(root, top, names))
     check_no_adapter(root, contents.weights, names)
     for name, size in sorted(names.items()):
-        if name in contents.weights or name in (index_name, CONFIG):
-            continue
-        if size is None or not belongs(name, size):
-            contents.ignored.append(name)
-        else:
+        read = name in contents.weights or name in (index_name, CONFIG)
+        if not read and (size is None or not belongs(name, size)):
+            contents.ignored.append(printable(name))
+        elif printable(name) != name:
+            raise CheckpointError(f"the file name {printable(name)} in {root} is not UTF-8; rename or remove the file")
+        elif not read and size is not None:
             contents.side_files[name] = size
     if only and CONFIG not in names:
         contents.side_files = {}  # a lone file in a folder of other things: they do not belong to it
@@ -117,7 +119,10 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _list(root: Path) -> dict[str, int | None]:
-    """Visible files of the folder and its direct sub-folders -> bytes; deeper folders "a/b/" -> None."""
+    """Visible files of the folder and its direct sub-folders -> bytes; None for what is never copied, with its kind.
+
+    That are deeper folders ("a/b/"), pipes, sockets, devices ("a (a pipe)") and links to nothing.
+    """
     found: dict[str, int | None] = {}
     try:
         for path in root.iterdir():
@@ -126,6 +131,9 @@ def _list(root: Path) -> dict[str, int | None]:
             if path.is_dir():
                 if path.is_symlink():
                     check_link(root, path)
+                    if path.samefile(root):
+                        found[f"{path.name}/ (a link to the folder itself)"] = None
+                        continue
                 for inner in path.iterdir():
                     if not inner.name.startswith("."):
                         _note(found, root, inner, f"{path.name}/{inner.name}")
@@ -143,6 +151,18 @@ def _note(found: dict[str, int | None], root: Path, path: Path, name: str) -> No
         found[name + "/"] = None
     elif path.is_file():
         found[name] = path.stat().st_size
+    else:
+        found[f"{name} ({_kind(path)})"] = None
+
+
+def _kind(path: Path) -> str:
+    """What a path is that is neither a file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "a link to nothing"
+    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
+    return next((kind for test, kind in kinds.items() if test(mode)), "no regular file")
 
 
 def _without_index(root: Path, top: list[str], names: dict[str, int | None]) -> list[str]:
@@ -165,6 +185,9 @@ def _without_index(root: Path, top: list[str], names: dict[str, int | None]) -> 
     for path in sorted(root.iterdir()):
         if path.name.endswith(".safetensors") and path.is_symlink():
             check_link(root, path)
+    strange = next((n for n in sorted(names) if ".safetensors (" in n), None)
+    if strange:
+        raise CheckpointError(f"{root} holds no .safetensors weights that can be read: {strange}")
     other = next((n for n in sorted(names) if n.endswith(OTHER_WEIGHTS)), None)
     hint = f"; {other} is in another format, save it as safetensors first" if other else ""
     raise CheckpointError(f"{root} holds no .safetensors weights{hint}")

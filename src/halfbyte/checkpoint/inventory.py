@@ -15,7 +15,7 @@ from typing import Any
 from halfbyte.checkpoint.adapter import check_no_lora
 from halfbyte.checkpoint.config import check_config, read_config
 from halfbyte.checkpoint.dtypes import nbytes
-from halfbyte.checkpoint.files import check_link, check_unicode, collector_paused, parse_object, read_small
+from halfbyte.checkpoint.files import check_link, check_unicode, collector_paused, parse_object, printable, read_small
 from halfbyte.checkpoint.folder import Contents, scan
 from halfbyte.checkpoint.foreign import check_plain
 from halfbyte.checkpoint.gguf_header import find_gguf, read_gguf
@@ -70,7 +70,7 @@ class Inventory:
                 root=found.root,
                 meta={"gguf": headers.metadata},
                 files=headers.files,
-                source=str(src),
+                source=printable(str(src)),
                 revision=found.revision,
                 ggml_types=headers.types,
                 identities=identities(found.root, headers.files),
@@ -92,7 +92,7 @@ class Inventory:
             meta=contents.index_metadata,
             files=files,
             metadata=metadata,
-            source=str(src),
+            source=printable(str(src)),
             revision=found.revision,
             identities=files_then,
         )

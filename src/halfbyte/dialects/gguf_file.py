@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ class GgufContainer(Container):
     ) -> None:
         self._gguf = library()
         self._types = types
-        self._stem = f"{model_name(inventory)}-{recipe}"
+        # the words of strangers' recipes and folders become part of a file's name
+        self._stem = re.sub(r"[^\w.+ -]", "-", f"{model_name(inventory)}-{recipe}")
         self._rope = rope_factors(inventory.config, model, inventory.source)
         self.writer = metadata(inventory, model, main_type(types, outputs), self._infos(outputs))
         with library_reads(inventory):

@@ -21,6 +21,7 @@ from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.fusion_groups import check_groups, check_tied, requantized_together
 from halfbyte.plan.global_scales import fitted_note
 from halfbyte.plan.kv_cache import add_cache_scales, respell_caches
+from halfbyte.plan.output_names import check_names
 from halfbyte.plan.refusal import enforce
 from halfbyte.plan.shards import Item, Shard, make_index, make_shards
 from halfbyte.plan.source_check import check_source
@@ -30,6 +31,7 @@ from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
 from halfbyte.source.checkpoint import Checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
+_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _finish(
     quantized = [(i.weight, fmt) for i in draft.all_items if (fmt := formats.get(i.weight.name))]
     kept: list[Weight] = [i.weight for i in draft.all_items if i.action != "drop" and not formats[i.weight.name]]
     settings = make_settings(dialect, quantized, kept, draft.activations, draft.caches)
-    return Plan(
+    plan = Plan(
         checkpoint=checkpoint,
         recipe=draft.recipe,
         dialect=dialect,
@@ -199,12 +201,15 @@ def _finish(
         ],
         calibration_use=draft.use,
     )
+    enforce(check_names(plan.file_bytes))
+    return plan
 
 
 def _file_notes(draft: Draft, shards: list[Shard], limit: int) -> list[str]:
     notes, ignored = [], draft.checkpoint.inventory.ignored_files
     if ignored:
-        notes.append(f"not part of the checkpoint, not copied: {', '.join(ignored[:5])}")
+        more = f" and {len(ignored) - _SHOWN} more (`inspect` lists all)" if len(ignored) > _SHOWN else ""
+        notes.append(f"not part of the checkpoint, not copied: {', '.join(ignored[:_SHOWN])}{more}")
     large = [shard.name for shard in shards if shard.layout.total > limit]
     if large:
         notes.append(f"larger than {limit} bytes, as what it holds cannot be divided: {', '.join(large[:5])}")
