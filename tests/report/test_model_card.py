@@ -84,7 +84,7 @@ def test_results_of_another_checkpoint_are_refused(out: Path, tmp_path: Path) ->
         last = file.read(1)
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(ReportError, match="has no row of"):
+    with pytest.raises(ReportError, match="has no row for"):
         model_card(out, [path])
 
 
@@ -242,7 +242,7 @@ def read_json(path: Path) -> Any:
 
 def body_of(text: str) -> str:
     """The card's own links are to its base model and those of facts about engines, which no results file holds."""
-    return text.split("---", 2)[2].partition("## Use")[0] + text.partition("## How it was made")[2]
+    return text.split("---", 2)[2].partition("## Use")[0] + text.partition("## Provenance")[2]
 
 
 @pytest.mark.parametrize("start", ["# a", "- a", "1. a", "+ a", "=== a", "> a", "--- a", "!\\[a", "```a"])

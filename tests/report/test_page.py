@@ -234,7 +234,7 @@ def test_calibrated_weights_are_shown_with_the_error_that_was_made_small(tmp_pat
         return path.read_text(encoding="utf-8"), charts_of(path)["data"]
 
     text, data = page(0.00171, "calibrated")
-    assert "Weighted by activations" in text and "0.00171" in text and "compare such checkpoints by" in text
+    assert "Weighted by activations" in text and "0.00171" in text and "Compare such checkpoints by" in text
     assert [record["weighted"] for record in data["s1-errors"]] == [0.00171]
     text, _ = page(None, "plain")
     assert "eighted by activations" not in text and "0.01430" in text

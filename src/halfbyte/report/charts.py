@@ -105,7 +105,7 @@ def block_types(data: str, ends: Ends, roles: int) -> Spec:
         _tip("share:Q", "blocks", ".1%"),
     ]
     chart = _map(data, [CHECKPOINT, TABLE], alt.Chart(alt.NamedData(data)).mark_rect(), colour, tips)
-    return _finish(chart, ROW * roles, "Share of blocks by table, layer and role")
+    return _finish(chart, ROW * roles, "Share of blocks by codebook, layer and role")
 
 
 def scales(data: str) -> Spec:

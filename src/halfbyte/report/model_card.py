@@ -84,8 +84,8 @@ def _measured(checkpoint: Checkpoint, folder: Path, results: Sequence[str | Path
         if not any(row.fingerprint == fingerprint for row in document.rows):
             names = some([row.name for row in document.rows])
             raise ReportError(
-                f"{path} has no row of {folder} as it is now (SHA-256 {fingerprint[:16]}); it measured {names}. "
-                "Evaluate this folder, or give the results that belong to it"
+                f"{path} has no row for {folder} in its current state (SHA-256 {fingerprint[:16]}); it measured "
+                f"{names}. Evaluate this folder, or give the results that belong to it"
             )
         inputs.results.append(document)
     studies = make_studies(inputs)
@@ -116,7 +116,7 @@ def _body(
     folder: Path, about: Overview, made: Fields, measured: list[tuple[Study, Row]], base: str | None, place: str
 ) -> Iterable[str]:
     recipe = made.fields("recipe")
-    named = escape(made.fields("source").text("name") or "a source that is not named")
+    named = escape(made.fields("source").text("name") or "an unnamed source")
     source = f"[{base}](https://huggingface.co/{base})" if base else named
     by = f" with the recipe `{code(recipe.text('name'))}`" if recipe.text("name") else ""
     yield f"# {escape(folder.resolve().name)}"
@@ -128,7 +128,7 @@ def _body(
         yield from _evaluation(study, row)
     yield "## Use"
     yield from _use(about, place)
-    yield "## How it was made"
+    yield "## Provenance"
     yield from _provenance(made, measured)
 
 
@@ -142,7 +142,7 @@ def _size(row: Row) -> Iterable[str]:
     lines = [
         (f"`{code(c.storage)}`", f"{c.parameters:,}", f"{c.bytes:,}", escape(", ".join(c.roles))) for c in row.contains
     ]
-    yield table(("stored as", ">weights", ">bytes", "what"), lines)
+    yield table(("stored as", ">weights", ">bytes", "contents"), lines)
 
 
 def _evaluation(study: Study, row: Row) -> Iterable[str]:
@@ -166,7 +166,7 @@ def _evaluation(study: Study, row: Row) -> Iterable[str]:
             (f"{escape(task_name(name))}, {escape(task.metric)}", f"{task.value:.2%}", between(task.ci, ".2%"), own)
         )
     if not lines:
-        yield "The results hold no measurement of this checkpoint but its size."
+        yield "The results contain no measurement of this checkpoint except its size."
         return
     yield table(("", ">value", ">95 % interval", ">source"), lines)
     notes = [*_protocols(study, row), *_judgement(row, study.noise_floor), *_significance(study, row)]
@@ -219,7 +219,7 @@ def _use(about: Overview, place: str) -> Iterable[str]:
     notes = running.cautions(about)
     if notes:
         yield (
-            "What is known of engines in the versions named (of formats and families, not of this checkpoint):\n\n"
+            "Known facts about engines in the named versions (about formats and families, not this checkpoint):\n\n"
             + "\n".join(f"- {escape(note, links=True)}" for note in notes)
         )
 
@@ -253,7 +253,7 @@ def _provenance(made: Fields, measured: list[tuple[Study, Row]]) -> Iterable[str
         rules = recipe.objects("rules")
         noted["rules"] = [{k: v for k, v in rule.values.items() if v is not False} for rule in rules]
         text = yaml.safe_dump(noted, sort_keys=False, width=100).strip().replace("`", "'")
-        yield f"The recipe, as `{PROVENANCE}` notes it:\n\n```yaml\n{text}\n```"
+        yield f"The recipe recorded in `{PROVENANCE}`:\n\n```yaml\n{text}\n```"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

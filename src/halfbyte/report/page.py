@@ -21,8 +21,8 @@ from halfbyte.report.wording import includes, nats, size, task_name
 MAX_GROUPS = 40
 """Bars in the chart of sensitivity: the worst groups."""
 CALIBRATED = (
-    "Rounding that looks at activations (GPTQ, importance) raises this error and lowers that of outputs: compare such "
-    "checkpoints by the error weighted by activations, in the table and under the pointer."
+    "Methods that use activations (GPTQ, importance) raise this error but lower the error of the outputs. Compare such "
+    "checkpoints by the error weighted by activations, shown in the table and in the tooltips."
 )
 NARROW = 12
 """Layers of a map that takes half of the page's width."""
@@ -123,7 +123,7 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
         )
     if errors := datasets.weights(study):
         many = len({r["checkpoint"] for r in errors})
-        caption = "Squared error / sum of squares; a mark per role and layer."
+        caption = "Squared error / sum of squares; one mark per role and layer."
         if any(r["weighted"] is not None for r in errors):
             caption += f" {CALIBRATED}"
         add(
@@ -144,7 +144,9 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
         records = datasets.sensitivity(document)
         rest = f" The worst {MAX_GROUPS} of {len(records)} groups." if len(records) > MAX_GROUPS else ""
         whole = next((g.kl.mean for g in document.groups if g.group == "all"), None)
-        caption = f"Each {document.by} alone in {document.recipe}, the rest as in the source. {document.protocol.note}."
+        caption = (
+            f"One {document.by} at a time in {document.recipe}, the rest as in the source. {document.protocol.note}."
+        )
         caption += f" The whole recipe: {nats(whole)}.{rest}" if whole is not None else rest
         key, records = f"sensitivity{number}", records[:MAX_GROUPS]
         add(key, records, f"Sensitivity to {document.recipe}", caption, charts.sensitivity(name(key), len(records)))
@@ -172,10 +174,10 @@ def add_maps(study: Study, errors: datasets.Records, name: Any, add: Any) -> Non
     if chosen:
         menus = [
             (charts.CHECKPOINT, "Checkpoint", list(dict.fromkeys(r["checkpoint"] for r in chosen))),
-            (charts.TABLE, "Table", list(dict.fromkeys(r["table"] for r in chosen))),
+            (charts.TABLE, "Codebook", list(dict.fromkeys(r["table"] for r in chosen))),
         ]
         spec = charts.block_types(name("tables"), _range(chosen, "share"), len({r["role"] for r in chosen}))
-        caption = "Share of the blocks for which this table has the least error."
+        caption = "Share of the blocks for which this codebook has the smallest error."
         add("tables", chosen, "Block types by layer and role", caption, spec, menus=menus, wide=wide)
 
 
@@ -202,7 +204,7 @@ def _facts(study: Study) -> list[tuple[str, str, str]]:
         found.append(("Smallest", size(smallest.bytes), smallest.label))
     nearest = min(((row.kl.mean, row.label) for row in study.quantized if row.kl), default=None)
     if nearest:
-        found.append(("Least KL divergence", nats(nearest[0]), nearest[1]))
+        found.append(("Smallest KL divergence", nats(nearest[0]), nearest[1]))
     if study.noise_floor and study.noise_floor.kl:
         found.append(("Noise floor", nats(study.noise_floor.kl.mean), study.noise_floor.how))
     return found
