@@ -189,6 +189,13 @@ def test_progress_adds_up_to_the_bytes_of_the_source(moe: Path, dialect: str, tm
     assert sum(calls) == source_bytes(plan) == plan.checkpoint.inventory.total_bytes
 
 
+def test_progress_adds_up_in_slices_too(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "SLICE_BYTES", 1000)
+    plan, calls = make_plan(Checkpoint.open(moe), linear("nvfp4")), list[int]()
+    convert(plan, tmp_path / "out", threads=1, progress=calls.append)
+    assert sum(calls) == source_bytes(plan) and len(calls) > len(plan.items)
+
+
 def test_a_tensor_scale_is_a_power_of_two_where_the_rule_says_so(moe: Path, tmp_path: Path) -> None:
     run(moe, tmp_path / "out", linear("nvfp4", global_scale="power_of_two"), "compressed-tensors")
     scales = [a for n, a in read_file(tmp_path / "out").items() if n.endswith("weight_global_scale")]

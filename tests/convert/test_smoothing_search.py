@@ -11,9 +11,10 @@ from folded import plan_with
 from halfbyte.convert import smoothing_search as fold_search
 from halfbyte.convert.conversion import convert, source_bytes
 from halfbyte.convert.smoothing_search import _runs, sample_bytes
+from halfbyte.plan import resources
 from halfbyte.source.smoothing import FOLDS, read_scales
 from halfbyte.verify.weights import verify
-from small_models import MOE_CONFIG, moe_tensors, write_checkpoint
+from small_models import MOE_CONFIG, hashes, moe_tensors, write_checkpoint
 
 
 @pytest.mark.parametrize("tile", [1, 128])
@@ -49,6 +50,15 @@ def test_scales_chosen_on_a_sample_fit_all_experts_and_rows(
     scales = read_scales(tmp_path / "out" / FOLDS)
     assert scales["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 128)
     assert verify(tmp_path / "out", moe).ok
+
+
+def test_kept_weights_are_smoothed_alike_in_slices_of_any_size(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(plan_with(moe), tmp_path / "large", threads=1)
+    monkeypatch.setattr(resources, "SLICE_BYTES", 100)
+    convert(plan_with(moe), tmp_path / "small", threads=1)
+    assert hashes(tmp_path / "small") == hashes(tmp_path / "large")
 
 
 def test_progress_counts_the_choice_too(moe: Path, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from halfbyte.formats import AffineFormat, QuantizedTensor, get_format, list_formats
+from halfbyte.formats.affine import solve_range
 
 AFFINE = [n for n in list_formats() if isinstance(get_format(n), AffineFormat)]
 
@@ -56,3 +59,28 @@ def test_declared_arrays(name: str) -> None:
 def test_one_table_is_reported_for_affine_formats() -> None:
     q, _ = tensor("affine4_g64")
     assert q.codebooks.shape == q.scales.shape and not q.codebooks.any()
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_the_range_of_a_group_ends_at_its_lowest_and_highest_code(name: str) -> None:
+    q, _ = tensor(name)
+    assert isinstance(q.format, AffineFormat)
+    lowest, highest = (replace(q, codes=np.full_like(q.codes, byte)).decode() for byte in (0, 255))
+    first, last = q.format.value_range(q)
+    assert np.array_equal(first, lowest) and np.array_equal(last, highest)
+
+
+@pytest.mark.parametrize("name", ["affine4_g64", "int4_asym_g32"])
+def test_a_group_of_zeros_has_no_offset(name: str) -> None:
+    fmt, zero = get_format(name), np.zeros(1, np.float32)
+    assert isinstance(fmt, AffineFormat)
+    step, offset = solve_range(zero, zero, fmt)
+    assert np.abs(step) > 0 and offset == 0
+
+
+def test_mlx_meets_the_end_of_larger_magnitude_exactly() -> None:
+    fmt = get_format("affine4_g64")
+    assert isinstance(fmt, AffineFormat)
+    low, high = np.array([-8, -7], np.float32), np.array([7, 8], np.float32)
+    step, offset = solve_range(low, high, fmt)
+    assert (step.tolist(), offset.tolist()) == ([1, -1], [-8, 8])

@@ -106,3 +106,10 @@ def test_tiles_may_be_cut_at_both_edges() -> None:
 def test_one_scale_per_tensor_and_per_channel() -> None:
     assert get_format("fp8_tensor").parts((5, 30, 40))["scales"][1] == (5, 1, 1)
     assert get_format("fp8_channel").parts((5, 30, 40))["scales"][1] == (5, 30, 1)
+
+
+def test_a_block_reaches_its_largest_value_times_its_scale() -> None:
+    fmt = get_format("mixfp4")
+    scales = np.array([[0x40, 0xC0, 0x30]], np.uint8)  # 2, 2 with the selector bit, 0.5
+    q = QuantizedTensor(fmt, (1, 48), np.zeros((1, 24), np.uint8), scales, np.float32(0.5))
+    assert fmt.block_reach(q).tolist() == [[6, 7, 1.5]]

@@ -4,6 +4,8 @@ import numpy as np
 
 from halfbyte.formats import QuantizedTensor, get_format
 from halfbyte.formats.packing import unpack_nibbles
+from halfbyte.kernels import use_backend
+from halfbyte.search import encode
 
 from .streams import random_bytes
 
@@ -37,3 +39,12 @@ def test_the_largest_element_is_seven_scales() -> None:
         get_format("hif4"), (1, 64), np.full((1, 32), 0x77, np.uint8), np.array([[0xFFFFFF00 | 192]], np.uint32)
     )
     assert q.decode().max() == 7.0
+
+
+def test_the_reference_sets_an_exponent_bit_where_a_group_needs_it() -> None:
+    x = np.ones((1, 64), np.float32)
+    x[0, 0], x[0, 21] = 7, -3  # 7 needs both bits; 3 only that of its group of 4
+    with use_backend("reference"):
+        q = encode(x, "hif4", "absmax")
+    assert int(q.scales[0, 0]) == 48 << 2 | 1 << 8 | 1 << 16 | 1 << (16 + 5)
+    assert q.decode().tolist() == x.tolist()

@@ -12,12 +12,14 @@ import pytest
 from folded import importance_of, plan_with
 from halfbyte.calibration import Importance, calibration_of
 from halfbyte.convert.conversion import convert
+from halfbyte.demo import MODEL
 from halfbyte.errors import CheckpointError, PlanError, RecipeError
 from halfbyte.plan.build import make_plan
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.recipes import Recipe, load_recipe
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.verify.weights import verify
+from invented import invented_statistics
 from small_models import (
     DENSE_CONFIG,
     MOE_CONFIG,
@@ -211,3 +213,20 @@ def test_dynamic_recipes_fold_where_an_importance_file_is_given(moe: Path, tmp_p
     convert(plan, tmp_path / "out")
     assert verify(tmp_path / "out", moe).problems == []
     assert "left out" in planned(moe, load_recipe(name), None).notes[-1]
+
+
+@pytest.mark.parametrize("hessians", [True, False])
+def test_rounding_with_hessians_needs_statistics_that_hold_them(tmp_path: Path, hessians: bool) -> None:
+    folder = invented_statistics(tmp_path / "s", hessians=hessians)
+    checkpoint = Checkpoint.open(MODEL)
+    known = calibration_of(folder, checkpoint.weights)
+    what = recipe({"match": "linear", "format": "nvfp4", "rounding": "gptq"})
+    if hessians:
+        use = make_plan(checkpoint, what, calibration=known).calibration_use
+        assert use is not None and (len(use.rounded), len(use.unrounded)) == (21, 12)
+        return
+    with pytest.raises(RecipeError, match=r"rule 1 of recipe test says `rounding: gptq`, but s holds no Hessians"):
+        make_plan(checkpoint, what, calibration=known)
+    optional = what.model_copy(update={"calibration": "optional"})
+    notes = make_plan(checkpoint, optional, calibration=known).notes
+    assert any("33 of 33 weights (100%) that the recipe wants rounded with Hessians have none" in n for n in notes)

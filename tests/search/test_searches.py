@@ -90,3 +90,9 @@ def test_a_registered_search_is_found_by_its_name_and_a_taken_name_is_refused() 
         assert encode(x, "nvfp4", "narrow").scales.tobytes() == encode(x, "nvfp4", narrow).scales.tobytes()
     finally:
         del SEARCHES["narrow"]
+
+
+def test_powers_of_two_are_chosen_by_their_own_steps() -> None:
+    codes, powers = Search("c", "", offsets=(0, 1)), Search("p", "", power_offsets=(0, 1))
+    found = {name: (codes.chooses(get_format(name)), powers.chooses(get_format(name))) for name in ("nvfp4", "mxfp4")}
+    assert found == {"nvfp4": (True, False), "mxfp4": (False, True)}

@@ -58,3 +58,13 @@ def _passes(out: Path) -> bool:
         return verify(out).ok
     except HalfbyteError:
         return False
+
+
+def test_all_files_of_the_output_are_counted_and_those_of_the_user_are_named(moe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(moe, out, linear("nvfp4"), "compressed-tensors")
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
+    (out / "notes.txt").write_text("of the user")
+    found = verify(out).checksums
+    assert found.files == len(sizes) and found.others == ["notes.txt"]
+    assert found.bytes == sum(sizes.values()) - sizes["halfbyte.json"]

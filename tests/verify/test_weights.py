@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -365,3 +366,15 @@ def test_a_wrong_shape_entry_or_zero_point_of_int4(moe: Path, tmp_path: Path, en
     change(tmp_path / "out", spoil)
     found = problems(tmp_path / "out", moe)
     assert len(found) == 1 and "out_proj" in found[0]
+
+
+def test_slices_of_a_matrix_are_whole_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "source", moe_tensors(), MOE_CONFIG)
+    run(source, tmp_path / "out", linear("fp8_block128"))
+    whole = verify(tmp_path / "out", source)
+    # 128 rows of 128 columns, where a matrix has 256
+    monkeypatch.setattr(import_module("halfbyte.verify.checkpoint_pair"), "SLICE_BYTES", 2 * 128 * 128)
+    sliced = verify(tmp_path / "out", source)
+    assert whole.ok and sliced.ok
+    assert [e.relmse for e in sliced.errors] == pytest.approx([e.relmse for e in whole.errors])
+    assert [e.elements for e in sliced.errors] == [e.elements for e in whole.errors]
