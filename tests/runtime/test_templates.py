@@ -52,3 +52,33 @@ def test_an_error_of_the_template_stays_what_it_is() -> None:
 
     with pytest.raises(TemplateError):
         apply_template(Tokenizer("{{ raise_exception('no') }}"), [])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 10 ** (10 ** 9) }}",
+        "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ [1] * 9999999999 }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '%*d' % (9999999999, 1) }}",
+        "{{ '{:9999999999}'.format(1) }}",
+        "{{ 'a' | center(9999999999) }}",
+        "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    ],
+)
+def test_one_step_takes_neither_all_time_nor_all_memory(template: str) -> None:
+    from jinja2.exceptions import TemplateError
+
+    began = time.monotonic()
+    with pytest.raises((HalfbyteError, TemplateError)):
+        apply_template(Tokenizer(template), [], 2.0)
+    assert time.monotonic() - began < 10
+
+
+def test_small_sums_and_repeats_are_computed() -> None:
+    template = "{{ '-' * 3 }}{{ 2 ** 10 }}{{ 7 % 4 }}{{ '%03d' % 5 }}{{ 6 * 7 }}{{ messages * 2 }}"
+    assert apply_template(Tokenizer(template), [1]) == "---1024300542[1, 1]"

@@ -1,4 +1,4 @@
-"""Chat templates of strangers, with a time limit."""
+"""Chat templates of strangers, with limits of time and memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.runtime.template_operators import bounded_memory, bounded_operators
 
 SECONDS = 5.0
 """A template takes milliseconds; transformers' sandbox bounds neither loops within loops nor their time."""
+
+# limits of memory are the whole process's
+_one_at_a_time = threading.RLock()
 
 
 class TemplateTimeoutError(Exception):
@@ -26,10 +30,15 @@ def apply_template(tokenizer: Any, messages: Sequence[Any], seconds: float = SEC
 
 @contextlib.contextmanager
 def template_limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Spell one conversation within this context; HalfbyteError after ``seconds``."""
+    """Spell one conversation within this context; HalfbyteError after ``seconds``, or for a GB of memory."""
     try:
-        with _time_limit(seconds):
+        with _one_at_a_time, bounded_operators(), bounded_memory(), _time_limit(seconds):
             yield
+    except (MemoryError, RecursionError) as error:
+        raise HalfbyteError(
+            f"the chat template needs too much memory for one conversation ({type(error).__name__}); repair the "
+            "tokenizer's template, or measure on a text"
+        ) from None
     except TemplateTimeoutError:
         raise HalfbyteError(
             f"the chat template takes longer than {seconds:g} s for one conversation; repair the tokenizer's template, "
