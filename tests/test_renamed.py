@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 
 from halfbyte.renamed import accepts_old_names
@@ -18,3 +20,15 @@ def test_an_old_argument_is_read_with_a_warning() -> None:
 def test_both_names_of_an_argument_are_refused() -> None:
     with pytest.raises(TypeError, match=r"work\(\) got 'threads' and its old name 'workers'; give only 'threads'"):
         work("out", workers=3, threads=2)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("halfbyte.view", "halfbyte.source.checkpoint", ["Checkpoint"]),
+        ("halfbyte.report.card", "halfbyte.report.model_card", ["Card", "model_card"]),
+    ],
+)
+def test_an_old_module_holds_what_the_new_one_does(old: str, new: str, names: list[str]) -> None:
+    assert import_module(old).__all__ == names
+    assert all(getattr(import_module(old), name) is getattr(import_module(new), name) for name in names)
