@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.api import convert, encode, evaluate, inspect, load, plan, quantize, verify
+    from halfbyte.api import convert, encode, evaluate, generate, inspect, load, plan, quantize, verify
     from halfbyte.checkpoint import Inventory
     from halfbyte.errors import HalfbyteError
     from halfbyte.formats import QuantizedTensor, get_format, list_formats
@@ -28,6 +28,7 @@ __all__ = [
     "convert",
     "encode",
     "evaluate",
+    "generate",
     "get_format",
     "inspect",
     "list_formats",
@@ -40,7 +41,7 @@ __all__ = [
     "verify",
 ]
 
-_WORDS = ("convert", "encode", "evaluate", "inspect", "load", "plan", "quantize", "verify")
+_WORDS = ("convert", "encode", "evaluate", "generate", "inspect", "load", "plan", "quantize", "verify")
 _HOME = {
     **dict.fromkeys(_WORDS, "halfbyte.api"),
     "HalfbyteError": "halfbyte.errors",

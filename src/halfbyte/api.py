@@ -218,6 +218,32 @@ def load(
     return run(path, dtype, dequantize, device, revision, mode)
 
 
+def generate(
+    model: Any,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+) -> str:
+    """What a model writes behind a prompt; needs torch. ``model``: a checkpoint's path or hub id, loaded each time.
+
+    The likeliest tokens, or with a ``temperature`` samples from the ``top_k`` likeliest and the likeliest ``top_p`` of
+    all mass. ``halfbyte.runtime.generation.Generator`` keeps a model, streams its text and holds conversations.
+    """
+    from halfbyte.runtime import need_torch
+
+    need_torch()
+    from halfbyte.runtime.generation import Generator, Sampling
+    from halfbyte.runtime.loading import load_tokenizer
+
+    sampling = Sampling(temperature, top_p, top_k, seed, max_tokens, tuple(stop))
+    return "".join(Generator(load(model), load_tokenizer(model)).complete(prompt, sampling))
+
+
 def _plan(source: Source, recipe: str | Path | Recipe, options: PlanOptions) -> Plan:
     checkpoint = _open(source, options.revision)
     known = None
@@ -241,4 +267,4 @@ def _open(source: Source, revision: str | None) -> Checkpoint:
     return Checkpoint(source if isinstance(source, Inventory) else Inventory.open(source, revision))
 
 
-__all__ = ["convert", "encode", "evaluate", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["convert", "encode", "evaluate", "generate", "inspect", "load", "plan", "quantize", "verify"]

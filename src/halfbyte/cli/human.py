@@ -12,9 +12,10 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-def clean(text: str) -> str:
-    """The text with control characters spelled out: names come from files, and must not steer a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def clean(text: str, keep: str = "") -> str:
+    """The text with control characters spelled out, except those in ``keep``: names come from files, and must not
+    steer a terminal."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def size(count: float) -> str:
