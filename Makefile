@@ -9,6 +9,9 @@ CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 # faults per room of make mutation
 EACH ?= 35
+# of make fuzz
+SECONDS ?= 60
+SEED ?= 0
 # of make test-engines, such as ENGINES="mlx llamacpp"; empty: all
 ENGINES ?=
 
@@ -18,12 +21,13 @@ SOURCES := pyproject.toml constraints.txt README.md LICENSE $(wildcard CMakeList
 INSTALL := $(VENV)/bin/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help demo test test-fast test-engines mutation lint install clean
+.PHONY: help demo test test-fast test-engines fuzz mutation lint install clean
 help:
 	@echo "make demo          quantize the bundled model with six recipes and compare them, offline (about 2 minutes)"
 	@echo "make test          ruff, mypy and all tests"
 	@echo "make test-fast     the tests without the slow ones, in two processes (about 2 minutes)"
 	@echo "make test-engines  each engine in an environment of its own, and the tests that need it"
+	@echo "make fuzz          mutated files of every kind for SECONDS=60, SEED=0: none may end in a traceback or a hang"
 	@echo "make mutation      small faults put into the core, EACH=35 per room: does a test notice each? (hours)"
 	@echo "make lint          ruff and mypy only"
 	@echo "make clean         remove $(VENV), the engines and what tools left behind"
@@ -39,6 +43,9 @@ test-fast: $(VENV)/.test
 
 test-engines:
 	$(PYTHON) scripts/test_engines.py $(ENGINES)
+
+fuzz: $(VENV)/.test
+	$(OFFLINE) $(VENV)/bin/python -m fuzz --seconds $(SECONDS) --seed $(SEED)
 
 mutation: $(VENV)/.test
 	$(INSTALL) cosmic-ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -72,3 +73,10 @@ def test_a_changed_index_is_refused_or_harmless(tmp_path: Path, changes: list[tu
     (tmp_path / "m.safetensors").write_bytes(GOOD)
     (tmp_path / "model.safetensors.index.json").write_bytes(data)
     read_everything(tmp_path)
+
+
+def test_a_file_name_that_no_file_system_has_is_refused(tmp_path: Path) -> None:
+    index = {"weight_map": {"a.weight": f"{'a' * 300}.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no plain path inside its folder"):
+        Inventory.open(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -117,3 +119,11 @@ def test_a_tensor_of_subnormals_is_quantized_not_dropped() -> None:
     assert np.abs(x).max() < np.finfo(np.float32).tiny
     decoded = encode(x, "nvfp4").decode()
     assert decoded.any() and np.isfinite(decoded).all()
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "int4_g32", "iq4_nl_g32"])
+def test_errors_beyond_fp32_give_no_warning(name: str) -> None:
+    x = np.full(shape_for(get_format(name)), 3e38, dtype=np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode(x, name, "sweep")

@@ -68,3 +68,10 @@ def test_all_files_of_the_output_are_counted_and_those_of_the_user_are_named(moe
     found = verify(out).checksums
     assert found.files == len(sizes) and found.others == ["notes.txt"]
     assert found.bytes == sum(sizes.values()) - sizes["halfbyte.json"]
+
+
+def test_a_file_name_that_no_file_system_has_is_a_problem(moe: Path, tmp_path: Path) -> None:
+    run(moe, tmp_path / "out", linear("nvfp4"), "compressed-tensors")
+    path = tmp_path / "out" / "halfbyte.json"
+    path.write_text(path.read_text().replace('"config.json": {', f'"{"a" * 300}": {{'))
+    assert any("cannot be read" in problem for problem in verify(tmp_path / "out").problems)

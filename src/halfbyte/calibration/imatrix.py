@@ -141,7 +141,8 @@ def _add_sums(into: Importance, name: str, sums: NDArray[Any], counts: NDArray[A
         raise CheckpointError(f"{name} in {file} has {len(rows)} matrices, but counts for {len(tokens)}")
     if not (np.isfinite(tokens).all() and (tokens >= 0).all() and (tokens < 2**62).all()):
         raise CheckpointError(f"the counts of {name} in {file} are negative or not finite; the file is damaged")
-    means = np.where(tokens[:, None] > 0, rows / np.maximum(tokens, 1)[:, None], np.float32(0))
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaNs are refused by add_entry
+        means = np.where(tokens[:, None] > 0, rows / np.maximum(tokens, 1)[:, None], np.float32(0))
     whole = tokens.astype(np.int64)
     single = len(rows) == 1
     add_entry(into, name, means[0] if single else means, whole[0] if single else whole, file)

@@ -109,13 +109,21 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             or pure.is_absolute()
             or ".." in pure.parts
             or set(file) & {"\\", ":", "\0"}
+            or is_too_long(file)
         ):
-            raise CheckpointError(f"{path.name} names the file {file!r}, which is no plain path inside its folder")
+            raise CheckpointError(
+                f"{path.name} names the file {file[:200]!r}, which is no plain path inside its folder"
+            )
     metadata = table.get("metadata")
     if not isinstance(metadata, dict):
         return weight_map, {}
     check_plain(metadata, f"metadata of {path.name}")
     return weight_map, metadata
+
+
+def is_too_long(file: str) -> bool:
+    """Whether no file system can have a file of this name."""
+    return any(len(part.encode(errors="surrogatepass")) > 255 for part in file.split("/")) or len(file) > 1024
 
 
 def _list(root: Path) -> dict[str, int | None]:

@@ -19,7 +19,12 @@ def unit_of(scale: Floats) -> Floats:
 
 
 def loss_of(error: Floats, weight: Floats | None, metric: Metric) -> Floats:
-    """Per block: (weighted) sum of squares, sum of magnitudes, or the largest magnitude."""
+    """Per block: (weighted) sum of squares, sum of magnitudes, or the largest magnitude; infinite beyond FP32."""
+    with np.errstate(over="ignore"):
+        return _loss_of(error, weight, metric)
+
+
+def _loss_of(error: Floats, weight: Floats | None, metric: Metric) -> Floats:
     terms = error * error if metric == "sse" else np.abs(error)
     if weight is not None:
         terms = terms * weight

@@ -104,9 +104,9 @@ def _stated(files: Any, problems: list[str]) -> dict[str, tuple[int, str]]:
 
 def _compare(folder: Path, name: str, size: int, sha256: str, report: Callable[[int], None]) -> str | None:
     path = folder / name
-    if not path.is_file():
-        return f"{name} is missing"
     try:
+        if not path.is_file():
+            return f"{name} is missing"
         actual = path.stat().st_size
         if actual != size:
             return f"{name} has {actual} bytes, but {size} were written"
