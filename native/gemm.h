@@ -171,6 +171,7 @@ void decode_offsets(const hb_weight& w, const Panel& panel, int64_t unit, int un
 // Codes as integers: four() gives columns 8p .. 8p + 3 and the next four of rows r * W ... of a unit, a row per lane.
 template <int TABLES>
 struct TableCodes {
+  static constexpr bool DECODED = false;
   const uint8_t* codes;
   const uint8_t* selectors;  // scale bytes
   Bytes tables[TABLES];
@@ -206,6 +207,7 @@ struct TableCodes {
 };
 
 struct HiF4Codes {
+  static constexpr bool DECODED = false;
   const uint8_t* codes;
   const uint8_t* words;
   int first;  // 1 where the first unit is the second half of a block
@@ -233,6 +235,7 @@ struct HiF4Codes {
 
 // Codes of a byte; FLIP: what turns stored bytes into the integers that are wanted.
 struct ByteCodes {
+  static constexpr bool DECODED = false;
   const uint8_t* codes;
   uint8_t flip;
 
@@ -249,6 +252,7 @@ struct ByteCodes {
 
 // Codes that were decoded before.
 struct DecodedCodes {
+  static constexpr bool DECODED = true;
   const uint8_t* codes;
 
   HB_MEMBER void four(int u, int p, int r, Bytes& low, Bytes& high) const {

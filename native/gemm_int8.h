@@ -54,6 +54,84 @@ struct Int8 {
       HB_UNROLL for (int r = 0; r < R; ++r) store(sums[t] + r * W, total[t][r]);
   }
 
+#if defined(HB_STAGES)
+#define HB_EACH                               \
+  HB_UNROLL for (int t = 0; t < T; ++t)       \
+    HB_UNROLL for (int r = 0; r < R; ++r)
+  // The same operations for codes that were decoded and fit into 16 bits, in an order that has neither spilled
+  // registers nor instructions that wait for each other: one step for all vectors, then the next.
+  template <int S, int T>
+  static void stages(const uint8_t* codes, const float* scales, const Tile<T>& tile, int64_t unit, int units,
+                     float (*sums)[16]) {
+    const int64_t to_scales = (const char*)tile.scales[0] - tile.x[0], to_counts = (const char*)tile.counts[0] - tile.x[0];
+    int64_t at = unit * 32, at_scale = to_scales + unit * 4, at_count = to_counts + unit * 8;
+    const char* x[T];
+    for (int t = 0; t < T; ++t) x[t] = tile.x[t];
+    alignas(64) float parts[T][16];
+    for (int u = 0; u < units; ++u, codes += 512, scales += 16 * S, at += 32, at_scale += 4, at_count += 8)
+      HB_UNROLL for (int g = 0; g < 2; ++g) {
+        I dot[T][R];
+        HB_UNROLL for (int i = 0; i < 4; ++i) {
+          Bytes w[R];
+          HB_UNROLL for (int r = 0; r < R; ++r) w[r] = load<Bytes>(codes + 256 * g + 64 * i + r * 4 * W);
+          HB_UNROLL for (int t = 0; t < T; ++t) {
+            const I four = all(load<int32_t>(x[t] + at + 16 * g + 4 * i));
+            I pairs[R];
+            HB_UNROLL for (int r = 0; r < R; ++r) {
+              pairs[r] = pairs16(w[r], four);
+              HB_KEEP(pairs[r]);
+            }
+            HB_UNROLL for (int r = 0; r < R; ++r) {
+              dot[t][r] = i == 0 ? pairs[r] : add16(dot[t][r], pairs[r]);
+              HB_KEEP(dot[t][r]);
+            }
+          }
+        }
+        HB_EACH {
+          dot[t][r] = pairs32(dot[t][r]);
+          HB_KEEP(dot[t][r]);
+        }
+        HB_UNROLL for (int t = 0; t < T; ++t) {
+          I start = all(load<int32_t>(x[t] + at_count + 4 * g));
+          HB_KEEP(start);
+          HB_UNROLL for (int r = 0; r < R; ++r) {
+            dot[t][r] += start;
+            HB_KEEP(dot[t][r]);
+          }
+        }
+        if (S == 1 && g == 0) {
+          HB_EACH store(parts[t] + r * W, dot[t][r]);
+          continue;
+        }
+        if (S == 1) HB_EACH dot[t][r] += load<I>(parts[t] + r * W);
+        F part[T][R];
+        HB_EACH {
+          part[t][r] = to_float(dot[t][r]);
+          HB_KEEP(part[t][r]);
+        }
+        const float* const scale = scales + (S == 2 ? 16 * g : 0);
+        HB_EACH {
+          const F s = load<F>(scale + r * W);
+          part[t][r] = S == 1 || g == 0 ? part[t][r] * s : fma(part[t][r], s, load<F>(parts[t] + r * W));
+          HB_KEEP(part[t][r]);
+        }
+        if (g == 0) {
+          HB_EACH store(parts[t] + r * W, part[t][r]);
+          continue;
+        }
+        HB_UNROLL for (int t = 0; t < T; ++t) {
+          const F scale_of_x = all(load<float>(x[t] + at_scale));
+          HB_UNROLL for (int r = 0; r < R; ++r) {
+            part[t][r] = fma(part[t][r], scale_of_x, load<F>(sums[t] + r * W));
+            HB_KEEP(part[t][r]);
+          }
+        }
+        HB_EACH store(sums[t] + r * W, part[t][r]);
+      }
+  }
+#undef HB_EACH
+#endif
+
   template <class Codes>
   static void decode(const Codes& codes, int units, uint8_t* out) {
     for (int u = 0; u < units; ++u)
@@ -71,6 +149,11 @@ struct Int8 {
   static void tiles(const Codes& codes, const float* scales, const hb_row_layout& layout, const void* const* rows,
                     int count, int64_t unit, int units, float (*sums)[16]) {
     int i = 0;
+#if defined(HB_STAGES)
+    if constexpr (STYLE == NARROW && Codes::DECODED)
+      for (; i + 4 <= count; i += 4)
+        stages<S, 4>(codes.codes, scales, Tile<4>(layout, rows + i), unit, units, sums + i);
+#endif
     for (; i + 4 <= count; i += 4) chunk<STYLE, S, 4>(codes, scales, Tile<4>(layout, rows + i), unit, units, sums + i);
     if (count - i >= 2) {
       chunk<STYLE, S, 2>(codes, scales, Tile<2>(layout, rows + i), unit, units, sums + i);

@@ -35,10 +35,11 @@ void panels_of_kind(const hb_weight& w, int64_t lead, const hb_row_layout& layou
                     int64_t stride) {
   alignas(64) float scales[Kind::CHUNK * 32], offsets[Kind::CHUNK * 32], sums[TOKENS][16];
   const int64_t y_size = y_type == HB_FP32 ? 4 : 2;
-  for (int64_t panel = first; panel < end; ++panel) {
-    const Panel p(w, lead, panel);
-    for (int64_t t = 0; t < count; t += TOKENS) {
-      const int tokens = count - t < TOKENS ? (int)(count - t) : TOKENS;
+  // some rows of activations after the other, since these fit into a cache and all of them may not
+  for (int64_t t = 0; t < count; t += TOKENS) {
+    const int tokens = count - t < TOKENS ? (int)(count - t) : TOKENS;
+    for (int64_t panel = first; panel < end; ++panel) {
+      const Panel p(w, lead, panel);
       memset(sums, 0, (size_t)tokens * 64);
       for (int64_t unit_at = 0; unit_at < layout.units; unit_at += Kind::CHUNK) {
         const int64_t rest = layout.units - unit_at;

@@ -157,6 +157,12 @@ HB_INLINE I signed_pairs(Bytes w, I x) {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(HB_VNNI)
+// Keeps the compiler from moving the step that gives v.
+#define HB_STAGES 1
+#define HB_KEEP(v) __asm__ volatile("" : "+x"(v))
+#endif
+
 // start + the products of 16 columns: a lane of w[i] has 4 columns of a row, x[i] the activations of these in each lane.
 template <int STYLE>
 HB_INLINE I dot16(Bytes w0, Bytes w1, Bytes w2, Bytes w3, const I* x, I start) {
