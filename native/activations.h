@@ -17,7 +17,7 @@ void widen_row(const void* x, int type, int64_t k, float* out) {
     memcpy(out, x, (size_t)k * 4);
     i = k;
   } else if (type == HB_BF16) {
-    for (; i + W <= k; i += W) store(out + i, floats(__builtin_convertvector(load<Halves>(h + i), I) << 16));
+    for (; i + W <= k; i += W) store(out + i, widen_bf16(h + i));
     for (; i < k; ++i) {
       const uint32_t word = (uint32_t)h[i] << 16;
       memcpy(out + i, &word, 4);

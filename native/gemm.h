@@ -51,7 +51,7 @@ HB_INLINE F scale_at(const uint8_t* p) {
     const I c = row_bytes(p), end = (c == 0) | (c == 255);
     return floats(c << 23 | (end & 0x00400000));
   }
-  if (KIND == HB_SCALE_BF16) return floats(__builtin_convertvector(load<Halves>(p), I) << 16);
+  if (KIND == HB_SCALE_BF16) return widen_bf16(p);
   if (KIND == HB_SCALE_FP16) return widen(load<Halves>(p));
   if (KIND == HB_SCALE_E6M2) return floats(((load<I>(p) & 0xff) + (79 << 2)) << 21);
   return load<F>(p);
@@ -160,7 +160,7 @@ void decode_offsets(const hb_weight& w, const Panel& panel, int64_t unit, int un
       const F scale = load<F>(scales + r * W), center = all((float)w.center);
       F offset;
       if (w.offset_kind == HB_BIAS)
-        offset = fma(center, scale, floats(__builtin_convertvector(load<Halves>(panel.offsets + 2 * at), I) << 16));
+        offset = fma(center, scale, widen_bf16(panel.offsets + 2 * at));
       else
         offset = (center - to_float(row_bytes(panel.offsets + at))) * scale;
       store(out + r * W, offset * all(unit_of_sum));

@@ -15,10 +15,29 @@ template <int TYPE>
 struct Widened : Fp32Elements {
   static F load_w(const void* w, int64_t k) {
     if (TYPE == HB_FP32) return load<F>((const float*)w + k);
-    const Halves h = load<Halves>((const uint16_t*)w + k);
-    return TYPE == HB_FP16 ? widen(h) : floats(__builtin_convertvector(h, I) << 16);
+    return widen(load<Halves>((const uint16_t*)w + k));
   }
   static constexpr int size() { return TYPE == HB_FP32 ? 4 : 2; }
+  static constexpr int x_size() { return 4; }
+};
+
+// BF16, of which a lane has two: the even element below, the odd one above.
+struct Bf16Elements {
+  static constexpr int STEP = 2 * W;
+  struct Value {
+    F even, odd;
+  };
+  static Value load_x(const void* x, int64_t k) {
+    Value v;
+    split_even_odd((const float*)x + k, v.even, v.odd);
+    return v;
+  }
+  static Value load_w(const void* w, int64_t k) {
+    const I both = load<I>((const uint16_t*)w + k);
+    return {floats(both << 16), floats(both & (int32_t)0xffff0000)};
+  }
+  static F multiply(Value w, Value x, F sum) { return fma(w.odd, x.odd, fma(w.even, x.even, sum)); }
+  static constexpr int size() { return 2; }
   static constexpr int x_size() { return 4; }
 };
 
@@ -44,7 +63,10 @@ HB_INLINE void dense_tile(const hb_dense& w, const hb_product& p, int64_t n, int
   int64_t k = 0;
   for (; k + E::STEP <= w.k; k += E::STEP) {
     typename E::Value v[ROWS];
-    HB_UNROLL for (int r = 0; r < ROWS; ++r) v[r] = E::load_w(rows[r], k);
+    HB_UNROLL for (int r = 0; r < ROWS; ++r) {
+      if (T == 1) __builtin_prefetch(rows[r] + (k + ROWS * w.stride) * E::size(), 0, 2);  // the rows that come next
+      v[r] = E::load_w(rows[r], k);
+    }
     HB_UNROLL for (int i = 0; i < T; ++i) {
       const typename E::Value x = E::load_x(xs[i], k);
       HB_UNROLL for (int r = 0; r < ROWS; ++r) sums[i][r] = E::multiply(v[r], x, sums[i][r]);
@@ -69,7 +91,9 @@ HB_INLINE void dense_tile(const hb_dense& w, const hb_product& p, int64_t n, int
 template <class E, int ROWS>
 void dense_rows(const hb_dense& w, const hb_product& p, int64_t n) {
   int64_t t = 0;
-  for (; t + 4 <= p.rows; t += 4) dense_tile<E, 4, ROWS>(w, p, n, t);
+  constexpr int AT_ONCE = W < 16 && ROWS == 4 ? 2 : ROWS;  // rows whose sums fit into 16 registers
+  for (; t + 4 <= p.rows; t += 4)
+    for (int r = 0; r < ROWS; r += AT_ONCE) dense_tile<E, 4, AT_ONCE>(w, p, n + r, t);
   if (p.rows - t >= 2) {
     dense_tile<E, 2, ROWS>(w, p, n, t);
     t += 2;
@@ -89,7 +113,7 @@ void dense(const hb_dense* w, const hb_product* p, int64_t first, int64_t end) {
 #if defined(__AVX512BF16__)
   if (p->x_type == HB_BF16) return dense_of<PairsOfBf16>(*w, *p, first, end);
 #endif
-  if (w->type == HB_BF16) dense_of<Widened<HB_BF16>>(*w, *p, first, end);
+  if (w->type == HB_BF16) dense_of<Bf16Elements>(*w, *p, first, end);
   else if (w->type == HB_FP16) dense_of<Widened<HB_FP16>>(*w, *p, first, end);
   else dense_of<Widened<HB_FP32>>(*w, *p, first, end);
 }
