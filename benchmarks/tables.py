@@ -30,7 +30,12 @@ SAME = {
 
 def write_all(results: Path = RESULTS) -> None:
     """Every table whose results are there."""
-    parts: dict[str, Callable[[dict[str, Any]], None]] = {"kernels": _kernels, "peers": _peers, "pipeline": _pipeline}
+    parts: dict[str, Callable[[dict[str, Any]], None]] = {
+        "kernels": _kernels,
+        "linear": _linear,
+        "peers": _peers,
+        "pipeline": _pipeline,
+    }
     for name, part in parts.items():
         path = results / f"{name}.json"
         if path.exists():
@@ -90,6 +95,25 @@ def _figure(row: dict[str, Any] | None, key: str) -> str:
         return "–"
     value = row[key]
     return f"{value:.2f}" if value >= 0.095 else f"{value:.3f}"
+
+
+def _linear(found: dict[str, Any]) -> None:
+    """Milliseconds by contender and batch, and how much of the read limit a product with one row reaches."""
+    columns = [(case, batch) for case, batch in dict.fromkeys((r["case"], r["batch"]) for r in found["results"])]
+    parts = []
+    for threads in dict.fromkeys(r["threads"] for r in found["results"]):
+        cells = {(r["who"], r["case"], r["batch"]): r["ms"] for r in found["results"] if r["threads"] == threads}
+        rows = []
+        for who in dict.fromkeys(who for who, _, _ in cells):
+            times = [cells.get((who, *column)) for column in columns]
+            cold = f"{found['bytes'][who] / 1e6 / times[0]:.1f}" if who in found["bytes"] and times[0] else "–"
+            rows.append((who, *("–" if t is None else f"{t:.2f}" for t in times), cold))
+        names = [f"{batch} row{'s' * (batch > 1)}" if case == "matrix" else "experts" for case, batch in columns]
+        clock = "one thread, CPU time" if threads == 1 else f"{threads} threads, time on the clock"
+        parts.append(f"{_table((f'ms, {clock}', *names, 'GB/s at 1 row'), rows)}")
+    limit = f"One thread reads memory with {found['limit_gb_per_s']:.1f} GB/s here."
+    text = "\n\n".join(parts)
+    replace_part(BENCHMARKS, "linear", f"{text}\n\n{limit} Measured on {_where(found)}, with `{found['isa']}`.")
 
 
 def _peers(found: dict[str, Any]) -> None:

@@ -91,6 +91,19 @@ inline __m512i abs_epi8(__m512i a) {
   const auto x = lanes<int8_t>(a);
   return each<__m512i, uint8_t>(64, [&](int i) { return (uint8_t)(x.v[i] < 0 ? -x.v[i] : x.v[i]); });
 }
+inline __m512 permutex2var_ps(__m512 a, __m512i index, __m512 b) {
+  const auto n = lanes<int32_t>(index);
+  const auto x = lanes<float>(a), y = lanes<float>(b);
+  return each<__m512, float>(16, [&](int i) { return n.v[i] & 16 ? y.v[n.v[i] & 15] : x.v[n.v[i] & 15]; });
+}
+inline __m512i cvtepu16_epi32(__m256i a) {
+  const auto x = lanes<uint16_t>(a);
+  return each<__m512i, int32_t>(16, [&](int i) { return (int32_t)x.v[i]; });
+}
+inline __m512i slli_epi32(__m512i a, int count) {
+  const auto x = lanes<uint32_t>(a);
+  return each<__m512i, uint32_t>(16, [&](int i) { return x.v[i] << count; });
+}
 inline __m512i cvtepu8_epi32(__m128i a) {
   const auto x = lanes<uint8_t>(a);
   return each<__m512i, int32_t>(16, [&](int i) { return (int32_t)x.v[i]; });
@@ -169,6 +182,10 @@ inline V load(const void* p) {
 #define _mm512_mask_sub_epi8 by_loops::mask_sub_epi8
 #define _mm512_abs_epi8 by_loops::abs_epi8
 #define _mm512_cvtepu8_epi32 by_loops::cvtepu8_epi32
+#undef _mm512_slli_epi32
+#define _mm512_cvtepu16_epi32 by_loops::cvtepu16_epi32
+#define _mm512_permutex2var_ps by_loops::permutex2var_ps
+#define _mm512_slli_epi32 by_loops::slli_epi32
 #define _mm512_cvtepi8_epi32 by_loops::cvtepi8_epi32
 #define _mm512_maddubs_epi16 by_loops::maddubs_epi16
 #define _mm512_madd_epi16 by_loops::madd_epi16
