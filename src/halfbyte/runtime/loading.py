@@ -58,12 +58,10 @@ def load(
         raise HalfbyteError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
     on_cpu = device is None or torch.device(device).type == "cpu"
     packing = Packing(checkpoint, Mode(mode)) if checkpoint.formats and on_cpu and not dequantize and isa() else None
-    if checkpoint.dialect is not None and checkpoint.dialect.name == "halfbyte":
-        root = checkpoint.inventory.root
-        with packing_of(packing):
-            model = _strictly(checkpoint, model_class, root, config=config, dtype=kind or "auto")[0]
-        if dequantize:
-            model.dequantize(kind or model.config.dtype)
+    own = checkpoint.dialect is not None and checkpoint.dialect.name == "halfbyte"
+    if own and packing is None and not dequantize:
+        # decoded at every call, by the code that travels with checkpoints
+        model = _strictly(checkpoint, model_class, checkpoint.inventory.root, config=config, dtype=kind or "auto")[0]
     else:
         model = _from_tensors(checkpoint, config, model_class, kind, packing)
     return model.to(device) if device is not None else model
@@ -156,6 +154,8 @@ def _from_tensors(
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+    # names no file, so that transformers without halfbyte stops
+    config.transformers_weights = None
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(checkpoint.inventory))
         tensors = {name: LazyTensor(read, _kind(checkpoint, read)) for name, read in sources_of(checkpoint, reader)}

@@ -22,11 +22,12 @@ _WIDTH = 16
 
 def pack_mixture(module: Any, gate_up: QuantizedTensor, down: QuantizedTensor, mode: Mode) -> None:
     """Give a module of experts its packed weights; NoKernelError where it computes in a way that is not known."""
+    settings = settings_of(module)
     first = "gate_up_proj" if module.has_gate else "up_proj"
     biases = {}
     if module.has_bias:
         biases = {"gate_up_bias": _values(module, f"{first}_bias"), "down_bias": _values(module, "down_proj_bias")}
-    mixture = pack_experts(gate_up, down, **biases, **settings_of(module))
+    mixture = pack_experts(gate_up, down, **biases, **settings)
     pack_parameter(module, first, PackedStack(mixture.gate_up))
     pack_parameter(module, "down_proj", PackedStack(mixture.down))
     module.__dict__.update(_mixture=mixture, _mode=mode, _handle=handle_of(mixture))

@@ -148,7 +148,10 @@ def reserve_parameter(module: nn.Module, name: str, about: dict[str, Any], shape
     """Take a parameter away, whose packed weight ``pack_parameter`` will bring; ValueError for another shape."""
     parameter = module._parameters[name]
     assert parameter is not None
-    transposed = len(shape) == 3 and getattr(module, "is_transposed", False)
+    swapped = (*shape[:-2], *shape[:-3:-1])
+    # Llama 4's experts lie as [E, K, N] without saying so
+    other = tuple(parameter.shape) == swapped != tuple(shape)
+    transposed = len(shape) == 3 and (getattr(module, "is_transposed", False) or other)
     wanted = tuple(parameter.transpose(-1, -2).shape) if transposed else tuple(parameter.shape)
     if tuple(shape) != wanted:
         raise ValueError(f"{name} of {type(module).__name__} has shape {list(wanted)}, the checkpoint {list(shape)}")
@@ -158,6 +161,9 @@ def reserve_parameter(module: nn.Module, name: str, about: dict[str, Any], shape
     state.setdefault("_dtype", parameter.dtype)
     state.setdefault("_dense_class", type(module))
     del module._parameters[name]
+    # some classes initialise the weights of their children, as T5's
+    state[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    state[name]._is_hf_initialized = True
     state["_is_hf_initialized"] = True
     # code of transformers that initialises weights may look at it meanwhile
     state[name] = torch.empty(shape, dtype=parameter.dtype, device="meta")

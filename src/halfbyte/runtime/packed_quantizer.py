@@ -129,6 +129,13 @@ class PackedQuantizer(HalfbyteQuantizer):
             for source in packing.weights[weight].sources:
                 packing.tensors.pop(source, None)
 
+    def _refuse_converted(self, weight: str, model: Any) -> None:
+        if self.packing is None or self.packing.tensors is None:
+            super()._refuse_converted(weight, model)
+        _say_once(
+            "%s joins weights of the checkpoint: they are decoded while loading, in full size", type(model).__name__
+        )
+
     def _elsewhere(self, places: dict[str, tuple[str, str | None]]) -> set[str]:
         packed = {place.weight.name for place in self.packing.places} if self.packing else set()
         names = {name for weight in packed for name in (weight, places[weight][0])}

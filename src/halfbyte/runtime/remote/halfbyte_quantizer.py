@@ -89,7 +89,8 @@ class HalfbyteQuantizer(HfQuantizer):
             if target not in expected:
                 continue  # reported below, unless the class says that it does without
             if pattern is not None:
-                raise ValueError(f"{weight} is converted by {type(model).__name__}, which does not work in 4 bit")
+                self._refuse_converted(weight, model)
+                continue
             parts = {part: stored[f"{weight}_{part}"] for part in PARTS if f"{weight}_{part}" in stored}
             path, _, name = target.rpartition(".")
             self._install(model.get_submodule(path), name, weight, parts)
@@ -115,6 +116,10 @@ class HalfbyteQuantizer(HfQuantizer):
     def _install(self, module: Any, name: str, weight: str, parts: dict[str, torch.Tensor]) -> None:
         """Make room for a quantized weight of the checkpoint in the module whose parameter ``name`` it is."""
         quantize_module(module, name, self.quantization_config.about(weight), parts)
+
+    def _refuse_converted(self, weight: str, model: Any) -> None:
+        """Raise ValueError for a weight that the model's class computes others from."""
+        raise ValueError(f"{weight} is converted by {type(model).__name__}, which does not work in 4 bit")
 
     def _elsewhere(self, places: dict[str, tuple[str, str | None]]) -> set[str]:
         """Tensors of the checkpoint that transformers need not load; ``places``: where weights belong."""
