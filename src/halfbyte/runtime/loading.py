@@ -59,9 +59,11 @@ def load(
     on_cpu = device is None or torch.device(device).type == "cpu"
     packing = Packing(checkpoint, Mode(mode)) if checkpoint.formats and on_cpu and not dequantize and isa() else None
     own = checkpoint.dialect is not None and checkpoint.dialect.name == "halfbyte"
-    if own and packing is None and not dequantize:
-        # decoded at every call, by the code that travels with checkpoints
-        model = _strictly(checkpoint, model_class, checkpoint.inventory.root, config=config, dtype=kind or "auto")[0]
+    if own and not dequantize and not (packing and all(map(packing.can_pack, packing.weights))):
+        # what has no product is decoded at every call, by the code that travels with checkpoints
+        with packing_of(packing):
+            root = checkpoint.inventory.root
+            model = _strictly(checkpoint, model_class, root, config=config, dtype=kind or "auto")[0]
     else:
         model = _from_tensors(checkpoint, config, model_class, kind, packing)
     return model.to(device) if device is not None else model

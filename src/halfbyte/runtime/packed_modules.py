@@ -144,14 +144,18 @@ def _packed_class(base: type, names: tuple[str, ...], stacks: tuple[str, ...]) -
     return type(f"Packed{base.__name__}", (PackedWeights, base), body)
 
 
-def reserve_parameter(module: nn.Module, name: str, about: dict[str, Any], shape: tuple[int, ...]) -> None:
-    """Take a parameter away, whose packed weight ``pack_parameter`` will bring; ValueError for another shape."""
+def reserve_parameter(
+    module: nn.Module, name: str, about: dict[str, Any], shape: tuple[int, ...], stored_transposed: bool = False
+) -> None:
+    """Take a parameter away, whose packed weight ``pack_parameter`` will bring; ValueError for another shape.
+
+    ``stored_transposed``: the family's unquantized stacks lie as [E, K, N]; a module that says how its own lie is
+    believed.
+    """
     parameter = module._parameters[name]
     assert parameter is not None
-    swapped = (*shape[:-2], *shape[:-3:-1])
     # Llama 4's experts lie as [E, K, N] without saying so
-    other = tuple(parameter.shape) == swapped != tuple(shape)
-    transposed = len(shape) == 3 and (getattr(module, "is_transposed", False) or other)
+    transposed = len(shape) == 3 and getattr(module, "is_transposed", stored_transposed)
     wanted = tuple(parameter.transpose(-1, -2).shape) if transposed else tuple(parameter.shape)
     if tuple(shape) != wanted:
         raise ValueError(f"{name} of {type(module).__name__} has shape {list(wanted)}, the checkpoint {list(shape)}")

@@ -123,7 +123,7 @@ class PackedQuantizer(HalfbyteQuantizer):
             return
         codes, fmt = parts["codes"], packing.checkpoint.formats[weight]
         shape = (*codes.shape[:-1], codes.shape[-1] * 8 // fmt.bits)
-        reserve_parameter(module, name, fmt.describe(), shape)
+        reserve_parameter(module, name, fmt.describe(), shape, packing.checkpoint.family.transposed)
         packing.places.append(Place(packing.weights[weight], module, name))
         if packing.tensors is not None:
             for source in packing.weights[weight].sources:
