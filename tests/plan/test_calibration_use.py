@@ -119,7 +119,7 @@ def test_a_recipe_that_needs_importance_is_refused_without(moe: Path, key: str, 
 def test_an_optional_wish_is_left_out_and_said(moe: Path) -> None:
     told = linear("nvfp4", error_weight="importance", transform="awq").model_dump()
     plan = planned(moe, Recipe.model_validate({**told, "calibration": "optional"}), None)
-    assert plan.notes == ["without a calibration AWQ folding and weighting of errors of test are left out"]
+    assert plan.notes == ["without a calibration, AWQ smoothing and weighting of errors of test are left out"]
 
 
 def test_weights_without_importance_are_named(dense: Path) -> None:

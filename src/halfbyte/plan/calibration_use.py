@@ -279,14 +279,14 @@ def _wish(decision: Decision) -> str:
 
 def optional_note(recipe: Recipe, decisions: Iterable[Decision]) -> list[str]:
     """What a recipe leaves out because no importance file is given."""
-    left = {"AWQ folding": any(d.transform == "awq" for d in decisions)}
+    left = {"AWQ smoothing": any(d.transform == "awq" for d in decisions)}
     left["rotations by inputs (the Hadamard matrix takes their place)"] = any(
         d.transform == "duquant" for d in decisions
     )
     left["weighting of errors"] = any(d.error_weight == "importance" for d in decisions)
     left["rounding with Hessians"] = any(d.method for d in decisions)
     names = [name for name, asked in left.items() if asked]
-    return [f"without a calibration {' and '.join(names)} of {recipe.name} are left out"] if names else []
+    return [f"without a calibration, {' and '.join(names)} of {recipe.name} are left out"] if names else []
 
 
 def groups_of(checkpoint: Checkpoint) -> list[SmoothingGroup]:
