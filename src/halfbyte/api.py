@@ -71,7 +71,7 @@ def plan(
     ``halfbyte``, ``compressed-tensors``, ... (None: the recipe's own). ``remote_code`` puts the code beside the weights
     that lets transformers load the dialect ``halfbyte`` with ``trust_remote_code=True``, without halfbyte installed.
     ``importance`` is a file of halfbyte or llama.cpp (``halfbyte.calibration.read_importance``): it weighs the errors
-    of every search unless the recipe says otherwise, and AWQ smoothing needs it. Statistics of another model are refused
+    of every search unless the recipe says otherwise, and AWQ smoothing needs it. Other models' statistics are refused
     unless ``calibration_of_base`` says that this one is a fine-tune of it. Raises RecipeError, FormatError or PlanError
     for what cannot be done, before any work.
     """
