@@ -218,7 +218,7 @@ def test_nothing_is_measured_for_a_size_that_cannot_be_met(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-tokens", "5"], "give a --text as well"),
+        (["--max-tokens", "5"], "give --text as well"),
         (["--text", "a", "--sensitivity", "b"], "not allowed with"),
         (["--text", "missing.txt"], "missing.txt is no file"),
     ],

@@ -144,8 +144,8 @@ def _sample(
     array = np.concatenate(arrays)
     if calibration is None or weight.name not in calibration.matched.values:
         return array, None
-    found = [calibration.slice(weight.name, *piece).importance for piece in pieces]
-    columns = [c for c in found if c is not None]
+    importances = [calibration.slice(weight.name, *piece).importance for piece in pieces]
+    columns = [c for c in importances if c is not None]
     return array, columns[0] if columns[0].ndim == 1 else np.concatenate(columns)
 
 

@@ -28,7 +28,7 @@ class Allocation:
 
     @property
     def loss(self) -> float:
-        """Predicted loss."""
+        """Return the predicted loss of all units."""
         return sum(choice.loss for choice in self.chosen)
 
 
@@ -47,20 +47,20 @@ def allocate(units: Sequence[AllocationUnit], budget: int) -> Allocation:
     variables: list[Any] = []
     for unit in units:
         some = _useful(unit.choices)
-        own = [solver.addBinary(obj=choice.loss / scale) for choice in some]
-        solver.addConstr(solver.qsum(own) == 1)
+        unit_variables = [solver.addBinary(obj=choice.loss / scale) for choice in some]
+        solver.addConstr(solver.qsum(unit_variables) == 1)
         flat += some
-        variables += own
+        variables += unit_variables
     solver.addConstr(solver.qsum(c.bytes / budget * v for c, v in zip(flat, variables, strict=True)) <= 1)
     solver.run()
     values = solver.getSolution().col_value
-    found = Allocation([choice for choice, value in zip(flat, values, strict=True) if value > 0.5])
-    if len(found.chosen) != len(units):
+    allocation = Allocation([choice for choice, value in zip(flat, values, strict=True) if value > 0.5])
+    if len(allocation.chosen) != len(units):
         raise PlanError(f"the solver found no allocation ({solver.getModelStatus()})")
-    if found.bytes > budget:
+    if allocation.bytes > budget:
         # over by a tolerance of the solver, which counts in fractions of the budget
-        return allocate(units, max(least, budget - 2 * (found.bytes - budget)))
-    return found
+        return allocate(units, max(least, budget - 2 * (allocation.bytes - budget)))
+    return allocation
 
 
 def check_budget(units: Sequence[AllocationUnit], budget: int) -> int:
@@ -79,8 +79,8 @@ def frontier(units: Sequence[AllocationUnit], points: int = 24) -> list[Allocati
     """Allocations from the smallest to the largest possible size, evenly spaced: the Pareto curve."""
     smallest = sum(min(c.bytes for c in unit.choices) for unit in units)
     largest = sum(max(c.bytes for c in unit.choices) for unit in units)
-    found = [allocate(units, int(budget)) for budget in np.linspace(smallest, largest, points)]
-    return [a for i, a in enumerate(found) if i == 0 or a.bytes > found[i - 1].bytes]
+    allocations = [allocate(units, int(budget)) for budget in np.linspace(smallest, largest, points)]
+    return [a for i, a in enumerate(allocations) if i == 0 or a.bytes > allocations[i - 1].bytes]
 
 
 def _useful(choices: Sequence[Choice]) -> list[Choice]:

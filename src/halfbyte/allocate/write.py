@@ -15,14 +15,14 @@ def recipe_text(
     chosen: Sequence[Choice],
     weights: Sequence[Weight],
     searches: Mapping[str, str],
-    about: Sequence[str] = (),
+    comments: Sequence[str] = (),
     dialect: str | None = None,
 ) -> str:
     """The YAML of a recipe that gives every unit's weights their format and keeps all others of ``weights``.
 
-    ``about`` are lines for the comment on top; ``searches`` names a format's search where it is not ``sweep``.
+    ``comments`` are lines for the comment on top; ``searches`` names a format's search where it is not ``sweep``.
     """
-    lines = [f"# {line}" for line in about]
+    lines = [f"# {line}" for line in comments]
     lines += [f"name: {name}", f'description: "{_described(units, chosen)}"']
     if dialect:
         lines.append(f"dialect: {dialect}")
@@ -31,11 +31,11 @@ def recipe_text(
     everything = {w.name for w in weights}
     order = sorted({c.format for c in chosen}, key=lambda f: -sum(u.parameters for u in _those(units, chosen, f)))
     for fmt in order:
-        own = _those(units, chosen, fmt)
-        names = {w.name for unit in own for w in unit.weights}
+        members = _those(units, chosen, fmt)
+        names = {w.name for unit in members for w in unit.weights}
         loss = sum(c.loss for c in chosen if c.format == fmt)
         size = sum(c.bytes for c in chosen if c.format == fmt)
-        lines.append(f"  # {len(own)} units, {len(names)} weights, {size} bytes, predicted loss {loss:.3g}")
+        lines.append(f"  # {len(members)} units, {len(names)} weights, {size} bytes, predicted loss {loss:.3g}")
         lines.append("  - match:")
         for pattern in compact(sorted(names), everything - names, apart):
             # engines match such patterns from the beginning of a name, recipes anywhere

@@ -25,9 +25,9 @@ class _Largest(DynamicCache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Keys are normalised and rotated by now, and neither is repeated for the heads that share it."""
         for kind, states in (("keys", key_states), ("values", value_states)):
-            found = states.abs().amax().float()
+            largest = states.abs().amax().float()
             known = self.largest.get(kind)
-            self.largest[kind] = found if known is None else torch.maximum(known, found)
+            self.largest[kind] = largest if known is None else torch.maximum(known, largest)
         return key_states, value_states
 
 

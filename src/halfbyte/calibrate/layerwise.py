@@ -119,17 +119,17 @@ class LayerwiseModel:
     def parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of a part by their names in the whole model."""
         name = self._names[id(module)]
-        return {f"{name}.{own}" if name else own: p for own, p in module.named_parameters()}
+        return {f"{name}.{parameter}" if name else parameter: p for parameter, p in module.named_parameters()}
 
     def attentions_of(self, module: nn.Module) -> dict[str, nn.Module]:
         """The attention modules of a part that cache keys and values, by their names in the checkpoint."""
-        found = {}
+        attentions = {}
         for target in self.parameters_of(module):
             for weight, _ in self.uses.get(target, ()):
                 name = attention_of(self._weights[weight])
                 if name is not None:
-                    found[name] = self.model.get_submodule(target.removesuffix(".weight").rpartition(".")[0])
-        return found
+                    attentions[name] = self.model.get_submodule(target.removesuffix(".weight").rpartition(".")[0])
+        return attentions
 
     @contextlib.contextmanager
     def filled(self, module: nn.Module) -> Iterator[None]:
@@ -196,17 +196,17 @@ class LayerwiseModel:
     def _rows(self, target: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a matrix, which is read piece by piece."""
         read, (total, width) = self._read[self._sources[target][0].name], self.model.get_parameter(target).shape
-        found = torch.empty((len(rows), width), dtype=self.dtype, device=self.device)
+        embeddings = torch.empty((len(rows), width), dtype=self.dtype, device=self.device)
         for first in range(0, total, _ROWS):
             here = (rows >= first) & (rows < first + _ROWS)
             if here.any():
                 values = to_torch(read(first, min(first + _ROWS, total)))
-                found[here.to(self.device)] = values[rows[here] - first].to(self.device, self.dtype)
-        return found
+                embeddings[here.to(self.device)] = values[rows[here] - first].to(self.device, self.dtype)
+        return embeddings
 
     def _put(self, target: str, values: torch.Tensor) -> None:
-        name, _, own = target.rpartition(".")
-        self.model.get_submodule(name)._parameters[own] = nn.Parameter(values, requires_grad=False)
+        name, _, parameter = target.rpartition(".")
+        self.model.get_submodule(name)._parameters[parameter] = nn.Parameter(values, requires_grad=False)
 
     @contextlib.contextmanager
     def _restored(self, module: nn.Module) -> Iterator[None]:
@@ -254,13 +254,13 @@ def enter(blocks: LayerwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, list
         if len(calls) == len(blocks.layers):
             raise _EnoughError
 
-    own = blocks.decoder.layers
+    layers = blocks.decoder.layers
     blocks.decoder.layers = nn.ModuleList(_Spy(layer, note) for layer in blocks.layers)
     try:
         with contextlib.suppress(_EnoughError):
             blocks.decoder(input_ids=ids, use_cache=False)
     finally:
-        blocks.decoder.layers = own
+        blocks.decoder.layers = layers
     return first[0], calls
 
 
@@ -272,5 +272,5 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, call: Arguments) -> torch.
 
 
 def as_numpy(values: torch.Tensor) -> NDArray[np.float32]:
-    """FP32 on the CPU."""
+    """Return a tensor as FP32 NumPy array on the CPU."""
     return values.detach().to("cpu", torch.float32).numpy()

@@ -64,8 +64,8 @@ class Sums:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """As NumPy arrays by kind."""
-        found = {"count": self.count, "squares": self.squares, "amax": self.amax, "hessian": self.hessian}
-        return {kind: tensor.cpu().numpy() for kind, tensor in found.items() if tensor is not None}
+        sums = {"count": self.count, "squares": self.squares, "amax": self.amax, "hessian": self.hessian}
+        return {kind: tensor.cpu().numpy() for kind, tensor in sums.items() if tensor is not None}
 
 
 class Observer(TorchFunctionMode):
@@ -132,9 +132,9 @@ class Observer(TorchFunctionMode):
         for name, (wide, expert) in self._picked.items():
             if wide.untyped_storage().data_ptr() == place:
                 return name, expert
-        found = self._places.get(place)
-        stacked = found is not None and self.parameters[found].dim() == 3
-        return found, self._expert(found, weight) if found is not None and stacked else None
+        known = self._places.get(place)
+        stacked = known is not None and self.parameters[known].dim() == 3
+        return known, self._expert(known, weight) if known is not None and stacked else None
 
     def _look(self, x: torch.Tensor, weight: torch.Tensor, turned: bool) -> None:
         name, expert = self._find(weight) if isinstance(weight, torch.Tensor) else (None, None)

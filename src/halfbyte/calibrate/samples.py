@@ -24,7 +24,7 @@ class Samples:
 
     @property
     def total(self) -> int:
-        """Tokens altogether."""
+        """Return the number of tokens of all samples."""
         return sum(map(len, self.tokens))
 
     @property
@@ -65,5 +65,5 @@ def _conversations(path: Path, tokenizer: Any) -> list[int]:
 
     if not getattr(tokenizer, "chat_template", None):
         raise HalfbyteError(f"the tokenizer has no chat template, so {path} cannot be spelled; pass a text")
-    found = (render(messages, tokenizer) for messages in read_conversations(path) if messages)
-    return [token for ids in found if ids for token in ids]
+    rendered = (render(messages, tokenizer) for messages in read_conversations(path) if messages)
+    return [token for ids in rendered if ids for token in ids]

@@ -37,11 +37,11 @@ def plan_stack(
     converter = next((c for c in converters if sources[0].pattern in c.source_patterns), None)
     if converter is None or not _only_stacks(converter):
         return None
-    found: dict[tuple[int | None, str | None], str] = {(s.expert, s.pattern): s.name for s in sources}
+    names: dict[tuple[int | None, str | None], str] = {(s.expert, s.pattern): s.name for s in sources}
     wanted = [[(expert, pattern) for pattern in converter.source_patterns] for expert in range(experts)]
-    if len(sources) != len(found) or set(found) != {key for keys in wanted for key in keys}:
+    if len(sources) != len(names) or set(names) != {key for keys in wanted for key in keys}:
         return None
-    return [[found[key] for key in keys] for keys in wanted]
+    return [[names[key] for key in keys] for keys in wanted]
 
 
 def _only_stacks(converter: WeightConverter) -> bool:

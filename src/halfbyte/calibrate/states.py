@@ -22,10 +22,10 @@ class States:
 
     def read(self, rows: slice) -> NDArray[np.float32]:
         """Some rows; OutputError where the file does not have them."""
-        found = np.fromfile(self.path, np.float32, (rows.stop - rows.start) * self.width, offset=self._offset(rows))
-        if found.size < (rows.stop - rows.start) * self.width:
+        states = np.fromfile(self.path, np.float32, (rows.stop - rows.start) * self.width, offset=self._offset(rows))
+        if states.size < (rows.stop - rows.start) * self.width:
             raise OutputError(f"{self.path} lost hidden states; remove its folder and calibrate again")
-        return found.reshape(-1, self.width)
+        return states.reshape(-1, self.width)
 
     def write(self, rows: slice, states: NDArray[np.float32]) -> None:
         """Some rows, given with any leading dimensions."""

@@ -64,9 +64,9 @@ class Calibration:
     def hessian(self, weight: str, expert: int | None = None, scale: Floats | None = None) -> Floats:
         """Mean of xᵀx, FP32 [K, K]; ``scale`` [K] is what the weight's columns have been multiplied by."""
         assert self.statistics is not None
-        found = self.statistics.hessian(weight, expert)
-        assert found is not None
-        return found if scale is None else np.asarray(found / np.outer(scale, scale), dtype=np.float32)
+        hessian = self.statistics.hessian(weight, expert)
+        assert hessian is not None
+        return hessian if scale is None else np.asarray(hessian / np.outer(scale, scale), dtype=np.float32)
 
     def slice(self, weight: str, first: int, stop: int, scale: Floats | None = None) -> Activations:
         """What is known for leading indices first..stop of a stack, or for any rows of a matrix.
@@ -123,9 +123,9 @@ def calibration_for(given: str | Path | Importance, checkpoint: Checkpoint, of_b
 
 def digest(importance: Importance) -> str:
     """sha256 (hex) of names, means and counts, in any order."""
-    found = hashlib.sha256(importance.spelling.encode())
+    content = hashlib.sha256(importance.spelling.encode())
     for name in sorted(importance.values):
         values, counts = importance.values[name], np.asarray(importance.counts[name])
-        found.update(f"{len(name)} {name} {values.shape} {counts.shape}".encode())
-        found.update(np.ascontiguousarray(values, "<f4").tobytes() + np.ascontiguousarray(counts, "<i8").tobytes())
-    return found.hexdigest()
+        content.update(f"{len(name)} {name} {values.shape} {counts.shape}".encode())
+        content.update(np.ascontiguousarray(values, "<f4").tobytes() + np.ascontiguousarray(counts, "<i8").tobytes())
+    return content.hexdigest()

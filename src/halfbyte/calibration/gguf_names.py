@@ -36,11 +36,11 @@ def gguf_targets(names: Iterable[str], weights: Sequence[Weight]) -> dict[str, W
     table = _by_block(weights)
     result: dict[str, Weight] = {}
     for name in names:
-        found = _templates().find(normalise(name))
-        if found is None:
+        template = _templates().find(normalise(name))
+        if template is None:
             continue
-        block = int(split_numbers(name)[2 * found.layer + 1]) if found.layer is not None else None
-        keys = ((role, block) for role in _roles()[found.value])
+        block = int(split_numbers(name)[2 * template.layer + 1]) if template.layer is not None else None
+        keys = ((role, block) for role in _roles()[template.value])
         target = next((table[key] for key in keys if key in table), None)
         if target is not None:
             result[name] = target

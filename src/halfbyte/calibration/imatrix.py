@@ -106,12 +106,12 @@ def read_gguf(path: Path) -> Importance:
     if kind != "imatrix":
         raise CheckpointError(f"{path.name} is a GGUF file but no importance matrix (general.type is {kind!r})")
     result = Importance({}, {}, "gguf", tuple(names), chunks)
-    found = _arrays(path, parsed)
-    for name, array in found.items():
+    arrays = _arrays(path, parsed)
+    for name, array in arrays.items():
         if name.endswith(_SUMS):
             entry = name.removesuffix(_SUMS)
-            _add_sums(result, entry, array, found.get(entry + _COUNTS), path.name)
-        elif not name.endswith((_COUNTS, _PLAIN_SUMS)) or name.rsplit(".", 1)[0] + _SUMS not in found:
+            _add_sums(result, entry, array, arrays.get(entry + _COUNTS), path.name)
+        elif not name.endswith((_COUNTS, _PLAIN_SUMS)) or name.rsplit(".", 1)[0] + _SUMS not in arrays:
             raise CheckpointError(f"{path.name} holds {name}, which belongs to no importance entry")
     if not result.values:
         raise CheckpointError(f"{path.name} holds no importance entries")

@@ -62,23 +62,23 @@ def _read_safetensors(path: Path) -> Importance:
     if metadata.get("version") != "1":
         raise CheckpointError(f"{path.name} is of a newer version than this halfbyte reads; update halfbyte")
     data = read_small(path, MAX_IMPORTANCE_BYTES)
-    found: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for tensor in tensors:
         wanted = "I64" if tensor.name.endswith(_COUNTS) else "F32"
         if tensor.dtype != wanted or 0 in tensor.shape:
             raise CheckpointError(f"{tensor.name} in {path.name} is {tensor.dtype} {list(tensor.shape)}, not {wanted}")
         raw = data[tensor.offset : tensor.offset + tensor.nbytes]
         kind = "<i8" if wanted == "I64" else "<f4"
-        found[tensor.name] = np.frombuffer(raw, dtype=kind).reshape(tensor.shape)
+        arrays[tensor.name] = np.frombuffer(raw, dtype=kind).reshape(tensor.shape)
     result = Importance({}, {}, "checkpoint", tuple(filter(None, metadata.get("datasets", "").split("\n"))))
     chunks = metadata.get("chunks", "0")
     result.chunks = int(chunks) if chunks.isascii() and chunks.isdigit() and len(chunks) < 10 else 0
-    for name, values in found.items():
+    for name, values in arrays.items():
         if name.endswith(_COUNTS):
-            if name.removesuffix(_COUNTS) not in found:
+            if name.removesuffix(_COUNTS) not in arrays:
                 raise CheckpointError(f"{name} in {path.name} counts for a tensor that is not there")
             continue
-        counts = found.get(name + _COUNTS)
+        counts = arrays.get(name + _COUNTS)
         if counts is None or counts.shape != values.shape[:-1] or values.ndim not in (1, 2):
             raise CheckpointError(f"{name} in {path.name} and its counts have shapes that do not fit each other")
         add_entry(result, name, values, counts, path.name)

@@ -38,9 +38,9 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, str]:
     return identity
 
 
-def check_identity(about: Mapping[str, Any], checkpoint: Checkpoint, of_base: bool = False) -> list[str]:
-    """Notes about statistics (``about``) of another model; PlanError where they are not said to be ``of_base``."""
-    source = about.get("source") or {}
+def check_identity(statistics: Mapping[str, Any], checkpoint: Checkpoint, of_base: bool = False) -> list[str]:
+    """Notes about statistics (``statistics``) of another model; PlanError where they are not said to be ``of_base``."""
+    source = statistics.get("source") or {}
     name, before = source.get("name", "a model that is not named"), source.get("identity")
     if not isinstance(before, dict):
         return [

@@ -46,7 +46,7 @@ class Part:
 
 
 def write_part(folder: Path, name: str, part: Part) -> None:
-    """Write ``name``.safetensors, atomically."""
+    """Write a part to ``name``.safetensors, complete or not at all."""
     arrays = {f"{weight}.{kind}": a for weight, kinds in part.arrays.items() for kind, a in kinds.items()}
     order = sorted(arrays, key=lambda key: -arrays[key].dtype.itemsize)
     entries = [(key, _TYPES[key.rpartition(".")[2]], arrays[key].shape) for key in order]
@@ -132,8 +132,8 @@ class Statistics:
     @cached_property
     def names(self) -> list[str]:
         """Weights whose inputs were seen, shared inputs included."""
-        own = [name.rpartition(".")[0] for name in self._entries if name.endswith(".count")]
-        return [*own, *self.same]
+        counted = [name.rpartition(".")[0] for name in self._entries if name.endswith(".count")]
+        return [*counted, *self.same]
 
     def array(self, weight: str, kind: str) -> Array | None:
         """An array of a weight (see ``Part``), mapped from its file, or None where it was not collected."""
@@ -161,19 +161,19 @@ class Statistics:
         """
         sums, count = self.array(weight, "hessian"), self.array(weight, "count")
         assert sums is not None and count is not None
-        own = expert is not None and sums.ndim == 3
-        return (sums[expert], int(count[expert])) if own else (sums, int(count.sum()))
+        has_expert = expert is not None and sums.ndim == 3
+        return (sums[expert], int(count[expert])) if has_expert else (sums, int(count.sum()))
 
     def importance(self) -> Importance:
         """Mean squared activations, as an importance file holds them."""
-        found = Importance({}, {}, datasets=tuple(self.about.get("texts", ())))
+        importance = Importance({}, {}, datasets=tuple(self.about.get("texts", ())))
         for name in self.names:
             count, squares = self.array(name, "count"), self.array(name, "squares")
             assert count is not None and squares is not None
             tokens = np.maximum(count, 1)[..., None]
-            found.values[name] = (squares / tokens).astype(np.float32)
-            found.counts[name] = np.array(count)
-        return found
+            importance.values[name] = (squares / tokens).astype(np.float32)
+            importance.counts[name] = np.array(count)
+        return importance
 
 
 def _shared(text: str, where: Path) -> dict[str, str]:

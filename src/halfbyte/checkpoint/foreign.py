@@ -47,7 +47,7 @@ class Fields:
             yield key, self.fields(key)
 
     def text(self, key: str, default: str = "") -> str:
-        """Text."""
+        """Return a text, or the default where there is none."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -56,7 +56,7 @@ class Fields:
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
+        """Return a truth value, or the default where there is none."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -74,7 +74,7 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float | None:
-        """A finite number."""
+        """Return a finite number, or the default where there is none."""
         value = self.values.get(key)
         if value is None:
             return default

@@ -44,7 +44,7 @@ class Command(Protocol):
     EXAMPLES: str
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare options."""
+        """Declare the options of a command."""
 
     def run(self, args: argparse.Namespace) -> int:
         """Carry out the command and return the exit code."""

@@ -33,7 +33,7 @@ TOKENS = 8192
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     options.add_source(parser)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--budget", metavar="SIZE", type=parse_size, help="bytes of the whole output, such as 21GiB")
@@ -95,20 +95,25 @@ def run(args: argparse.Namespace) -> int:
         sensitivity=measured,
     )
     with steps("errors", args.json) as report:
-        found = allocate_recipe(checkpoint, dialect, wanted, report)
-    write_file_atomic(out, found.recipe.encode())
+        allocated = allocate_recipe(checkpoint, dialect, wanted, report)
+    write_file_atomic(out, allocated.recipe.encode())
     if args.json:
-        print_json({"file": str(out), **found.to_dict()})
+        print_json({"file": str(out), **allocated.to_dict()})
         return 0
     rows = []
-    for fmt in dict.fromkeys(c.format for c in found.allocation.chosen):
-        own = [(u, c) for u, c in zip(found.units, found.allocation.chosen, strict=True) if c.format == fmt]
+    for fmt in dict.fromkeys(c.format for c in allocated.allocation.chosen):
+        members = [(u, c) for u, c in zip(allocated.units, allocated.allocation.chosen, strict=True) if c.format == fmt]
         rows.append(
-            (fmt, str(len(own)), f"{sum(u.parameters for u, _ in own):,}", exact(sum(c.bytes for _, c in own)),
-             f"{sum(c.loss for _, c in own):.4g}")
-        )  # fmt: skip
+            (
+                fmt,
+                str(len(members)),
+                f"{sum(u.parameters for u, _ in members):,}",
+                exact(sum(c.bytes for _, c in members)),
+                f"{sum(c.loss for _, c in members):.4g}",
+            )
+        )
     table(("format", ">units", ">parameters", ">bytes", ">predicted loss"), rows)
-    plan = found.plan
+    plan = allocated.plan
     say("", f"{out}: {exact(plan.repository_bytes)}, {plan.bits_per_weight:.3f} bits per weight")
     if args.text is not None:
         say(f"sensitivities: {out.with_suffix(SUFFIX)}, which another size uses again")

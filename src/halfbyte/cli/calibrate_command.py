@@ -27,7 +27,7 @@ needs torch and transformers: pip install 'halfbyte[transformers]'
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("paths", metavar="PATH", nargs="+", help="MODEL OUT; with --merge, folders of statistics")
     parser.add_argument("--merge", metavar="OUT", help="add up statistics of one model over different texts")
     parser.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 text, or .json conversations in ShareGPT form")
@@ -66,12 +66,12 @@ def run(args: argparse.Namespace) -> int:
         from halfbyte.calibration.statistics import Statistics, merge
 
         merge(args.paths, args.merge)
-        found = Statistics(args.merge)
+        statistics = Statistics(args.merge)
     else:
-        found = _collect(args)
-    facts = describe(found)
+        statistics = _collect(args)
+    facts = describe(statistics)
     if args.imatrix:
-        facts["imatrix"] = {"file": args.imatrix, "entries": _export(args, found)}
+        facts["imatrix"] = {"file": args.imatrix, "entries": _export(args, statistics)}
     if args.json:
         print_json(facts)
         return 0
@@ -86,15 +86,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export(args: argparse.Namespace, found: Statistics) -> int:
+def _export(args: argparse.Namespace, statistics: Statistics) -> int:
     """Write the importance for llama.cpp; how many entries there are."""
     from halfbyte.calibration.imatrix import write_dat, write_gguf
     from halfbyte.calibration.importance import match_importance, spelled_for_llama
     from halfbyte.source.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(args.paths[0])
-    match_importance(found.importance(), checkpoint.weights)  # sizes of another model are refused
-    spelled = spelled_for_llama(found.importance(), checkpoint.weights, checkpoint.inventory.config)
+    match_importance(statistics.importance(), checkpoint.weights)  # sizes of another model are refused
+    spelled = spelled_for_llama(statistics.importance(), checkpoint.weights, checkpoint.inventory.config)
     (write_dat if args.imatrix.endswith(".dat") else write_gguf)(spelled, args.imatrix)
     return len(spelled.values)
 
@@ -134,24 +134,24 @@ def collect(source: str, out: str, texts: list[str], silent: bool, **options: An
         return collect_statistics(source, out, texts, CollectOptions(**options), report, warn)
 
 
-def describe(found: Statistics) -> dict[str, Any]:
+def describe(statistics: Statistics) -> dict[str, Any]:
     """What statistics hold, for JSON: tokens, and how many reached each expert."""
     experts: dict[str, list[int]] = {}
-    for name in found.names:
-        counts = found.array(name, "routed")
-        counts = found.array(name, "count") if counts is None else counts
+    for name in statistics.names:
+        counts = statistics.array(name, "routed")
+        counts = statistics.array(name, "count") if counts is None else counts
         if counts is not None and counts.ndim:
             experts[name] = counts.tolist()
     return {
-        "folder": str(found.folder),
-        "weights": len(found.names),
-        "bytes": sum(path.stat().st_size for path in found.folder.iterdir() if path.is_file()),
-        **{key: found.about[key] for key in ("source", "texts", "samples", "length", "tokens", "all_experts")},
-        "bos": bool(found.about.get("bos")),
+        "folder": str(statistics.folder),
+        "weights": len(statistics.names),
+        "bytes": sum(path.stat().st_size for path in statistics.folder.iterdir() if path.is_file()),
+        **{key: statistics.about[key] for key in ("source", "texts", "samples", "length", "tokens", "all_experts")},
+        "bos": bool(statistics.about.get("bos")),
         "tokens_per_expert": experts,
         "no_data": {
             name: [e for e, n in enumerate(counts) if not n]
             for name, counts in experts.items()
-            if not all(counts) and not found.about["all_experts"]
+            if not all(counts) and not statistics.about["all_experts"]
         },
     }

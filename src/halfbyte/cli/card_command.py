@@ -19,7 +19,7 @@ To publish: hf upload OWNER/NAME ./out
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("out", metavar="OUT", help="folder of a quantized checkpoint")
     parser.add_argument("--results", metavar="FILE", nargs="+", required=True, help="output of `halfbyte evaluate -o`")
     parser.add_argument("--base-model", metavar="OWNER/NAME", help="hub id of the source (default: as in the results)")

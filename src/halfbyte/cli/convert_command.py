@@ -19,7 +19,7 @@ weights that the dialect cannot store are an error, unless --requantize gives th
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("source", metavar="SRC", help=options.SOURCE)
     parser.add_argument(
         "out", metavar="OUT", help="output folder: new, empty, or with an interrupted run of this conversion"
@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, write, report."""
+    """Plan the conversion, write it and report it."""
     from halfbyte.api import respelling
 
     made = respelling(options.open_checkpoint(args), args.dialect, args.requantize, None, args.max_shard_size)

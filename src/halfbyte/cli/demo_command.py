@@ -26,7 +26,7 @@ EXAMPLES = """\
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("--keep", metavar="DIR", help="write the six checkpoints to this folder and keep them")
     options.add_threads(parser)
 
@@ -39,28 +39,28 @@ def run(args: argparse.Namespace) -> int:
 
     place = nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory(prefix="halfbyte-demo-")
     with place as folder:
-        found = run_demo(Path(folder), args.threads, lambda label: status(label, args.json))
+        results = run_demo(Path(folder), args.threads, lambda label: status(label, args.json))
     if args.json:
-        print_json(_document(found))
+        print_json(_document(results))
     else:
-        _show(found)
+        _show(results)
         if args.keep:
             say(f"kept in {args.keep}")
     return 0
 
 
-def _document(found: Demo) -> dict[str, Any]:
+def _document(results: Demo) -> dict[str, Any]:
     source = {
-        "bytes": found.source_bytes,
-        "parameters": found.source_parameters,
-        "bits_per_weight": found.source_bits_per_weight,
-        "perplexity": found.source_perplexity,
+        "bytes": results.source_bytes,
+        "parameters": results.source_parameters,
+        "bits_per_weight": results.source_bits_per_weight,
+        "perplexity": results.source_perplexity,
     }
-    rest = {"note": found.note, "protocol": found.protocol, "seconds": found.seconds}
-    return {"source": source, "rows": found.rows, **rest}
+    rest = {"note": results.note, "protocol": results.protocol, "seconds": results.seconds}
+    return {"source": source, "rows": results.rows, **rest}
 
 
-def _show(found: Demo) -> None:
+def _show(results: Demo) -> None:
     rows = [
         [
             row.recipe,
@@ -71,26 +71,26 @@ def _show(found: Demo) -> None:
             _number(row.kl, "{:.5f}"),
             _number(row.top1, "{:.2%}"),
         ]
-        for row in found.rows
+        for row in results.rows
     ]
-    source = ["source (BF16)", size(found.source_bytes), f"{found.source_bits_per_weight:.2f}", "", "", "", ""]
-    source[4] = _number(found.source_perplexity, "{:.3f}")
+    source = ["source (BF16)", size(results.source_bytes), f"{results.source_bits_per_weight:.2f}", "", "", "", ""]
+    source[4] = _number(results.source_perplexity, "{:.3f}")
     columns = ["recipe", ">size", ">bits/weight", ">relMSE", ">perplexity", ">KL (nats)", ">same top-1"]
-    shown = 4 if found.note else len(columns)
+    shown = 4 if results.note else len(columns)
     table(columns[:shown], [row[:shown] for row in [source, *rows]])
     say(
         "",
         "Each result was verified against the source. relMSE: squared error of the quantized weights / sum of squares.",
         "These recipes quantize the large matrices; embeddings, lm_head, router, norms and the MTP head stay BF16.",
     )
-    if found.protocol:
-        p = found.protocol
+    if results.protocol:
+        p = results.protocol
         say(
             f"Perplexity and KL: {p['tokens']:,} held-out tokens in windows of {p['length']}, computed in {p['dtype']}."
         )
-    if found.note:
-        say(found.note)
-    say(f"{found.seconds:.0f} s")
+    if results.note:
+        say(results.note)
+    say(f"{results.seconds:.0f} s")
 
 
 def _number(value: float | None, spec: str) -> str:

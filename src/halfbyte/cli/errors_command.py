@@ -20,7 +20,7 @@ EXAMPLES = """\
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("out", metavar="OUT", help="a quantized checkpoint, in any dialect")
     parser.add_argument("--against", metavar="SRC", required=True, help="the source of the checkpoint")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SRC, if that is a hub id")
@@ -37,17 +37,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Measure the errors and print them."""
     from halfbyte.evaluate.errors_document import tensor_errors
 
     with progress("comparing", _elements(args.out) if not args.json else 0, args.json) as report:
-        found = tensor_errors(args.out, args.against, args.importance, args.revision, args.threads, report)
+        document = tensor_errors(args.out, args.against, args.importance, args.revision, args.threads, report)
     if args.output:
-        write_json(args.output, found)
+        write_json(args.output, document)
     if args.json:
-        print_json(found)
+        print_json(document)
     else:
-        _show(found, args.weights)
+        _show(document, args.weights)
     return 0
 
 
@@ -60,16 +60,16 @@ def _elements(out: str) -> int:
     return sum(math.prod(w.shape) for w in checkpoint.weights if w.name in checkpoint.formats)
 
 
-def _show(found: dict[str, Any], every: bool) -> None:
-    weighted, calibrated = found["importance"] is not None, found["total"]["calibrated_relmse"] is not None
+def _show(document: dict[str, Any], every: bool) -> None:
+    weighted, calibrated = document["importance"] is not None, document["total"]["calibrated_relmse"] is not None
     columns = ["weight" if every else "role", "format", ">parameters", ">size", ">relMSE", ">SQNR dB"]
     columns += [">weighted relMSE"] if weighted else []
     columns += [f">{WEIGHTED}"] if calibrated else []
     columns += [">largest error", ">saturated blocks", "blocks by codebook"]
-    entries = sorted(found["weights"], key=lambda w: -(w["relmse"] or 0)) if every else found["classes"]
+    entries = sorted(document["weights"], key=lambda w: -(w["relmse"] or 0)) if every else document["classes"]
     lines = [[e["name" if every else "role"], e["format"], *_numbers(e, weighted, calibrated)] for e in entries]
-    table(columns, lines, ["all", "", *_numbers(found["total"], weighted, calibrated)])
-    kept = found["kept"]
+    table(columns, lines, ["all", "", *_numbers(document["total"], weighted, calibrated)])
+    kept = document["kept"]
     if calibrated:
         say("", f"{WEIGHTED}: error of outputs on the calibration text, which the conversion made small and noted")
     say("", f"not quantized: {kept['weights']:,} weights, {kept['parameters']:,} parameters, {size(kept['bytes'])}")

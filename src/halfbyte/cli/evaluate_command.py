@@ -27,7 +27,7 @@ NOT_VALID = "not valid"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("paths", metavar="PATH", nargs="+", help="checkpoints to measure")
     parser.add_argument("--against", metavar="SOURCE", help="the source, for KL divergence and top-1 agreement")
     on = parser.add_argument_group("measurement")
@@ -132,7 +132,7 @@ def invalid(document: dict[str, Any]) -> list[str]:
 
 
 def show(document: dict[str, Any]) -> None:
-    """The results as tables."""
+    """Print the results as tables."""
     rows, floor = document["rows"], document["noise_floor"]
     if any(row["protocol"] or row["kl"] or row["invalid"] for row in rows):
         _show_rows(rows, floor)
@@ -213,12 +213,12 @@ def _show_task(name: str, document: dict[str, Any]) -> None:
     lines = []
     answered = [row for row in rows if name in row["tasks"]]
     for row in answered:
-        found = row["tasks"][name]
-        low, high = found["ci"] or (None, None)
+        score = row["tasks"][name]
+        low, high = score["ci"] or (None, None)
         between = "" if low is None else f"{low:.2%}..{high:.2%}"
         versus = pairs.get((source, row["name"]))
         test = "" if versus is None else f"{versus['only_a']} lost, {versus['only_b']} won, p = {versus['p']:.3g}"
-        lines.append([row["name"], _number(found["value"], ".2%"), between, f"{found['questions']:,}", test])
+        lines.append([row["name"], _number(score["value"], ".2%"), between, f"{score['questions']:,}", test])
     table(["checkpoint", f">{name}", ">95 % interval", ">questions", "against the source (McNemar)"], lines)
     say("", f"{name}: {answered[0]['tasks'][name]['protocol']}")
 

@@ -28,7 +28,7 @@ def size(count: float) -> str:
 
 
 def exact(count: int) -> str:
-    """``4,131,072 bytes (4.13 MB)``."""
+    """Give a number of bytes exactly and rounded: ``4,131,072 bytes (4.13 MB)``."""
     return f"{count:,} bytes ({size(count)})" if count >= 1000 else f"{count} bytes"
 
 

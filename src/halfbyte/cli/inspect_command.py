@@ -31,13 +31,13 @@ _NOTHING = "none: nothing is quantized"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     options.add_source(parser)
     parser.add_argument("--roles", action="store_true", help="one line per role instead of one per class")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the overview."""
+    """Read the headers and print the overview."""
     from halfbyte.source.overview import overview
 
     found = overview(options.open_checkpoint(args))

@@ -28,7 +28,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:
-    """--revision."""
+    """Add the option --revision to a parser."""
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
 
 
@@ -118,7 +118,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bos(parser: argparse._ActionsContainer) -> None:
-    """--bos."""
+    """Add the option --bos to a parser."""
     parser.add_argument(
         "--bos",
         choices=("auto", "yes", "no"),
@@ -128,7 +128,7 @@ def add_bos(parser: argparse._ActionsContainer) -> None:
 
 
 def add_calibration_of_base(parser: argparse.ArgumentParser) -> None:
-    """--calibration-of-base."""
+    """Add the option --calibration-of-base to a parser."""
     parser.add_argument(
         "--calibration-of-base",
         action="store_true",

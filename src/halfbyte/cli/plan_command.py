@@ -23,7 +23,7 @@ EXAMPLES = """\
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     options.add_source(parser)
     options.add_recipe(parser)
     options.add_resources(parser)
@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan."""
+    """Make the plan and print it."""
     made = options.plan_of(args)
     if args.json:
         print_json({**document(made, args), **(made.to_dict() if args.tensors else {})})

@@ -28,7 +28,7 @@ EXAMPLES = """\
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("source", metavar="SRC", help=options.SOURCE)
     parser.add_argument(
         "out", metavar="OUT", help="output folder: new, empty, or with an interrupted run of this conversion"

@@ -21,20 +21,20 @@ SHOWN = ("error_weight", "rounding", "objective", "static_groups", "order", "tra
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("name", metavar="NAME_OR_FILE", nargs="?", help="show the rules of this recipe")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List or show."""
+    """List the built-in recipes, or show one."""
     from halfbyte.recipes import list_recipes, load_recipe
 
     if args.name is None:
-        found = list_recipes()
+        recipes = list_recipes()
         if args.json:
-            print_json({"recipes": [{"name": n, "description": d} for n, d in found.items()]})
+            print_json({"recipes": [{"name": n, "description": d} for n, d in recipes.items()]})
         else:
-            table(("recipe", "~effect"), list(found.items()))
+            table(("recipe", "~effect"), list(recipes.items()))
         return 0
     recipe = load_recipe(args.name)
     for note in recipe.notes:

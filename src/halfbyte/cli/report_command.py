@@ -19,7 +19,7 @@ needs a plotting library: pip install 'halfbyte[report]'
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument(
         "paths",
         metavar="PATH",
@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> int:
 
     if Path(args.output).suffix not in (".html", ".htm"):
         raise HalfbyteError(f"{args.output} should end in .html, as pages do")
-    found = write_report(args.paths, args.output)
+    inputs = write_report(args.paths, args.output)
     if args.json:
-        print_json({"file": args.output, "files": found.files, "ignored": found.ignored})
+        print_json({"file": args.output, "files": inputs.files, "ignored": inputs.ignored})
         return 0
-    for path in found.ignored:
+    for path in inputs.ignored:
         say(f"ignored     {path}: no document of halfbyte")
-    say(f"{args.output}: {size(Path(args.output).stat().st_size)}, from {', '.join(map(str, found.files))}")
+    say(f"{args.output}: {size(Path(args.output).stat().st_size)}, from {', '.join(map(str, inputs.files))}")
     return 0

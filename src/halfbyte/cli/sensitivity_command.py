@@ -22,7 +22,7 @@ needs torch and transformers: pip install 'halfbyte[transformers]'
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("source", metavar="SRC", help="the source checkpoint")
     parser.add_argument(
         "--recipe", metavar="NAME_OR_FILE", required=True, help="a name that `halfbyte recipes` lists, or a YAML file"
@@ -74,16 +74,16 @@ def run(args: argparse.Namespace) -> int:
         cache=args.cache or default_cache(),
     )
     with steps("measuring", args.json) as report:
-        found = sensitivity(args.source, recipe, out, settings, by=args.by, progress=report, announce=warn)
+        document = sensitivity(args.source, recipe, out, settings, by=args.by, progress=report, announce=warn)
     if args.json:
-        print_json(found)
+        print_json(document)
     else:
-        _show(found, out)
+        _show(document, out)
     return 0
 
 
-def _show(found: dict[str, Any], out: str) -> None:
-    *groups, whole = found["groups"]
+def _show(document: dict[str, Any], out: str) -> None:
+    *groups, whole = document["groups"]
     columns = [
         "group",
         "format",
@@ -101,7 +101,7 @@ def _show(found: dict[str, Any], out: str) -> None:
         "",
         f"KL in nats per token; the groups' sum is {together:.5f}, all together cause {whole['kl']['mean']:.5f}",
         f"written to {out}",
-        found["protocol"]["note"],
+        document["protocol"]["note"],
     )
 
 

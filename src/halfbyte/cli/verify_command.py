@@ -26,7 +26,7 @@ SHOWN = 20
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare options."""
+    """Declare the options of the command."""
     parser.add_argument("out", metavar="OUT", help="the quantized checkpoint")
     parser.add_argument("--against", metavar="SRC", help=f"source to compare with: {options.SOURCE}")
     options.add_revision(parser)
@@ -109,7 +109,7 @@ def document(result: Verification) -> dict[str, Any]:
 
 
 def verdict(result: Verification) -> None:
-    """The outcome in words."""
+    """Print the outcome of a verification in words."""
     parts = [*_weights(result), *_checksums(result)]
     if result.ok:
         error = f"; relative error {result.relmse:.5f}" if result.errors else ""

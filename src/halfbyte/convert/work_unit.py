@@ -157,7 +157,7 @@ class WorkUnit:
         self.report(item_bytes(item))
 
     def _respell(self, item: Item) -> None:
-        """A scale of activations."""
+        """Write a scale of activations as the dialect stores it."""
         scale = self.reader.read(item.weight.sources[0]).astype(np.float32)
         reciprocal = _reciprocal(item.weight.sources[0], scale)
         value = reciprocal if item.outputs[0].part == "reciprocal" else scale

@@ -72,7 +72,7 @@ def settings_of(inventory: Inventory) -> dict[str, Any]:
 
 
 def settings_fields(inventory: Inventory) -> Fields:
-    """The same by type."""
+    """Return the fields of the settings by type."""
     config = quantization_fields(inventory)
     if config:
         inner = config.fields("quantization")

@@ -58,7 +58,7 @@ def units_of(weights: list[Weight], by: By) -> list[SensitivityUnit]:
     """Weights in groups: ``group``: what engines fuse, and all experts of a layer; ``role``: a role of a layer;
     ``weight``: each by itself.
     """
-    found: dict[str, SensitivityUnit] = {}
+    units: dict[str, SensitivityUnit] = {}
     for weight in weights:
         name = weight.name
         if by == "role":
@@ -67,8 +67,8 @@ def units_of(weights: list[Weight], by: By) -> list[SensitivityUnit]:
             name = f"{weight.name.partition('.experts.')[0]}.experts"
         elif by == "group":
             name = weight.group or weight.name
-        found.setdefault(name, SensitivityUnit(name, [])).weights.append(weight)
-    return list(found.values())
+        units.setdefault(name, SensitivityUnit(name, [])).weights.append(weight)
+    return list(units.values())
 
 
 def _joined(units: list[SensitivityUnit], places: dict[str, str], model: Any) -> list[SensitivityUnit]:
@@ -139,13 +139,13 @@ def _continue(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return []
-    found = read_sensitivity(path)
-    if found.get("key") != header["key"]:
+    earlier = read_sensitivity(path)
+    if earlier.get("key") != header["key"]:
         raise OutputError(
-            f"{path} holds another measurement (of {found.get('source')} with {found.get('recipe')}); choose another "
-            "name or remove it"
+            f"{path} holds another measurement (of {earlier.get('source')} with {earlier.get('recipe')}); choose "
+            "another name or remove it"
         )
-    groups: list[dict[str, Any]] = found["groups"]
+    groups: list[dict[str, Any]] = earlier["groups"]
     return groups
 
 
@@ -189,12 +189,12 @@ class _Job:
         with opened(self.source, dtype, True, device) as model, opened(self.folder, dtype, False, device) as codes:
             check_length(model, self.source, self.passage.protocol.length)
             reference = self._reference(model)
-            found = places(model, weights)
-            weights = [w for w in weights if w.name in found]
-            units = [*_joined(units_of(weights, by), found, model), SensitivityUnit(ALL, weights)]
+            parameters = places(model, weights)
+            weights = [w for w in weights if w.name in parameters]
+            units = [*_joined(units_of(weights, by), parameters, model), SensitivityUnit(ALL, weights)]
             for number, unit in enumerate(units):
                 if unit.name not in done:
-                    with _quantized(model, codes, sorted({found[w.name] for w in unit.weights})):
+                    with _quantized(model, codes, sorted({parameters[w.name] for w in unit.weights})):
                         scores = self._score(model, unit, reference)
                     yield {
                         **self._about(unit, errors),
@@ -210,19 +210,19 @@ class _Job:
             raise MeasurementError(f"with {unit.name} quantized: {error}") from error
 
     def _about(self, unit: SensitivityUnit, errors: dict[str, WeightError]) -> dict[str, Any]:
-        mine = [errors[w.name] for w in unit.weights]
-        formats = {entry.error.format for entry in mine}
-        squares = sum(entry.error.squares for entry in mine)
+        entries = [errors[w.name] for w in unit.weights]
+        formats = {entry.error.format for entry in entries}
+        squares = sum(entry.error.squares for entry in entries)
         return {
             "group": unit.name,
             "weights": [w.name for w in unit.weights],
             "roles": sorted({w.role for w in unit.weights}),
             "layers": sorted({w.layer for w in unit.weights if w.layer is not None}),
             "format": formats.pop() if len(formats) == 1 else "mixed",
-            "parameters": sum(entry.error.elements for entry in mine),
-            "bytes": sum(entry.stored for entry in mine),
+            "parameters": sum(entry.error.elements for entry in entries),
+            "bytes": sum(entry.stored for entry in entries),
             "source_bytes": sum(nbytes(w.dtype, (math.prod(w.shape),)) for w in unit.weights),
-            "relmse": sum(entry.error.squared_error for entry in mine) / squares if squares else 0.0,
+            "relmse": sum(entry.error.squared_error for entry in entries) / squares if squares else 0.0,
         }
 
     def _reference(self, model: Any) -> Reference:

@@ -8,6 +8,6 @@ from pathlib import Path
 
 def default_cache() -> Path:
     """``$HALFBYTE_CACHE``, or ``halfbyte`` in the user's cache folder."""
-    if own := os.environ.get("HALFBYTE_CACHE"):
-        return Path(own)
+    if chosen := os.environ.get("HALFBYTE_CACHE"):
+        return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte"

@@ -51,17 +51,17 @@ class Bootstrap:
             return [None] * len(levels)
         order = np.argsort(values, kind="stable")
         ordered, window = values[order], self.window[order]
-        found = np.empty((len(self.times), len(levels)))
+        quantiles = np.empty((len(self.times), len(levels)))
         for i, times in enumerate(self.times):
             below = np.cumsum(times[window])
             at = np.searchsorted(below, np.asarray(levels) * below[-1])
-            found[i] = ordered[np.minimum(at, len(ordered) - 1)]
-        return [_interval(column) for column in found.T]
+            quantiles[i] = ordered[np.minimum(at, len(ordered) - 1)]
+        return [_interval(column) for column in quantiles.T]
 
     def same(self, one: NDArray[Any], other: NDArray[Any]) -> bool:
         """Whether the difference of two means, paired token by token, may be zero."""
-        found = self.mean(one - other)
-        return found is None or found[0] <= 0 <= found[1]
+        interval = self.mean(one - other)
+        return interval is None or interval[0] <= 0 <= interval[1]
 
 
 def _interval(values: Floats) -> list[float]:

@@ -28,10 +28,10 @@ def read_conversations(path: str | Path) -> list[Messages | None]:
     "content"}]}. None stands for one that is neither; HalfbyteError if the file is no such list at all.
     """
     path = Path(path)
-    found = parse_json(read_small(path, MAX_TEXT_BYTES), path.name, strict=False)
-    if not isinstance(found, list):
+    content = parse_json(read_small(path, MAX_TEXT_BYTES), path.name, strict=False)
+    if not isinstance(content, list):
         raise HalfbyteError(f"{path} must hold a JSON list of conversations in ShareGPT form")
-    every = [_messages(item) for item in found]
+    every = [_messages(item) for item in content]
     if not any(every):
         raise HalfbyteError(
             f"{path} holds no conversation; each must be an object with `conversations`, a list of objects with "
@@ -88,7 +88,7 @@ def conversations_of(
         why = ", ".join(f"{n} {what}" for what, n in skipped.items())
         raise HalfbyteError(f"no conversation of {path} can be used with {length} tokens each ({why})")
     scored = len(cut) * (length - 1)
-    about = Protocol(
+    protocol = Protocol(
         Path(path).name,
         length,
         length,
@@ -99,7 +99,7 @@ def conversations_of(
         sha256=sha256_of(tokens),
         skipped=dict(skipped),
     )
-    return Passage(tokens, cut, about)
+    return Passage(tokens, cut, protocol)
 
 
 def render(messages: Messages, tokenizer: Any) -> list[int] | None:

@@ -33,7 +33,7 @@ class Scores:
             self.add_kl(divergence(reference, log_probs), reference.argmax(1) == log_probs.argmax(1))
 
     def add_nll(self, log_probs: torch.Tensor, targets: torch.Tensor, window: int = 0) -> None:
-        """Count likelihoods only."""
+        """Count the likelihoods of some tokens, without divergences."""
         self.nll.append(-log_probs.gather(1, targets[:, None])[:, 0].double().cpu())
         self.window.append(torch.full(targets.shape, window))
 

@@ -33,10 +33,10 @@ def tensor_errors(
     source or has another shape there.
     """
     pairs = compare_weights(out, against, importance, revision, threads, progress)
-    found = [error for _, error in pairs]
+    errors = [error for _, error in pairs]
     ours = Checkpoint.open(out)
     by_class: dict[tuple[str, str], list[WeightError]] = {}
-    for entry in found:
+    for entry in errors:
         by_class.setdefault((entry.error.role, entry.error.format), []).append(entry)
     kept = [weight for weight in ours.weights if weight.name not in ours.formats]
     tensors = ours.inventory.tensors
@@ -49,7 +49,7 @@ def tensor_errors(
         "importance": Path(importance).name if importance else None,
         "weights": [_weight(w, e) for w, e in pairs],
         "classes": [_class(role, fmt, members) for (role, fmt), members in by_class.items()],
-        "total": _total(found),
+        "total": _total(errors),
         "kept": {
             "weights": len(kept),
             "parameters": sum(math.prod(w.shape) for w in kept),
@@ -58,10 +58,10 @@ def tensor_errors(
     }
 
 
-def _weight(weight: Weight, found: WeightError) -> dict[str, Any]:
-    about = {"name": weight.name, "role": weight.role, "layer": weight.layer, "format": found.error.format}
-    experts = [finite_or_none(ratio(*found.experts[i])) for i in sorted(found.experts)] or None
-    return {**about, "shape": list(weight.shape), **found.as_dict(), "scales": found.histogram(), "experts": experts}
+def _weight(weight: Weight, error: WeightError) -> dict[str, Any]:
+    facts = {"name": weight.name, "role": weight.role, "layer": weight.layer, "format": error.error.format}
+    experts = [finite_or_none(ratio(*error.experts[i])) for i in sorted(error.experts)] or None
+    return {**facts, "shape": list(weight.shape), **error.as_dict(), "scales": error.histogram(), "experts": experts}
 
 
 def _class(role: str, fmt: str, members: list[WeightError]) -> dict[str, Any]:
@@ -71,11 +71,11 @@ def _class(role: str, fmt: str, members: list[WeightError]) -> dict[str, Any]:
     return {"role": role, "format": fmt, "weights": len(members), **whole.as_dict(), "scales": whole.histogram()}
 
 
-def _total(found: list[WeightError]) -> dict[str, Any]:
+def _total(errors: list[WeightError]) -> dict[str, Any]:
     whole = WeightError(TensorError("", "", "", 0))
-    for entry in found:
+    for entry in errors:
         # shares of tables and scales mean nothing across formats
         counts, entry.error.codebook_blocks = entry.error.codebook_blocks, []
         whole.merge(entry)
         entry.error.codebook_blocks = counts
-    return {"weights": len(found), **whole.as_dict(), "scales": None}
+    return {"weights": len(errors), **whole.as_dict(), "scales": None}

@@ -94,7 +94,7 @@ class _Run:
     correct: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        """Measure everything."""
+        """Measure all checkpoints and return the results document."""
         s = self.settings
         self.checkpoints = [Checkpoint.open(path) for path in self.paths]
         self.names = distinct_names(self.paths)
@@ -240,19 +240,19 @@ class _Run:
 
     def _stored_source(self) -> dict[int, TokenScores]:
         """What earlier runs have stored of the source's scores."""
-        found = {}
+        scores = {}
         for passage in self.passages:
             if self._keeps(passage):
                 reference = self.cache.find(self._key(passage))
                 if reference is not None:
                     self.references[id(passage)] = reference
-                    found[id(passage)] = _of_source(reference.nll, reference.window)
+                    scores[id(passage)] = _of_source(reference.nll, reference.window)
             elif (stored := self.cache.find_scores(self._key(passage, only="scores"))) is not None:
-                found[id(passage)] = _of_source(stored.nll, stored.window)
-        self.done += sum(len(p.windows) for p in self.passages if id(p) in found)
-        if found and self.announce:
+                scores[id(passage)] = _of_source(stored.nll, stored.window)
+        self.done += sum(len(p.windows) for p in self.passages if id(p) in scores)
+        if scores and self.announce:
             self.announce(f"{self.names[0]} was measured before: its log-probabilities are in {self.cache.folder}")
-        return found
+        return scores
 
     def _score_source(self, model: Any, passage: Passage) -> TokenScores:
         report = self._report(passage)
@@ -260,9 +260,9 @@ class _Run:
             scores = score(model, passage, progress=report)
             self.cache.store_scores(self._key(passage, only="scores"), scores)
             return _of_source(scores.nll, scores.window)
-        found = store_reference(self.cache, self._key(passage), model, passage, report)
-        self.references[id(passage)] = found
-        return _of_source(found.nll, found.window)
+        reference = store_reference(self.cache, self._key(passage), model, passage, report)
+        self.references[id(passage)] = reference
+        return _of_source(reference.nll, reference.window)
 
     def _noise_floor(self) -> Scored:
         """The source in another dtype against itself: what differs without any quantization."""
@@ -292,11 +292,11 @@ class _Run:
     def _answer(self, model: Any, index: int) -> dict[str, Any]:
         from halfbyte.evaluate.tasks import run_tasks
 
-        found = run_tasks(self.tasks, model, load_tokenizer(self.paths[0]), self.settings.limit)
-        for name, result in found.items():
+        results = run_tasks(self.tasks, model, load_tokenizer(self.paths[0]), self.settings.limit)
+        for name, result in results.items():
             if result["correct"] is not None:
                 self.correct.setdefault(name, {})[self.names[index]] = result["correct"]
-        return found
+        return results
 
     def _errors(self, index: int) -> dict[str, Any] | None:
         from halfbyte.evaluate.errors_document import tensor_errors
@@ -321,5 +321,5 @@ def _of_source(nll: Any, window: Any) -> TokenScores:
 def _stated(checkpoint: Checkpoint) -> int | None:
     config = checkpoint.inventory.config
     text = config.get("text_config")
-    found = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
-    return found if isinstance(found, int) else None
+    vocabulary_size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    return vocabulary_size if isinstance(vocabulary_size, int) else None

@@ -28,16 +28,16 @@ def watch_logits(model: Any, name: str) -> None:
     model.register_forward_hook(check, with_kwargs=True)
 
 
-def refusal(name: str, module: nn.Module, again: Callable[[], Any], own: str = "") -> str:
+def refusal(name: str, module: nn.Module, again: Callable[[], Any], prefix: str = "") -> str:
     """The sentence for a model ``name`` with values that are not finite.
 
-    ``again`` runs ``module``, the model or the part of it called ``own``, once more, to find out where they appear.
+    ``again`` runs ``module``, the model or the part of it called ``prefix``, once more, to find out where they appear.
     """
     layer = first_not_finite(module, again)
-    if layer is None and not own:
+    if layer is None and not prefix:
         return f"{name} gives logits that are not finite, so nothing can be measured with it"
     path, part = layer or ("", module)
-    where = ".".join(step for step in (own, path) if step)
+    where = ".".join(step for step in (prefix, path) if step)
     damaged = [key for key, values in _values(part) if not is_finite(values)]
     if damaged:
         why = f"its {damaged[0]} holds a NaN or an infinity; repair the checkpoint"

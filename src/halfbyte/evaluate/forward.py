@@ -41,10 +41,10 @@ def score(
         if writer is not None:
             writer.add(log_probs)
         position += len(targets)
-    found = scores.arrays()
-    if not (found.is_finite and math.isfinite(found.perplexity)):
+    token_scores = scores.arrays()
+    if not (token_scores.is_finite and math.isfinite(token_scores.perplexity)):
         raise MeasurementError("logits are finite, but so far apart that likelihoods or divergences of tokens are not")
-    return found
+    return token_scores
 
 
 def reference_key(
@@ -72,10 +72,10 @@ def store_reference(
     with cache.write(key, vocabulary(model), passage.protocol.tokens) as writer:
         scores = score(model, passage, writer=writer, progress=progress)
         writer.close(key, nll=scores.nll, window=scores.window)
-    found = cache.find(key)
-    if found is None:
+    reference = cache.find(key)
+    if reference is None:
         raise HalfbyteError(f"the reference in {cache.folder} vanished while it was in use; run again")
-    return found
+    return reference
 
 
 @torch.inference_mode()

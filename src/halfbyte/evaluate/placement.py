@@ -19,14 +19,14 @@ def places(model: Any, weights: list[Weight]) -> dict[str, str]:
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     expected = dict.fromkeys(_parameters(model))
-    found = {}
+    parameters = {}
     for weight in weights:
         for name in (weight.sources[0], weight.name):
             target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
             if target in expected:
-                found[weight.name] = target
+                parameters[weight.name] = target
                 break
-    return found
+    return parameters
 
 
 def _parameters(model: Any) -> list[str]:

@@ -68,11 +68,11 @@ class Writer:
         self._tokens: dict[str, list[NDArray[Any]]] = {k: [] for k in ("top", "step", "checksum", "top_token")}
 
     def add(self, log_probs: torch.Tensor) -> None:
-        """FP32 [tokens, vocabulary]."""
+        """Append the log-probabilities of some tokens, FP32 [tokens, vocabulary]."""
         codes, top, step = compress(log_probs)
         self._codes.write(codes.cpu().numpy().astype("<u2").tobytes())
-        found = {"top": top, "step": step, "checksum": checksum(log_probs), "top_token": log_probs.argmax(dim=1)}
-        for name, values in found.items():
+        per_token = {"top": top, "step": step, "checksum": checksum(log_probs), "top_token": log_probs.argmax(dim=1)}
+        for name, values in per_token.items():
             self._tokens[name].append(values.cpu().numpy())
 
     def close(self, key: Mapping[str, Any], **more: NDArray[Any]) -> None:
@@ -83,9 +83,9 @@ class Writer:
         with (self.folder / _TOKENS).open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays, **more)
             _sync(file)
-        about = {"version": VERSION, "key": dict(key), "vocabulary": self.vocabulary, "tokens": len(arrays["top"])}
+        meta = {"version": VERSION, "key": dict(key), "vocabulary": self.vocabulary, "tokens": len(arrays["top"])}
         with (self.folder / _META).open("w", encoding="utf-8") as text:
-            json.dump(about, text, indent=1)
+            json.dump(meta, text, indent=1)
             _sync(text)
 
     def abort(self) -> None:
@@ -97,16 +97,16 @@ class Reference:
     """A stored reference. ``nll`` and ``window`` are the source's own scores, per token."""
 
     def __init__(self, folder: Path) -> None:
-        about = json.loads((folder / _META).read_text(encoding="utf-8"))
-        self.key: dict[str, Any] = about["key"]
-        self.vocabulary: int = about["vocabulary"]
-        shape = (about["tokens"], self.vocabulary)
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        self.key: dict[str, Any] = meta["key"]
+        self.vocabulary: int = meta["vocabulary"]
+        shape = (meta["tokens"], self.vocabulary)
         self._codes = np.memmap(folder / _CODES, dtype="<u2", mode="r", shape=shape)
         if (folder / _CODES).stat().st_size != self._codes.nbytes:
             raise ValueError("the codes have another size")
         with np.load(folder / _TOKENS, allow_pickle=False) as arrays:
             self._arrays = {name: arrays[name] for name in arrays.files}
-        if {len(values) for values in self._arrays.values()} != {about["tokens"]}:
+        if {len(values) for values in self._arrays.values()} != {meta["tokens"]}:
             raise ValueError("an array has another length")
         if not all(np.isfinite(self._arrays[name]).all() for name in ("nll", "top", "step")):
             raise ValueError("a number is not finite")
@@ -140,17 +140,17 @@ class Cache:
         self.folder = Path(folder) / "references"
 
     def path(self, key: Mapping[str, Any]) -> Path:
-        """Where an entry lies."""
+        """Return the path of the entry with this key."""
         text = json.dumps({**key, "version": VERSION}, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:40]
 
     def find(self, key: Mapping[str, Any]) -> Reference | None:
         """The stored reference, or None where there is none or it is damaged."""
         try:
-            found = Reference(self.path(key))
+            reference = Reference(self.path(key))
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
             return None
-        return found if found.key == json.loads(json.dumps(dict(key))) else None
+        return reference if reference.key == json.loads(json.dumps(dict(key))) else None
 
     @contextmanager
     def write(self, key: Mapping[str, Any], vocabulary: int, tokens: int) -> Iterator[Writer]:

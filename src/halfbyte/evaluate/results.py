@@ -34,7 +34,7 @@ def command() -> str:
 
 
 def environment(device: Any = None, packages: tuple[str, ...] = PACKAGES[:3]) -> dict[str, Any]:
-    """Machine, device and versions."""
+    """Describe the machine, the device and the versions of packages."""
     kind = str(device or "cpu")
     if kind.startswith("cuda"):
         import torch
@@ -51,8 +51,8 @@ def environment(device: Any = None, packages: tuple[str, ...] = PACKAGES[:3]) ->
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"model name\s*: (.+)", info.read_text(errors="replace"))):
-        return found.group(1)
+    if info.exists() and (match := re.search(r"model name\s*: (.+)", info.read_text(errors="replace"))):
+        return match.group(1)
     return platform.processor() or platform.machine()
 
 
@@ -84,11 +84,11 @@ def describe(path: str | Path, checkpoint: Checkpoint) -> dict[str, Any]:
 def contents(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Parameters, bytes and roles by format or dtype, the largest first."""
     tensors = checkpoint.inventory.tensors
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for weight in checkpoint.weights:
         fmt = checkpoint.formats.get(weight.name)
         key = fmt.name if fmt else weight.dtype
-        entry = found.setdefault(
+        entry = entries.setdefault(
             key, {"storage": key, "quantized": fmt is not None, "roles": [], "parameters": 0, "bytes": 0}
         )
         names = [output.name for output in checkpoint.stored(weight)] if fmt else list(weight.sources)
@@ -96,7 +96,7 @@ def contents(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         entry["bytes"] += sum(tensors[name].nbytes for name in names)
         if weight.role not in entry["roles"]:
             entry["roles"].append(weight.role)
-    return sorted(found.values(), key=lambda entry: -entry["bytes"])
+    return sorted(entries.values(), key=lambda entry: -entry["bytes"])
 
 
 def name_of(path: str | Path) -> str:

@@ -26,19 +26,19 @@ class Scored:
         return self.row.get("invalid") is None
 
 
-def summarize(found: Scored) -> None:
+def summarize(scored: Scored) -> None:
     """Fill in what follows from one checkpoint's own scores."""
-    row = found.row
+    row = scored.row
     row |= {"tokens": None, "protocol": None, "perplexity": None, "perplexity_ci": None, "perplexity_ratio": None}
     row |= {"kl_protocol": None, "kl": None, "kl_ci": None}
     row |= {"indistinguishable": {"kl": [], "perplexity": [], "noise": None}}
-    if found.text is not None:
-        protocol, scores = found.text
+    if scored.text is not None:
+        protocol, scores = scored.text
         interval = Bootstrap(scores.window).mean(scores.nll)
         row |= {"tokens": protocol.tokens, "protocol": protocol.as_dict()}
         row |= {"perplexity": scores.perplexity, "perplexity_ci": exponential(interval)}
-    if found.divergence is not None and found.compared:
-        protocol, scores = found.divergence
+    if scored.divergence is not None and scored.compared:
+        protocol, scores = scored.divergence
         row["kl_protocol"] = protocol.as_dict()
         row |= {"kl": scores.divergence, "kl_ci": divergence_intervals(scores, Bootstrap(scores.window))}
 
@@ -57,13 +57,13 @@ def judge(rows: list[Scored], floor: Scored | None) -> None:
 def _judge_perplexity(rows: list[Scored], compared: bool) -> None:
     scores = [r.text[1] for r in rows if r.text is not None]
     bootstrap = Bootstrap(scores[0].window)
-    for i, found in enumerate(rows):
+    for i, scored in enumerate(rows):
         if compared and i:
             change = scores[i].nll - scores[0].nll
             ci = exponential(bootstrap.mean(change))
-            found.row["perplexity_ratio"] = {"value": math.exp(float(change.mean())), "ci": ci}
+            scored.row["perplexity_ratio"] = {"value": math.exp(float(change.mean())), "ci": ci}
         same = [r.row["name"] for k, r in enumerate(rows) if k != i and bootstrap.same(scores[k].nll, scores[i].nll)]
-        found.row["indistinguishable"]["perplexity"] = same
+        scored.row["indistinguishable"]["perplexity"] = same
 
 
 def _judge_divergence(rows: list[Scored], floor: Scored | None) -> None:
@@ -74,8 +74,8 @@ def _judge_divergence(rows: list[Scored], floor: Scored | None) -> None:
     if floor is not None:
         interval = floor.row["kl_ci"]["mean"]
         bound = interval[1] if interval else floor.row["kl"]["mean"]
-    for i, found in enumerate(rows[1:], 1):
+    for i, scored in enumerate(rows[1:], 1):
         same = [r.row["name"] for k, r in enumerate(rows) if k and k != i and bootstrap.same(kl[k], kl[i])]
-        found.row["indistinguishable"]["kl"] = same
+        scored.row["indistinguishable"]["kl"] = same
         if bound is not None:
-            found.row["indistinguishable"]["noise"] = found.row["kl"]["mean"] <= bound
+            scored.row["indistinguishable"]["noise"] = scored.row["kl"]["mean"] <= bound

@@ -40,10 +40,10 @@ def prepare(names: Sequence[str], questions: str | Path | None, limit: int | Non
         raise HalfbyteError(
             f"tasks need lm-evaluation-harness ({error}); install it with: pip install 'halfbyte[eval]'"
         ) from error
-    own = MMLU_PRO in names
-    if own and questions is None:
+    asks_mmlu_pro = MMLU_PRO in names
+    if asks_mmlu_pro and questions is None:
         raise HalfbyteError(f"{MMLU_PRO} needs its questions as JSON lines (--questions FILE.jsonl)")
-    if questions is not None and not own:
+    if questions is not None and not asks_mmlu_pro:
         raise HalfbyteError(f"questions are for the task {MMLU_PRO}, which is not among {', '.join(names)}")
     rest = tuple(name for name in names if name != MMLU_PRO)
     from lm_eval.tasks import TaskManager
@@ -60,7 +60,7 @@ def prepare(names: Sequence[str], questions: str | Path | None, limit: int | Non
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
     """Questions of MMLU-Pro: JSON lines with ``question``, ``options``, ``answer_index`` and ``category``."""
     path = Path(path)
-    found = []
+    questions = []
     for number, line in enumerate(read_small(path).splitlines(), 1):
         if not line.strip():
             continue
@@ -71,18 +71,18 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
             raise HalfbyteError(f"{what} is no question: it needs `question` and `options`")
         if type(answer) is not int or not 0 <= answer < len(options) <= len(LETTERS):
             raise HalfbyteError(f"{what} has no `answer_index` among its {len(options)} options")
-        found.append({**item, "category": str(item.get("category", ""))})
-    if not found:
+        questions.append({**item, "category": str(item.get("category", ""))})
+    if not questions:
         raise HalfbyteError(f"{path} holds no question")
-    return found
+    return questions
 
 
 def prompt(item: dict[str, Any]) -> str:
-    """What the user asks."""
+    """Spell a question as the user asks it."""
     options = "\n".join(f"{LETTERS[i]}. {option.strip()}" for i, option in enumerate(item["options"]))
-    about = f" about {item['category']}" if item["category"] else ""
+    subject = f" about {item['category']}" if item["category"] else ""
     return (
-        f"The following is a multiple choice question{about}. Answer with the letter of the right option only.\n\n"
+        f"The following is a multiple choice question{subject}. Answer with the letter of the right option only.\n\n"
         f"Question: {item['question']}\nOptions:\n{options}"
     )
 
@@ -97,15 +97,15 @@ def run_tasks(tasks: Tasks, model: Any, tokenizer: Any, limit: int | None = None
     with _quiet():
         lm = HalfbyteLM(model, tokenizer=tokenizer, batch_size=BATCH, enable_thinking=False)
         todo = [*tasks.names, *([_mmlu_pro(tasks.questions)] if tasks.questions is not None else [])]
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             lm, tasks=todo, task_manager=tasks.manager, limit=limit, apply_chat_template=chat, bootstrap_iters=0
         )
-    assert found is not None
+    assert evaluated is not None
     results = {}
-    for name, samples in found["samples"].items():
+    for name, samples in evaluated["samples"].items():
         ordered = sorted(samples, key=lambda sample: sample["doc_id"])
-        shots = found["n-shot"].get(name, 0)
-        results[name] = _result(name, ordered, found["results"][name], shots, chat, lm.truncated, limit)
+        shots = evaluated["n-shot"].get(name, 0)
+        results[name] = _result(name, ordered, evaluated["results"][name], shots, chat, lm.truncated, limit)
     return results
 
 

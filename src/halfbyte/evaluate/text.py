@@ -105,9 +105,9 @@ def tokens_of(path: Path, tokenizer: Any, most: int | None, rows: bool = False) 
         content = "\n\n".join(row for row in content.split("\n") if row.strip())
     # a token stands for a few characters; more of a long text need not be looked at, unless this is no usual text
     beginning = content if most is None else content[: max(most * 64, 4096)]
-    found = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"][:most]
-    if most is not None and len(found) < most and len(beginning) < len(content):
-        found = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:most]
-    if len(found) < 2:
-        raise HalfbyteError(f"the text {path} has {len(found)} token(s); at least 2 are needed to predict one")
-    return list(found)
+    tokens = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"][:most]
+    if most is not None and len(tokens) < most and len(beginning) < len(content):
+        tokens = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:most]
+    if len(tokens) < 2:
+        raise HalfbyteError(f"the text {path} has {len(tokens)} token(s); at least 2 are needed to predict one")
+    return list(tokens)

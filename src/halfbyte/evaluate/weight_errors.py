@@ -56,8 +56,8 @@ class WeightError:
         for name in ("stored", "blocks", "saturated_blocks", "zero_blocks", "top_scale_blocks"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if other.weighted is not None:
-            mine = self.weighted or (0.0, 0.0)
-            self.weighted = (mine[0] + other.weighted[0], mine[1] + other.weighted[1])
+            before = self.weighted or (0.0, 0.0)
+            self.weighted = (before[0] + other.weighted[0], before[1] + other.weighted[1])
         for value, count in other.scales.items():
             self.scales[value] = self.scales.get(value, 0) + count
         for index, (error, squares) in other.experts.items():
@@ -86,7 +86,7 @@ class WeightError:
         }
 
     def histogram(self) -> dict[str, Any] | None:
-        """``scales``."""
+        """Return the counts of ``scales`` as JSON holds them, None without any."""
         if not self.scales:
             return None
         fmt = get_format(self.error.format)
@@ -140,7 +140,7 @@ def compare_weights(
 
 @dataclass
 class _Job:
-    """Two checkpoints, open."""
+    """A checkpoint and its source, open while their weights are compared."""
 
     ours: Checkpoint
     source: Checkpoint
@@ -174,58 +174,56 @@ class _Job:
         dense = self.source.read(self.right, twin, first, stop)
         if twin.name in self.smoothings:
             dense = self.smoothings[twin.name].apply(dense, first)
-        found = WeightError(TensorError(weight.name, weight.role, fmt.name, dense.size))
+        part = WeightError(TensorError(weight.name, weight.role, fmt.name, dense.size))
         try:
             tensor = self.ours.read_quantized(self.left, weight, first, stop)
         except UnequalScalesError:
             # projections of an expert have a global scale each: values can be compared, blocks not counted
             values = self.ours.read(self.left, weight, first, stop)
-            self._values(found, weight, dense, values, first)
+            self._values(part, weight, dense, values, first)
         else:
             if dense.shape != tensor.shape:
                 raise CheckpointError(
                     f"{weight.name} has shape {list(tensor.shape)}, but {list(dense.shape)} in the source"
                 )
-            found.error.add(dense, tensor)
-            _count_blocks(found, fmt.plain, *fmt.in_block_space(tensor, dense))
+            part.error.add(dense, tensor)
+            _count_blocks(part, fmt.plain, *fmt.in_block_space(tensor, dense))
             if weight.name in self.importance:
-                self._weighted(found, weight, dense, tensor.decode(), first)
-        if not math.isfinite(found.error.squared_error + found.error.squares + sum(found.weighted or ())):
+                self._weighted(part, weight, dense, tensor.decode(), first)
+        if not math.isfinite(part.error.squared_error + part.error.squares + sum(part.weighted or ())):
             raise _not_finite(weight, dense, self.source.inventory.source, self.ours.inventory.source)
         if len(weight.shape) > 2 and stop - first == 1:
-            found.experts[first] = (found.error.squared_error, found.error.squares)
+            part.experts[first] = (part.error.squared_error, part.error.squares)
         self.progress(dense.size)
-        return found
+        return part
 
-    def _values(
-        self, found: WeightError, weight: Weight, dense: NDArray[Any], values: NDArray[Any], first: int
-    ) -> None:
+    def _values(self, part: WeightError, weight: Weight, dense: NDArray[Any], values: NDArray[Any], first: int) -> None:
         fmt = self.ours.formats[weight.name]
         if len(fmt.codebooks) > 1:
-            found.error.codebook_blocks = [0] * len(fmt.codebooks)
+            part.error.codebook_blocks = [0] * len(fmt.codebooks)
         wide = dense.astype(np.float64)
         error = values - wide
-        found.error.squared_error = float((error * error).sum())
-        found.error.squares = float((wide * wide).sum())
-        found.error.max_error = float(np.abs(error).max(initial=0))
+        part.error.squared_error = float((error * error).sum())
+        part.error.squares = float((wide * wide).sum())
+        part.error.max_error = float(np.abs(error).max(initial=0))
         if weight.name in self.importance:
-            self._weighted(found, weight, dense, values, first)
+            self._weighted(part, weight, dense, values, first)
 
     def _weighted(
-        self, found: WeightError, weight: Weight, dense: NDArray[Any], values: NDArray[Any], first: int
+        self, part: WeightError, weight: Weight, dense: NDArray[Any], values: NDArray[Any], first: int
     ) -> None:
         columns = self.importance[weight.name].astype(np.float64)
         wide = dense.astype(np.float32)
         error = values - wide
         # sums over rows keep FP64 where they are long, and FP32 where they are many
         squared, squares = (np.einsum("...nk,...nk->...k", a, a).astype(np.float64) for a in (error, wide))
-        mine = columns if columns.ndim == 1 else columns[first : first + len(dense)]
-        found.weighted = (float((squared * mine).sum()), float((squares * mine).sum()))
+        weights = columns if columns.ndim == 1 else columns[first : first + len(dense)]
+        part.weighted = (float((squared * weights).sum()), float((squares * weights).sum()))
 
 
-def _count_blocks(found: WeightError, fmt: Format, tensor: QuantizedTensor, dense: NDArray[Any]) -> None:
+def _count_blocks(part: WeightError, fmt: Format, tensor: QuantizedTensor, dense: NDArray[Any]) -> None:
     """Scales by value, and blocks that are zero, saturated, or at the end of their scales."""
-    found.blocks = tensor.scales.size
+    part.blocks = tensor.scales.size
     if fmt.scale is None:
         return
     if tensor.scales.dtype.itemsize == 1:
@@ -234,16 +232,16 @@ def _count_blocks(found: WeightError, fmt: Format, tensor: QuantizedTensor, dens
         codes = np.flatnonzero(counts)
         values = fmt.split_scales(codes.astype(np.uint8))[0]
         for code, value in zip(codes.tolist(), values.tolist(), strict=True):
-            found.scales[value] = found.scales.get(value, 0) + int(counts[code])
+            part.scales[value] = part.scales.get(value, 0) + int(counts[code])
         finite = fmt.split_scales(np.arange(mask + 1, dtype=np.uint8))[0]
         top = float(np.nanmax(np.where(np.isfinite(finite), finite, 0)))
-        found.zero_blocks, found.top_scale_blocks = found.scales.get(0.0, 0), found.scales.get(top, 0)
+        part.zero_blocks, part.top_scale_blocks = part.scales.get(0.0, 0), part.scales.get(top, 0)
     else:
         powers, counts = np.unique(np.frexp(np.abs(tensor.scales.astype(np.float32)))[1], return_counts=True)
-        found.scales = {math.ldexp(1, int(p) - 1): int(n) for p, n in zip(powers, counts, strict=True)}
-        found.zero_blocks = int(np.count_nonzero(tensor.scales == 0))
+        part.scales = {math.ldexp(1, int(p) - 1): int(n) for p, n in zip(powers, counts, strict=True)}
+        part.zero_blocks = int(np.count_nonzero(tensor.scales == 0))
     if fmt.block[0] == 1 and fmt.block[1] > 0:
-        found.saturated_blocks = _saturated_blocks(fmt, tensor, dense)
+        part.saturated_blocks = _saturated_blocks(fmt, tensor, dense)
 
 
 def _saturated_blocks(fmt: Format, tensor: QuantizedTensor, dense: NDArray[Any]) -> int:
@@ -273,7 +271,7 @@ def ratio(error: float, squares: float) -> float:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """As JSON has it."""
+    """Return the value, or None where JSON has no number for it."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -22,7 +22,7 @@ class Window:
 
     @property
     def size(self) -> int:
-        """Tokens of the input."""
+        """Return the number of input tokens."""
         return self.stop - self.start
 
 
@@ -61,7 +61,7 @@ class Protocol:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields and the sentence as JSON holds them."""
         return {**asdict(self), "note": str(self)}
 
 

@@ -81,7 +81,7 @@ def check_expression(expression: str) -> str | None:
 
 
 def _literal(tree: list[Any]) -> str | None:
-    """The text of `^text$`."""
+    """Return the text of a pattern `^text$`, None for other patterns."""
     if len(tree) < 2 or [(str(o), str(a)) for o, a in (tree[0], tree[-1])] != [
         ("AT", "AT_BEGINNING"),
         ("AT", "AT_END"),

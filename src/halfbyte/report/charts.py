@@ -225,8 +225,8 @@ def log_ticks(ends: Ends) -> list[float]:
     """1, 2, 5, 10, ... between two positive numbers; powers of ten alone where these are many."""
     low, high = (math.log10(end) for end in ends)
     steps = (1, 2, 5) if high - low < 1.7 else (1,)
-    found = [float(f"{step}e{power}") for power in range(math.floor(low) - 1, math.ceil(high) + 1) for step in steps]
-    return [tick for tick in found if ends[0] / 1.5 <= tick <= ends[1] * 1.5]
+    ticks = [float(f"{step}e{power}") for power in range(math.floor(low) - 1, math.ceil(high) + 1) for step in steps]
+    return [tick for tick in ticks if ends[0] / 1.5 <= tick <= ends[1] * 1.5]
 
 
 def _log(padding: int) -> alt.Scale:

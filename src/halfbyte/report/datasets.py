@@ -18,7 +18,7 @@ OUTSIDE = "–"
 
 def sizes(study: Study) -> Records:
     """A checkpoint's bytes and divergence; ``frontier``: no other one of about that size is nearer to the source."""
-    found: Records = [
+    records: Records = [
         {
             "checkpoint": row.label,
             "bytes": row.bytes,
@@ -31,10 +31,10 @@ def sizes(study: Study) -> Records:
         for row in study.quantized
         if row.bytes and row.kl is not None and row.kl.mean > 0
     ]
-    for record in found:
-        rivals = (r["kl"] for r in found if r is not record and r["bytes"] <= record["bytes"] * (1 + CLOSE))
+    for record in records:
+        rivals = (r["kl"] for r in records if r is not record and r["bytes"] <= record["bytes"] * (1 + CLOSE))
         record["frontier"] = record["kl"] < min(rivals, default=float("inf"))
-    return found
+    return records
 
 
 def percentiles(study: Study) -> Records:
@@ -86,7 +86,7 @@ def tables(study: Study) -> Records:
 
 def scales(study: Study) -> Records:
     """Share of blocks by stored scale, over all weights of a checkpoint that have the same format."""
-    found: Records = []
+    records: Records = []
     for row in study.quantized:
         if row.errors is None:
             continue
@@ -98,8 +98,8 @@ def scales(study: Study) -> Records:
                 before = value / values[at - 1] if at else 2.0
                 end = min(values[at + 1] if at + 1 < len(values) else value * before, 2 * value)
                 record = {"checkpoint": row.label, "format": fmt, "scale": value, "end": end}
-                found.append(record | {"share": counts[value] / total, "zero": counts.get(0.0, 0) / total})
-    return found
+                records.append(record | {"share": counts[value] / total, "zero": counts.get(0.0, 0) / total})
+    return records
 
 
 def sensitivity(document: Sensitivity) -> Records:
@@ -130,10 +130,10 @@ def frontier(document: Allocation) -> Records:
 
 
 def _cells(errors: Iterable[WeightError]) -> dict[tuple[str, str], list[WeightError]]:
-    found: dict[tuple[str, str], list[WeightError]] = {}
+    cells: dict[tuple[str, str], list[WeightError]] = {}
     for error in errors:
-        found.setdefault((error.role, OUTSIDE if error.layer is None else str(error.layer)), []).append(error)
-    return found
+        cells.setdefault((error.role, OUTSIDE if error.layer is None else str(error.layer)), []).append(error)
+    return cells
 
 
 def _mean(pairs: Iterable[tuple[float | None, int]]) -> float | None:
@@ -144,10 +144,10 @@ def _mean(pairs: Iterable[tuple[float | None, int]]) -> float | None:
 
 
 def _histograms(errors: Errors) -> dict[str, dict[float, int]]:
-    found: dict[str, dict[float, int]] = {}
+    histograms: dict[str, dict[float, int]] = {}
     for entry in errors.classes or errors.weights:
         if entry.scales is not None:
-            counts = found.setdefault(f"{entry.format}, scales {entry.scales.type.upper()}", {})
+            counts = histograms.setdefault(f"{entry.format}, scales {entry.scales.type.upper()}", {})
             for value, count in zip(entry.scales.values, entry.scales.counts, strict=True):
                 counts[value] = counts.get(value, 0) + count
-    return found
+    return histograms

@@ -59,21 +59,21 @@ def model_card(
     if not folder.is_dir():
         raise ReportError(f"{out} is no folder with a checkpoint")
     checkpoint = Checkpoint.open(folder)
-    about, made = overview(checkpoint), Fields(read_provenance(folder), PROVENANCE)
-    if about.dialect is None:
+    facts, made = overview(checkpoint), Fields(read_provenance(folder), PROVENANCE)
+    if facts.dialect is None:
         raise ReportError(f"{out} holds nothing quantized, so there is no card to write")
     measured = _measured(checkpoint, folder, results)
     base = base_model or _base(measured)
     if base is not None and not HUB_ID.fullmatch(base):
         raise ReportError(f"{base!r} is no hub id of the form owner/name")
-    told = inherited(folder, source, revision)
+    front_matter = inherited(folder, source, revision)
     missing = []
     if base is None:
         missing.append("base_model: the results name no hub id; give --base-model OWNER/NAME")
-    if "license" not in told:
+    if "license" not in front_matter:
         missing.append("license: no card of the source states one; give --source FOLDER_OR_HUB_ID")
-    body = "\n\n".join(_body(folder, about, made, measured, base, place or f"./{folder.resolve().name}"))
-    return Card(f"---\n{_front_matter(about, told, base)}\n---\n{CARD_MARK}\n\n{body}\n", missing)
+    body = "\n\n".join(_body(folder, facts, made, measured, base, place or f"./{folder.resolve().name}"))
+    return Card(f"---\n{_front_matter(facts, front_matter, base)}\n---\n{CARD_MARK}\n\n{body}\n", missing)
 
 
 def _measured(checkpoint: Checkpoint, folder: Path, results: Sequence[str | Path]) -> list[tuple[Study, Row]]:
@@ -98,22 +98,22 @@ def _base(measured: list[tuple[Study, Row]]) -> str | None:
     return next((s.path for s in sources if s.revision and HUB_ID.fullmatch(s.path)), None)
 
 
-def _front_matter(about: Overview, told: dict[str, Any], base: str | None) -> str:
+def _front_matter(facts: Overview, front_matter: dict[str, Any], base: str | None) -> str:
     from huggingface_hub import ModelCardData
 
-    formats = list(dict.fromkeys(name for role in about.roles for name in role.formats))
+    formats = list(dict.fromkeys(name for role in facts.roles for name in role.formats))
     data = ModelCardData(
-        **told,
+        **front_matter,
         base_model=base,
         base_model_relation="quantized" if base else None,
-        library_name=running.library_of(about),
-        tags=list(dict.fromkeys(["halfbyte", *formats, *([about.dialect] if about.dialect else [])])),
+        library_name=running.library_of(facts),
+        tags=list(dict.fromkeys(["halfbyte", *formats, *([facts.dialect] if facts.dialect else [])])),
     )
     return data.to_yaml().strip()
 
 
 def _body(
-    folder: Path, about: Overview, made: Fields, measured: list[tuple[Study, Row]], base: str | None, place: str
+    folder: Path, facts: Overview, made: Fields, measured: list[tuple[Study, Row]], base: str | None, place: str
 ) -> Iterable[str]:
     recipe = made.fields("recipe")
     named = escape(made.fields("source").text("name") or "an unnamed source")
@@ -127,7 +127,7 @@ def _body(
     for study, row in measured:
         yield from _evaluation(study, row)
     yield "## Use"
-    yield from _use(about, place)
+    yield from _use(facts, place)
     yield "## Provenance"
     yield from _provenance(made, measured)
 
@@ -154,16 +154,21 @@ def _evaluation(study: Study, row: Row) -> Iterable[str]:
     if row.kl is not None and row is not source:
         lines += _divergence(row.kl, row.kl_ci)
     if row.perplexity is not None:
-        own = "" if source is None or source.perplexity is None else f"{source.perplexity:.4f}"
-        lines.append(("perplexity", f"{row.perplexity:.4f}", between(row.perplexity_ci, ".4f"), own))
+        of_source = "" if source is None or source.perplexity is None else f"{source.perplexity:.4f}"
+        lines.append(("perplexity", f"{row.perplexity:.4f}", between(row.perplexity_ci, ".4f"), of_source))
         if row.perplexity_ratio and row is not source:
             ratio = row.perplexity_ratio
             lines.append(("perplexity / the source's", f"{ratio.value:.5f}", between(ratio.ci, ".5f"), "1"))
     for name, task in row.tasks.items():
         theirs = source.tasks.get(name) if source else None
-        own = f"{theirs.value:.2%}" if theirs else ""
+        of_source = f"{theirs.value:.2%}" if theirs else ""
         lines.append(
-            (f"{escape(task_name(name))}, {escape(task.metric)}", f"{task.value:.2%}", between(task.ci, ".2%"), own)
+            (
+                f"{escape(task_name(name))}, {escape(task.metric)}",
+                f"{task.value:.2%}",
+                between(task.ci, ".2%"),
+                of_source,
+            )
         )
     if not lines:
         yield "The results contain no measurement of this checkpoint except its size."
@@ -213,10 +218,10 @@ def _significance(study: Study, row: Row) -> Iterable[str]:
             yield f"{task_name(c.task)}: {changes}, {verdict} (McNemar, p = {c.p:.2g})."
 
 
-def _use(about: Overview, place: str) -> Iterable[str]:
-    for engine, language, snippet in running.usage(about, place):
+def _use(facts: Overview, place: str) -> Iterable[str]:
+    for engine, language, snippet in running.usage(facts, place):
         yield f"{engine}:\n\n```{language}\n{snippet}\n```"
-    notes = running.cautions(about)
+    notes = running.cautions(facts)
     if notes:
         yield (
             "Known facts about engines in the named versions (about formats and families, not this checkpoint):\n\n"
@@ -273,5 +278,5 @@ def escape(text: str, links: bool = False) -> str:
 
 
 def code(text: str) -> str:
-    """Text between backticks."""
+    """Make text fit between backticks."""
     return " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")

@@ -53,7 +53,7 @@ def write_report(paths: Sequence[str | Path], out: str | Path) -> Inputs:
 
 
 def render(studies: Sequence[Study]) -> str:
-    """The page."""
+    """Render the page as HTML."""
     from jinja2 import Environment, StrictUndefined
 
     data: dict[str, datasets.Records] = {}
@@ -96,11 +96,11 @@ def _asset(name: str) -> str:
 
 
 def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> list[Figure]:
-    found: list[Figure] = []
+    figures: list[Figure] = []
 
     def add(key: str, records: datasets.Records, title: str, caption: str, spec: dict[str, Any], **more: Any) -> None:
         data[f"{prefix}-{key}"] = records
-        found.append(Figure(f"{prefix}-{key}", title, caption, spec, **more))
+        figures.append(Figure(f"{prefix}-{key}", title, caption, spec, **more))
 
     name = f"{prefix}-{{}}".format
     if sizes := datasets.sizes(study):
@@ -155,7 +155,7 @@ def _figures(study: Study, prefix: str, data: dict[str, datasets.Records]) -> li
         caption = f"Ring: {allocation.recipe}. Losses are predictions, not measurements."
         points = datasets.frontier(allocation)
         add(key, points, "Allocation", caption, charts.frontier(name(key), _range(points, "loss")))
-    return found
+    return figures
 
 
 def add_maps(study: Study, errors: datasets.Records, name: Any, add: Any) -> None:
@@ -195,34 +195,34 @@ def _first_shown(study: Study) -> str:
 
 def _facts(study: Study) -> list[tuple[str, str, str]]:
     """What a reader wants first: label, value, detail."""
-    found = []
+    facts = []
     if study.source and study.source.bytes:
         bits = f"{study.source.bits_per_weight:.4g} bits per weight" if study.source.bits_per_weight else ""
-        found.append(("Source", size(study.source.bytes), bits))
+        facts.append(("Source", size(study.source.bytes), bits))
     smallest = min((row for row in study.quantized if row.bytes), key=lambda row: row.bytes or 0, default=None)
     if smallest and smallest.bytes:
-        found.append(("Smallest", size(smallest.bytes), smallest.label))
+        facts.append(("Smallest", size(smallest.bytes), smallest.label))
     nearest = min(((row.kl.mean, row.label) for row in study.quantized if row.kl), default=None)
     if nearest:
-        found.append(("Smallest KL divergence", nats(nearest[0]), nearest[1]))
+        facts.append(("Smallest KL divergence", nats(nearest[0]), nearest[1]))
     if study.noise_floor and study.noise_floor.kl:
-        found.append(("Noise floor", nats(study.noise_floor.kl.mean), study.noise_floor.how))
-    return found
+        facts.append(("Noise floor", nats(study.noise_floor.kl.mean), study.noise_floor.how))
+    return facts
 
 
 def _notes(study: Study) -> list[tuple[str, str]]:
     """Protocols, by what they are about."""
     text, kl = study.protocol, study.kl_protocol
-    found = [("Not valid", row.invalid) for row in study.rows if row.invalid]
+    notes = [("Not valid", row.invalid) for row in study.rows if row.invalid]
     if study.noise_floor and study.noise_floor.invalid:
-        found.append(("No noise floor", study.noise_floor.invalid))
+        notes.append(("No noise floor", study.noise_floor.invalid))
     if text:
-        found.append(("Perplexity" if kl and kl.key != text.key else "Perplexity and KL divergence", text.note))
+        notes.append(("Perplexity" if kl and kl.key != text.key else "Perplexity and KL divergence", text.note))
     if kl and (text is None or kl.key != text.key):
-        found.append(("KL divergence", kl.note))
+        notes.append(("KL divergence", kl.note))
     if (parts := {", ".join(includes(row)) for row in study.rows}) and len(parts) == 1 and parts != {""}:
-        found.append(("Every size contains", parts.pop()))
+        notes.append(("Every size contains", parts.pop()))
     for name in study.tasks:
         task = next(row.tasks[name] for row in study.rows if name in row.tasks)
-        found.append((task_name(name), f"{task.questions:,} questions, {task.protocol}"))
-    return found
+        notes.append((task_name(name), f"{task.questions:,} questions, {task.protocol}"))
+    return notes

@@ -42,7 +42,7 @@ def read_inputs(paths: Sequence[str | Path]) -> Inputs:
 
     ReportError where a file that was named is none, a document is damaged, or nothing is found at all.
     """
-    found = Inputs()
+    inputs = Inputs()
     seen: set[Path] = set()
     for path in map(Path, paths):
         if not path.exists():
@@ -54,16 +54,16 @@ def read_inputs(paths: Sequence[str | Path]) -> Inputs:
             seen.add(file.resolve())
             document = read_document(file)
             if document is not None:
-                _keep(found, document)
-                found.files.append(file)
+                _keep(inputs, document)
+                inputs.files.append(file)
             elif path.is_dir():
-                found.ignored.append(file)
+                inputs.ignored.append(file)
             else:
                 raise ReportError(f"{file} is no results, errors, sensitivity or allocation file of halfbyte")
-    if not found.files:
+    if not inputs.files:
         where = ", ".join(str(path) for path in paths)
         raise ReportError(f"no results file in {where}; write one with `halfbyte evaluate ... -o results.json`")
-    return found
+    return inputs
 
 
 def read_results(path: str | Path) -> Results:
@@ -111,12 +111,12 @@ def _lines(path: Path, text: str) -> Any:
         raise ReportError(str(error)) from error
 
 
-def _keep(found: Inputs, document: Document) -> None:
+def _keep(inputs: Inputs, document: Document) -> None:
     if isinstance(document, Results):
-        found.results.append(document)
+        inputs.results.append(document)
     elif isinstance(document, ErrorsFile):
-        found.errors.append(document)
+        inputs.errors.append(document)
     elif isinstance(document, Sensitivity):
-        found.sensitivity.append(document)
+        inputs.sensitivity.append(document)
     else:
-        found.allocations.append(document)
+        inputs.allocations.append(document)

@@ -59,7 +59,7 @@ class DivergenceIntervals(_Document):
 
 
 class Ratio(_Document):
-    """Perplexity over the source's."""
+    """The perplexity of a checkpoint over that of its source."""
 
     value: float
     ci: Interval | None = None
@@ -84,7 +84,7 @@ class Origin(_Document):
 
 
 class Task(_Document):
-    """Accuracy on a task."""
+    """The accuracy of a checkpoint on a task."""
 
     metric: str
     value: float
@@ -103,7 +103,7 @@ class Same(_Document):
 
 
 class Scales(_Document):
-    """Histogram of block scales."""
+    """A histogram of the block scales of weights."""
 
     type: str
     values: tuple[float, ...]
@@ -137,7 +137,7 @@ class ErrorsTotal(_Document):
 
 
 class Errors(_Document):
-    """``halfbyte errors --json``."""
+    """The document of ``halfbyte errors --json``."""
 
     out: str
     against: str
@@ -148,7 +148,7 @@ class Errors(_Document):
 
 
 class Row(_Document):
-    """One checkpoint."""
+    """The measurements of one checkpoint."""
 
     name: str
     path: str = ""
@@ -197,8 +197,8 @@ class Row(_Document):
 
     def storage_of(self, *roles: str) -> str | None:
         """How weights of these roles (or below them) are stored; None where there are none."""
-        found = [c.storage for c in self.contains if any(_under(r, role) for r in c.roles for role in roles)]
-        return ", ".join(found) or None
+        storages = [c.storage for c in self.contains if any(_under(r, role) for r in c.roles for role in roles)]
+        return ", ".join(storages) or None
 
 
 class NoiseFloor(_Document):
@@ -223,7 +223,7 @@ class Comparison(_Document):
 
 
 class Environment(_Document):
-    """Machine and versions."""
+    """The machine and the versions of packages."""
 
     machine: str
     cores: int | None = None
@@ -232,7 +232,7 @@ class Environment(_Document):
 
 
 class Results(_Document):
-    """``halfbyte evaluate --json``."""
+    """The document of ``halfbyte evaluate --json``."""
 
     halfbyte: Literal["results"]
     version: Literal[1]
@@ -273,7 +273,7 @@ class Group(_Document):
 
 
 class Sensitivity(_Document):
-    """``halfbyte sensitivity``."""
+    """The document of ``halfbyte sensitivity``."""
 
     halfbyte: Literal["sensitivity"]
     version: Literal[1]

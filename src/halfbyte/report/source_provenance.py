@@ -20,22 +20,22 @@ class Provenance:
 
 def provenance(study: Study) -> Provenance:
     """What the results files say; nothing is added."""
-    found = Provenance()
+    result = Provenance()
     for document in study.results:
-        about = document.environment
-        cores = f", {about.cores} cores" if about.cores else ""
-        found.runs.append(
+        machine = document.environment
+        cores = f", {machine.cores} cores" if machine.cores else ""
+        result.runs.append(
             {
                 "created": document.created,
-                "machine": f"{about.machine}{cores}",
-                "device": about.device,
-                "versions": ", ".join(f"{name} {number}" for name, number in about.versions.items()),
+                "machine": f"{machine.machine}{cores}",
+                "device": machine.device,
+                "versions": ", ".join(f"{name} {number}" for name, number in machine.versions.items()),
                 "command": public_command(document),
             }
         )
     for row in study.rows:
         made = row.source
-        found.checkpoints.append(
+        result.checkpoints.append(
             {
                 "name": row.label,
                 "fingerprint": row.fingerprint or "",
@@ -58,6 +58,6 @@ def provenance(study: Study) -> Provenance:
                 "--dialect",
                 row.dialect,
             ]
-            found.commands.append(shlex.join([*words, *(["--revision", made.revision] if made.revision else [])]))
-    found.commands = list(dict.fromkeys([*found.commands, *(run["command"] for run in found.runs)]))
-    return found
+            result.commands.append(shlex.join([*words, *(["--revision", made.revision] if made.revision else [])]))
+    result.commands = list(dict.fromkeys([*result.commands, *(run["command"] for run in result.runs)]))
+    return result

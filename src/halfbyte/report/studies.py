@@ -74,8 +74,8 @@ def make_studies(inputs: Inputs) -> list[Study]:
     for allocation in inputs.allocations:
         # an allocation names no model, only its recipe
         made = [s for s in studies if any(row.recipe == allocation.recipe for row in s.rows)]
-        own = made or (studies if len(studies) == 1 else [])
-        (own[0] if own else _study_of(studies, allocation.recipe)).allocations.append(allocation)
+        owners = made or (studies if len(studies) == 1 else [])
+        (owners[0] if owners else _study_of(studies, allocation.recipe)).allocations.append(allocation)
     return studies
 
 
@@ -99,7 +99,7 @@ def _fits(study: Study, document: Results) -> bool:
     )
     if any(ours and theirs and ours.key != theirs.key for ours, theirs in pairs):
         return False
-    return all(_mergeable(mine, row) for row in rows for mine in study.rows if _same(mine, row))
+    return all(_mergeable(known, row) for row in rows for known in study.rows if _same(known, row))
 
 
 def _same(a: Row, b: Row) -> bool:
@@ -120,7 +120,7 @@ def _add(study: Study, document: Results) -> None:
     study.comparisons += [c for c in document.comparisons if c not in study.comparisons]
     study.noise_floor = study.noise_floor or document.noise_floor
     for row in document.rows:
-        at = next((i for i, mine in enumerate(study.rows) if _same(mine, row)), None)
+        at = next((i for i, known in enumerate(study.rows) if _same(known, row)), None)
         if at is None:
             study.rows.append(row)
         else:
@@ -136,9 +136,9 @@ def _distinct(study: Study, document: Results) -> Results:
     """The document, with other names for checkpoints that share theirs with another one of the study."""
     new: dict[str, str] = {}
     for row in document.rows:
-        mine = next((r for r in study.rows if _same(r, row)), None)
-        if mine is not None:
-            new[row.name] = mine.name
+        known = next((r for r in study.rows if _same(r, row)), None)
+        if known is not None:
+            new[row.name] = known.name
         elif any(r.label == row.label for r in study.rows):
             new[row.name] = f"{row.name} ({(row.fingerprint or 'no fingerprint')[:8]})"
     if all(old == name for old, name in new.items()):
@@ -178,8 +178,8 @@ def _attach_errors(studies: list[Study], errors: Errors) -> None:
 
 def _study_of(studies: list[Study], name: str) -> Study:
     """The study of this model, made if need be."""
-    found: Iterable[Study] = (s for s in studies if name in (s.name, base(s.name)))
-    study = next(iter(found), None)
+    matching: Iterable[Study] = (s for s in studies if name in (s.name, base(s.name)))
+    study = next(iter(matching), None)
     if study is None:
         study = Study(name)
         studies.append(study)

@@ -52,35 +52,35 @@ CONTAINS = "Size contains"
 def columns(study: Study) -> list[Column]:
     """Only what at least one checkpoint has."""
     rows = study.rows
-    found = [
+    shown = [
         Column("Checkpoint", "Name of the folder; below it recipe and dialect", number=False),
         Column("Format", "How quantized weights are stored", number=False),
         Column("Size", "Bytes of all tensors"),
         Column("Bits", "Bits per weight: 8 × bytes of all tensors / number of weights"),
     ]
     if len({tuple(includes(row)) for row in rows}) > 1:
-        about = "What is part of the size beside the layers, and how it is stored"
-        found.append(Column(CONTAINS, about, number=False))
+        explanation = "What is part of the size beside the layers, and how it is stored"
+        shown.append(Column(CONTAINS, explanation, number=False))
     if any(row.errors for row in rows):
-        found.append(Column("relMSE", "Squared error of the quantized weights / their squared sum"))
+        shown.append(Column("relMSE", "Squared error of the quantized weights / their squared sum"))
     if any(row.errors and row.errors.total.calibrated_relmse is not None for row in rows):
-        about = "The same of their outputs on the calibration text, which GPTQ and importance make small"
-        found.append(Column(WEIGHTED, about))
+        explanation = "The same of their outputs on the calibration text, which GPTQ and importance make small"
+        shown.append(Column(WEIGHTED, explanation))
     for task in study.tasks:
-        found.append(Column(task_name(task), "Accuracy, with its 95 % interval (Wilson)"))
+        shown.append(Column(task_name(task), "Accuracy, with its 95 % interval (Wilson)"))
     if any(row.kl or row.invalid for row in study.quantized):
-        found.append(Column("KL mean", "KL(source ‖ checkpoint) in nats per token, with its 95 % interval"))
-        found.append(Column("Same top-1", "Share of tokens whose most likely next token is the source's"))
+        shown.append(Column("KL mean", "KL(source ‖ checkpoint) in nats per token, with its 95 % interval"))
+        shown.append(Column("Same top-1", "Share of tokens whose most likely next token is the source's"))
     if any(row.perplexity is not None or row.invalid for row in rows):
-        found.append(Column("Perplexity", "Below it the change from the source, with its paired 95 % interval"))
-    return found
+        shown.append(Column("Perplexity", "Below it the change from the source, with its paired 95 % interval"))
+    return shown
 
 
 def lines(study: Study) -> list[Line]:
     """A line per checkpoint, in the order of the results."""
     names = [column.label for column in columns(study)]
     least = min((row.kl.mean for row in study.quantized if row.kl), default=None)
-    found = []
+    table_lines = []
     for row in study.rows:
         is_source = row is study.source
         cells = [_name(row, is_source), Cell(storage(row), order=storage(row)), _size(row), _bits(row)]
@@ -98,15 +98,15 @@ def lines(study: Study) -> list[Line]:
         if "Perplexity" in names:
             cells.append(_perplexity(row))
         parts = [(c.storage, f"{c.parameters:,}", size(c.bytes), ", ".join(c.roles)) for c in row.contains]
-        found.append(Line(row.label, is_source, cells, parts))
-    return found
+        table_lines.append(Line(row.label, is_source, cells, parts))
+    return table_lines
 
 
 def _name(row: Row, is_source: bool) -> Cell:
-    about = [row.recipe if row.recipe != row.name else None, row.dialect]
+    details = [row.recipe if row.recipe != row.name else None, row.dialect]
     if row.loaded_by == "transformers":
-        about.append("loaded by transformers")
-    return Cell(row.label, "source" if is_source else " · ".join(a for a in about if a), row.label.lower())
+        details.append("loaded by transformers")
+    return Cell(row.label, "source" if is_source else " · ".join(a for a in details if a), row.label.lower())
 
 
 def _size(row: Row) -> Cell:

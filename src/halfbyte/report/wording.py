@@ -32,7 +32,7 @@ def nats(value: float) -> str:
 
 
 def between(interval: Interval | None, spec: str = "") -> str:
-    """``0.00131 – 0.00152``."""
+    """Spell an interval: ``0.00131 – 0.00152``."""
     if interval is None:
         return ""
     low, high = (format(end, spec) if spec else nats(end) for end in interval)
@@ -56,9 +56,9 @@ def includes(row: Row) -> list[str]:
     """What a size contains beyond the language model's layers, and how embeddings are stored."""
     if not row.contains:
         return []
-    found = [f"{label} {kept}" for label, role in PARTS if (kept := row.storage_of(role))]
+    parts = [f"{label} {kept}" for label, role in PARTS if (kept := row.storage_of(role))]
     absent = [label for label, there in (("vision", row.vision), ("MTP", row.mtp)) if not there]
-    return [*found, *(f"no {label}" for label in absent)]
+    return [*parts, *(f"no {label}" for label in absent)]
 
 
 PARTS = (("embeddings", "embedding"), ("lm_head", "lm_head"), ("vision", "vision"), ("MTP", "mtp"))

@@ -37,7 +37,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether the verification found no problem."""
         return not self.problems
 
     @property
