@@ -14,6 +14,7 @@ from dialects.gguf_models import CONFIGS, EXPERTS, HEAD, HEADS, INTER, KEYS, che
 from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.convert.conversion import convert, source_bytes
 from halfbyte.dialects.gguf_blocks import BLOCKS, pack_blocks, unpack_blocks
+from halfbyte.dialects.gguf_file import _alike
 from halfbyte.dialects.gguf_rows import RowOrder
 from halfbyte.errors import CheckpointError, HalfbyteError, PlanError
 from halfbyte.formats import QuantizedTensor, get_format
@@ -366,3 +367,9 @@ def test_several_models_in_a_folder_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="several GGUF models"):
         Inventory.open(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["", "a", ["a", "b"], [[1], []], float("nan"), 2**63, True, None])
+def test_metadata_of_another_type_is_a_difference_and_no_exception(value: Any) -> None:
+    assert not _alike(value, 1e-6) and not _alike(value, [0.5, 1.0])
+    assert _alike(1e-6, 1e-6) and _alike([0.5, 1], [0.5, 1.0]) and not _alike([0.5], [0.5, 1.0])

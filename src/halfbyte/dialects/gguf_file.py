@@ -148,8 +148,14 @@ def metadata_differences(output: Inventory, source: Inventory, model: Model) -> 
 
 
 def _alike(stated: Any, wanted: Any) -> bool:
-    if isinstance(wanted, float) or (isinstance(wanted, list) and wanted and isinstance(wanted[0], float)):
-        return np.array_equal(np.asarray(stated, np.float32), np.asarray(wanted, np.float32))
+    if isinstance(wanted, list) and wanted and isinstance(wanted[0], float):
+        pairs = zip(stated, wanted, strict=False) if isinstance(stated, list) else ()
+        return isinstance(stated, list) and len(stated) == len(wanted) and all(_alike(a, b) for a, b in pairs)
+    if isinstance(wanted, float):
+        if isinstance(stated, bool) or not isinstance(stated, int | float):
+            return False
+        with np.errstate(over="ignore"):
+            return bool(np.float32(stated) == np.float32(wanted))
     return bool(stated == wanted)
 
 
