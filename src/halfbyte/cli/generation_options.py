@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 def add_generation(parser: argparse.ArgumentParser, temperature: float) -> None:
     """Declare how tokens are chosen and how the model runs."""
     parser.add_argument("path", metavar="MODEL", help="a checkpoint of any dialect, quantized or not: folder or hub id")
-    parser.add_argument("--max-tokens", metavar="N", type=int, default=256, help="longest answer (default: 256)")
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=int, default=256, help="maximum length of the answer (default: 256)"
+    )
     parser.add_argument(
         "--temperature",
         metavar="T",
@@ -20,10 +22,18 @@ def add_generation(parser: argparse.ArgumentParser, temperature: float) -> None:
         default=temperature,
         help=f"0 takes the likeliest token (default: {temperature:g})",
     )
-    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest P of all mass")
+    parser.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens with total probability P",
+    )
     parser.add_argument("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest tokens")
-    parser.add_argument("--seed", metavar="S", type=int, help="makes sampling repeatable")
-    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end at this text; repeatable")
+    parser.add_argument("--seed", metavar="S", type=int, help="seed for repeatable sampling")
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="stop at this text; may be given several times"
+    )
     parser.add_argument(
         "--mode",
         choices=("exact", "int8", "auto"),
