@@ -56,6 +56,18 @@ def test_the_highest_code_is_the_maximum(kind: ScaleType, maximum: float) -> Non
     assert np.array_equal(kind.to_code(np.array([maximum * 1.5], np.float32)), highest)
 
 
+@pytest.mark.parametrize(("kind", "lowest"), [(scales.E4M3, 1), (scales.E8M0, 0), (scales.E3M3, 1), (scales.E6M2, 0)])
+def test_the_lowest_code_is_the_smallest_positive_value(kind: ScaleType, lowest: int) -> None:
+    assert kind.low == lowest
+    assert kind.to_code(np.array([1e-45], np.float32)).tolist() == [lowest]
+    assert kind.to_value(np.array([lowest], np.uint8)) > 0
+
+
+@pytest.mark.parametrize("kind", WIDE, ids=lambda k: k.name)
+def test_wide_scales_fill_their_type_and_have_no_room_for_a_selector(kind: ScaleType) -> None:
+    assert kind.bits == 8 * np.dtype(kind.dtype).itemsize and not kind.ordered
+
+
 @pytest.mark.parametrize("kind", ORDERED, ids=lambda k: k.name)
 def test_every_value_gets_its_own_code(kind: ScaleType) -> None:
     codes = all_codes(kind)

@@ -67,6 +67,17 @@ def test_a_block_of_zeros_has_neither_scale_nor_selector_bit(name: str, backend:
     assert not found.decode()[1, 16:32].any() and found.scales[1, [0, 2, 3]].all()
 
 
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("stored", [0, 0x80])
+def test_a_given_scale_of_zero_makes_zeros_whatever_its_selector_bit(stored: int, backend: str) -> None:
+    w = weight(4, 64)
+    given = encode(w, "mixfp4")
+    given.scales[1, 1] = stored
+    with use_backend(backend):
+        found = gptq(w, "mixfp4", "absmax", np.eye(64), mode="static", given=given)
+    assert not found.codes[1, 8:16].any() and found.codes[1, 16:24].any()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_feedback_lowers_the_output_error_of_every_format(name: str) -> None:
     w, h, fresh = weight(48, 256), hessian(256), hessian(256, 4096)
