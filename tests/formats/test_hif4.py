@@ -21,6 +21,7 @@ def test_decoding_follows_the_bit_layout_element_by_element() -> None:
     # arXiv 2602.11287: bits 7:0 E6M2 (bias 48), 15:8 an exponent bit per 8, 31:16 per 4 elements; nibbles S1P2
     q = random_tensor()
     codes, decoded = unpack_nibbles(q.codes), q.decode()
+    assert np.array_equal(decoded, q.format.decode(q))  # the reference
     for i in range(2):
         for j in range(192):
             word, k = int(q.scales[i, j // 64]), j % 64

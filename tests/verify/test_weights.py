@@ -12,8 +12,10 @@ import pytest
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.verify.weights import verify
 from small_models import (
+    DENSE_CONFIG,
     MOE_CONFIG,
     Tensors,
+    dense_tensors,
     linear,
     moe_tensors,
     read_file,
@@ -369,10 +371,10 @@ def test_a_wrong_shape_entry_or_zero_point_of_int4(moe: Path, tmp_path: Path, en
 
 
 def test_slices_of_a_matrix_are_whole_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write_checkpoint(tmp_path / "source", moe_tensors(), MOE_CONFIG)
+    source = write_checkpoint(tmp_path / "source", dense_tensors(inter=512), DENSE_CONFIG)
     run(source, tmp_path / "out", linear("fp8_block128"))
     whole = verify(tmp_path / "out", source)
-    # 128 rows of 128 columns, where a matrix has 256
+    # 128 rows of 128 columns, where a matrix has 512
     monkeypatch.setattr(import_module("halfbyte.verify.checkpoint_pair"), "SLICE_BYTES", 2 * 128 * 128)
     sliced = verify(tmp_path / "out", source)
     assert whole.ok and sliced.ok
