@@ -117,9 +117,9 @@ def run_engine(name: str, wheel: Path) -> tuple[bool, str]:
     command += ["-k", engine.select] if engine.select else []
     print(f"{name} {version}: {' '.join(engine.tests)}", flush=True)
     done = subprocess.run(command, cwd=REPOSITORY, env={**ALONE, **OFFLINE})
-    counts = _counts(report)
-    verdict = "ok" if done.returncode == 0 else f"FAILED (pytest's exit code {done.returncode})"
-    return done.returncode == 0, f"{name} {version}: {verdict}, {counts}, {time.monotonic() - start:.0f} s"
+    passed, counts = _counts(report)
+    verdict = "ok" if done.returncode == 0 and passed else f"FAILED (pytest's exit code {done.returncode})"
+    return verdict == "ok", f"{name} {version}: {verdict}, {counts}, {time.monotonic() - start:.0f} s"
 
 
 def environment(name: str) -> Path:
@@ -153,14 +153,15 @@ def _output(python: Path, code: str) -> str:
     return subprocess.run([str(python), "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=ALONE).stdout
 
 
-def _counts(report: Path) -> str:
-    """How many tests passed, failed and were skipped."""
+def _counts(report: Path) -> tuple[int, str]:
+    """How many tests passed; how many passed, failed and were skipped, in words."""
     if not report.is_file():
-        return "no test ran"
+        return 0, "no test ran"
     (suite,) = ET.parse(report).getroot().iter("testsuite")
     total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
     failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
-    return f"{total - failed - skipped} passed, {failed} failed, {skipped} skipped"
+    passed = total - failed - skipped
+    return passed, f"{passed} passed, {failed} failed, {skipped} skipped"
 
 
 if __name__ == "__main__":
