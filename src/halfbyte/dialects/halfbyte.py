@@ -71,6 +71,8 @@ class HalfbyteSpelling(Spelling):
             weight, _, part = name.rpartition("_codes")
             if weight and not part:
                 formats[weight] = fmt = _format_of(weight, patterns)
+                if not info.shape:
+                    raise CheckpointError(f"{name} in {inventory.source} is a scalar; the checkpoint is damaged")
                 shape = (*info.shape[:-1], info.shape[-1] * 256 // fmt.parts((2, 256))["codes"][1][-1])
                 tensors[weight] = TensorInfo(weight, "BF16", shape, info.file, info.offset, info.nbytes)
         companions = {f"{w}_{suffix(part)}" for w, fmt in formats.items() for part in fmt.parts((128, 256))}

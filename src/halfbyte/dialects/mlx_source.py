@@ -13,6 +13,7 @@ from halfbyte.checkpoint.foreign import Fields
 from halfbyte.dialects.mlx_names import Model, stack_of
 from halfbyte.dialects.outputs import Array
 from halfbyte.dialects.quantization_config import quantization_config_of
+from halfbyte.dialects.spelling import check_codes
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Weight
@@ -102,6 +103,7 @@ class Source:
 
     def _add_matrix(self, original: str, name: str, module: str) -> None:
         info = self.inventory.tensors[name]
+        check_codes(info, self.inventory.source)
         self.formats[original] = fmt = self._format(module)
         shape = (*info.shape[:-1], _columns(info, fmt))
         self.tensors[original] = replace(info, name=original, dtype="BF16", shape=shape)

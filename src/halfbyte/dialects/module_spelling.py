@@ -16,7 +16,7 @@ import numpy as np
 from halfbyte.checkpoint import Inventory, TensorInfo, itemsize, numpy_dtype, safetensors_name
 from halfbyte.dialects.modules import Module, module_problem, modules, stored_bytes
 from halfbyte.dialects.outputs import Array, OutputTensor
-from halfbyte.dialects.spelling import Spelling
+from halfbyte.dialects.spelling import Spelling, check_codes
 from halfbyte.errors import CheckpointError, PlanError
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Weight
@@ -128,6 +128,7 @@ class ModuleSpelling(Spelling):
         tensors: dict[str, TensorInfo] = {}
         for name, info in inventory.tensors.items():
             if name in codes:
+                check_codes(info, inventory.source)
                 shape = (*info.shape[:-1], _columns(info, codes[name]))
                 tensors[weights[name]] = TensorInfo(weights[name], "BF16", shape, info.file, info.offset, info.nbytes)
             elif name not in companions:

@@ -133,6 +133,15 @@ class Spelling(ABC):
         return tensor
 
 
+def check_codes(info: TensorInfo, source: str) -> None:
+    """CheckpointError for codes that are no matrix and no stack of matrices."""
+    if len(info.shape) not in (2, 3):
+        raise CheckpointError(
+            f"{info.name} in {source} holds codes of shape {list(info.shape)}, but a quantized weight has two or three "
+            "dimensions; the checkpoint is damaged"
+        )
+
+
 def _selected(output: OutputTensor, fmt: Format, tensor: QuantizedTensor, expert: int) -> Array:
     """Select the experts and rows that an output holds of a tensor's array, in the type that it is stored in."""
     array = _array(tensor, output.part)

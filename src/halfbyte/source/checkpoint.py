@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class Checkpoint:
                     f"{self.inventory.source} lacks the tensor {output.name}; the checkpoint is incomplete"
                 )
             if info.shape != output.shape or info.dtype != output.dtype:
-                if not _agree(info, output):
+                if not _agree(info, output, len(weight.shape) > 2):
                     raise CheckpointError(
                         f"{output.name} in {self.inventory.source} has type {info.dtype} and shape "
                         f"{list(info.shape)}, but its weight needs {list(output.shape)} of {output.dtype}; "
@@ -167,9 +168,12 @@ def _transposed(tensor: QuantizedTensor) -> QuantizedTensor:
     return replace(tensor, shape=(experts, rows, columns), codes=codes, scales=scales)
 
 
-def _agree(info: TensorInfo, output: OutputTensor) -> bool:
+def _agree(info: TensorInfo, output: OutputTensor, stacked: bool) -> bool:
     """Whether a file's tensor is another spelling of the expected one: dimensions of 1, types of wide scales."""
     if [n for n in info.shape if n != 1] != [n for n in output.shape if n != 1]:
+        return False
+    in_slices = output.expert is None and (stacked or output.rows_per_row) and math.prod(output.shape) > 1
+    if in_slices and info.shape[:1] != output.shape[:1]:
         return False
     # not F64, whose values no output would hold
     wide = output.dtype in FLOATS and info.dtype in ("F32", "F16", "BF16", "F8_E8M0")
