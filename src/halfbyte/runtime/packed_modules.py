@@ -20,7 +20,7 @@ from halfbyte.dialects.halfbyte import stored_arrays
 from halfbyte.errors import HalfbyteError
 from halfbyte.runtime.decode import decode, to_torch
 from halfbyte.runtime.products import PackedMatrix, PackedStack
-from halfbyte.runtime.remote.halfbyte_modules import Decoder, ExpertStack, QuantizedWeights, quantize_module
+from halfbyte.runtime.remote.halfbyte_modules import ExpertStack, QuantizedWeights, quantize_module
 
 logger = logging.getLogger("halfbyte")
 Packed = PackedMatrix | PackedStack
@@ -160,7 +160,7 @@ def reserve_parameter(
     if tuple(shape) != wanted:
         raise ValueError(f"{name} of {type(module).__name__} has shape {list(wanted)}, the checkpoint {list(shape)}")
     state = module.__dict__
-    state.setdefault("_decoders", {})[name] = Decoder(about)
+    state.setdefault("_decoders", {})[name] = about
     state.setdefault("_transposed", set()).update({name} if transposed else ())
     state.setdefault("_dtype", parameter.dtype)
     state.setdefault("_dense_class", type(module))
