@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,11 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
 def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing\.dat cannot be read"):
         read_importance(tmp_path / "nothing.dat")
+
+
+def test_a_signalling_nan_is_refused_without_a_warning(tmp_path: Path) -> None:
+    entry = struct.pack("<i", 1) + b"a" + struct.pack("<iiI", 2, 1, 0x7FA00000)  # a signalling NaN
+    (tmp_path / "imatrix.dat").write_bytes(struct.pack("<i", 1) + entry)
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match="negative or not finite"):
+        warnings.simplefilter("error")
+        read_importance(tmp_path / "imatrix.dat")

@@ -70,7 +70,8 @@ def read_dat(path: Path) -> Importance:
         if not name or calls < 0 or count < 1:
             raise CheckpointError(f"{path.name} is no imatrix: {where} ({name!r}) has {calls} calls, {count} values")
         sums = np.frombuffer(source.take(4 * count, f"{where} ({name})"), dtype="<f4")
-        means = sums / np.float32(max(calls, 1)) if calls else np.zeros_like(sums)
+        with np.errstate(over="ignore", invalid="ignore"):  # add_entry refuses infinities and NaNs
+            means = sums / np.float32(max(calls, 1)) if calls else np.zeros_like(sums)
         add_entry(result, name, means, np.asarray(calls), path.name)
     if source.position < len(source.data):
         result.chunks = max(source.integer("the last chunk"), 0)
