@@ -200,7 +200,7 @@ def test_quantized_embeddings_and_heads_load(load: Any, tmp_path: Path) -> None:
     mine, _, packed = load(tmp_path / "packed", look=packed_of)
     control, _, _ = load(decoded(tmp_path / "packed", tmp_path / "plain"))
     assert_near(mine, control, load(DEMO)[0])
-    assert packed.keys() >= {"model.embed_tokens"}
+    assert any(name.endswith(("embed_tokens", "lm_head")) for name in packed)
 
 
 def test_two_processes_hold_a_half_each(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
