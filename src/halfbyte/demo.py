@@ -90,12 +90,12 @@ def _evaluate(demo: Demo, folder: Path) -> None:
         demo.note = f"no perplexity and no KL: {error}"
         return
     folders = [folder / row.recipe for row in demo.rows]
-    first, *found = evaluate(folders, against=MODEL, text=TEXT, length=LENGTH, dequantize=True)
+    first, *rows = evaluate(folders, against=MODEL, text=TEXT, length=LENGTH, dequantize=True)
     demo.source_perplexity = first["perplexity"]
     demo.protocol = first["protocol"]
-    if invalid := next((row["invalid"] for row in (first, *found) if row["invalid"]), None):
+    if invalid := next((row["invalid"] for row in (first, *rows) if row["invalid"]), None):
         raise MeasurementError(invalid)
-    for row, values in zip(demo.rows, found, strict=True):
+    for row, values in zip(demo.rows, rows, strict=True):
         row.perplexity = values["perplexity"]
         row.kl = values["kl"]["mean"]
         row.top1 = values["kl"]["top1"]

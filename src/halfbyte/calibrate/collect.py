@@ -183,20 +183,20 @@ class _Run:
     def _enter(self) -> dict[tuple[int, int], list[list[Arguments]]]:
         """Embed all samples (unless an earlier run has); masks and positions are the same for batches of one shape."""
         ids = torch.tensor(self.samples.tokens, device=self.device)
-        found: dict[tuple[int, int], Any] = {}
+        calls: dict[tuple[int, int], Any] = {}
         with self.blocks.embedding(ids):
             for rows, (count, length) in self._batches():
-                if self.about["done"] and (count, length) in found:
+                if self.about["done"] and (count, length) in calls:
                     continue
                 first = rows.start // length
-                hidden, found[count, length] = enter(self.blocks, ids[first : first + count])
+                hidden, calls[count, length] = enter(self.blocks, ids[first : first + count])
                 if not is_finite(hidden):
                     name = self.about["source"]["name"]
                     raise MeasurementError(f"the embeddings of {name} hold a NaN or an infinity; repair the checkpoint")
                 if not self.about["done"]:
                     self.states[0].write(rows, as_numpy(hidden))
         self.states[0].sync()
-        return found
+        return calls
 
     def _layer(self, layer: nn.Module, calls: dict[tuple[int, int], Any], number: int) -> Part:
         before, after = self.states[number % 2], self.states[(number + 1) % 2]

@@ -131,7 +131,7 @@ def _list(root: Path) -> dict[str, int | None]:
 
     That are deeper folders ("a/b/"), pipes, sockets, devices ("a (a pipe)") and links to nothing.
     """
-    found: dict[str, int | None] = {}
+    sizes: dict[str, int | None] = {}
     try:
         for path in root.iterdir():
             if path.name.startswith("."):
@@ -140,27 +140,27 @@ def _list(root: Path) -> dict[str, int | None]:
                 if path.is_symlink():
                     check_link(root, path)
                     if path.samefile(root):
-                        found[f"{path.name}/ (a link to the folder itself)"] = None
+                        sizes[f"{path.name}/ (a link to the folder itself)"] = None
                         continue
                 for inner in path.iterdir():
                     if not inner.name.startswith("."):
-                        _note(found, root, inner, f"{path.name}/{inner.name}")
+                        _note(sizes, root, inner, f"{path.name}/{inner.name}")
             else:
-                _note(found, root, path, path.name)
+                _note(sizes, root, path, path.name)
     except OSError as error:
         raise CheckpointError(f"{root} cannot be listed ({reason(error)})") from error
-    return found
+    return sizes
 
 
-def _note(found: dict[str, int | None], root: Path, path: Path, name: str) -> None:
+def _note(sizes: dict[str, int | None], root: Path, path: Path, name: str) -> None:
     if path.is_symlink() and (path.exists() or not name.endswith((".safetensors", *OTHER_WEIGHTS))):
         check_link(root, path)
     if path.is_dir():
-        found[name + "/"] = None
+        sizes[name + "/"] = None
     elif path.is_file():
-        found[name] = path.stat().st_size
+        sizes[name] = path.stat().st_size
     else:
-        found[f"{name} ({_kind(path)})"] = None
+        sizes[f"{name} ({_kind(path)})"] = None
 
 
 def _kind(path: Path) -> str:

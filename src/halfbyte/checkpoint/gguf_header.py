@@ -78,36 +78,36 @@ def find_gguf(root: Path, only: str | None) -> list[str]:
     names = sorted(path.name for path in root.iterdir() if path.is_file())
     if any(name.endswith(".safetensors") for name in names):
         return []
-    found = [name for name in names if name.endswith(SUFFIX)]
-    if not found:
+    files = [name for name in names if name.endswith(SUFFIX)]
+    if not files:
         return []
-    parts = _splits(root, found[0])
-    if parts != found:
-        raise CheckpointError(f"{root} holds several GGUF models ({', '.join(found[:4])}); name the file to read")
+    parts = _splits(root, files[0])
+    if parts != files:
+        raise CheckpointError(f"{root} holds several GGUF models ({', '.join(files[:4])}); name the file to read")
     return parts
 
 
 def read_gguf(root: Path, names: list[str]) -> GgufHeaders:
     """Tensors and metadata of the files of one model; CheckpointError for a damaged or incomplete one."""
-    found = GgufHeaders(names[0], {}, {}, {}, {})
+    headers = GgufHeaders(names[0], {}, {}, {}, {})
     for number, name in enumerate(names):
         check_link(root, root / name)
         parsed = parse_gguf(root / name)
         for tensor in parsed.tensors:
-            if tensor.name in found.tensors:
-                raise CheckpointError(f"tensor {tensor.name} is in both {found.tensors[tensor.name].file} and {name}")
-            found.tensors[tensor.name] = _info(tensor, name)
-            found.types[tensor.name] = tensor.kind
+            if tensor.name in headers.tensors:
+                raise CheckpointError(f"tensor {tensor.name} is in both {headers.tensors[tensor.name].file} and {name}")
+            headers.tensors[tensor.name] = _info(tensor, name)
+            headers.types[tensor.name] = tensor.kind
         if number == 0:
-            found.metadata = parsed.metadata
+            headers.metadata = parsed.metadata
             _check_kind(name, parsed.metadata.get("general.type", "model"))
-        found.files[name] = parsed.size
-    if not found.tensors:
+        headers.files[name] = parsed.size
+    if not headers.tensors:
         raise CheckpointError(f"{names[0]} holds no tensor")
-    stated = found.metadata.get("split.tensors.count", len(found.tensors))
-    if stated != len(found.tensors):
-        raise CheckpointError(f"{names[0]} and its splits hold {len(found.tensors)} tensors, but {stated} are stated")
-    return found
+    stated = headers.metadata.get("split.tensors.count", len(headers.tensors))
+    if stated != len(headers.tensors):
+        raise CheckpointError(f"{names[0]} and its splits hold {len(headers.tensors)} tensors, but {stated} are stated")
+    return headers
 
 
 def _check_kind(name: str, kind: Any) -> None:

@@ -135,19 +135,19 @@ class _Source:
 
     def texts(self, number: int, what: str) -> list[str]:
         """Many short texts, without a call for each that lies in the buffer."""
-        found: list[str] = []
+        values: list[str] = []
         for _ in range(number):
             begin = self._at + 8
             end = begin + int.from_bytes(self._buffer[self._at : begin], "little")
             if end > len(self._buffer):
-                found.append(self.text(what))
+                values.append(self.text(what))
                 continue
             try:
-                found.append(self._buffer[begin:end].decode())
+                values.append(self._buffer[begin:end].decode())
             except UnicodeDecodeError:
                 raise _ProblemError(f"{what} is not UTF-8 text") from None
             self._at = end
-        return found
+        return values
 
     def count(self, number: int, least: int, what: str) -> int:
         """A number of things of at least ``least`` bytes each, where the file has room for them."""
@@ -219,11 +219,11 @@ def _alignment(metadata: Mapping[str, Any]) -> int:
 
 
 def _tensors(source: _Source, number: int, alignment: int) -> list[GgufTensor]:
-    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     for _ in range(number):
         name = source.text("the name of a tensor", _MAX_NAME)
         what = f"tensor {name[:80]!r}"
-        if name in found:
+        if name in entries:
             raise _ProblemError(f"{what} appears twice")
         dimensions = source.integer("<I", what)
         if dimensions > _MAX_DIMENSIONS:
@@ -236,9 +236,9 @@ def _tensors(source: _Source, number: int, alignment: int) -> list[GgufTensor]:
         elements = check_shape(shape, what)
         if block > 1 and (not shape or shape[-1] % block):
             raise _ProblemError(f"{what} has rows that are no whole {kind} blocks of {block}")
-        found[name] = kind, tuple(shape), source.integer("<Q", what), elements // block * size
+        entries[name] = kind, tuple(shape), source.integer("<Q", what), elements // block * size
     begin = source.position + -source.position % alignment
-    tensors = [GgufTensor(name, kind, shape, begin + at, size) for name, (kind, shape, at, size) in found.items()]
+    tensors = [GgufTensor(name, kind, shape, begin + at, size) for name, (kind, shape, at, size) in entries.items()]
     _check_places(tensors, source.size, begin, alignment)
     return tensors
 

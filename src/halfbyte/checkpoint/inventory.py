@@ -60,32 +60,32 @@ class Inventory:
 
         CheckpointError, with the file or tensor named, when anything is missing, damaged or ambiguous.
         """
-        found = resolve(src, revision)
-        gguf = find_gguf(found.root, found.file)
+        resolved = resolve(src, revision)
+        gguf = find_gguf(resolved.root, resolved.file)
         if gguf:
-            headers = read_gguf(found.root, gguf)
+            headers = read_gguf(resolved.root, gguf)
             return cls(
                 tensors=headers.tensors,
                 config=headers.config,
-                root=found.root,
+                root=resolved.root,
                 meta={"gguf": headers.metadata},
                 files=headers.files,
                 source=printable(str(src)),
-                revision=found.revision,
+                revision=resolved.revision,
                 ggml_types=headers.types,
-                identities=identities(found.root, headers.files),
+                identities=identities(resolved.root, headers.files),
             )
-        contents = scan(found.root, found.file)
-        present = [name for name in contents.weights if (found.root / name).is_file()]
-        files_then = identities(found.root, [*present, *contents.side_files])
-        tensors, metadata, files = _read_headers(found.root, contents)
+        contents = scan(resolved.root, resolved.file)
+        present = [name for name in contents.weights if (resolved.root / name).is_file()]
+        files_then = identities(resolved.root, [*present, *contents.side_files])
+        tensors, metadata, files = _read_headers(resolved.root, contents)
         if not tensors:
             raise CheckpointError(f"{src} holds no tensor")
-        check_no_lora(found.root, contents.weights[0], tensors)
+        check_no_lora(resolved.root, contents.weights[0], tensors)
         return cls(
             tensors=tensors,
-            config=read_config(found.root),
-            root=found.root,
+            config=read_config(resolved.root),
+            root=resolved.root,
             side_files=contents.side_files,
             side_file_bytes=sum(contents.side_files.values()),
             ignored_files=contents.ignored,
@@ -93,7 +93,7 @@ class Inventory:
             files=files,
             metadata=metadata,
             source=printable(str(src)),
-            revision=found.revision,
+            revision=resolved.revision,
             identities=files_then,
         )
 

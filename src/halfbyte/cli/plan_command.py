@@ -64,7 +64,7 @@ def show(made: Plan, args: argparse.Namespace) -> None:
     say(f"{source.source}: recipe {made.recipe.name}, dialect {made.dialect.name}", "")
     table(
         ("role", "becomes", ">tensors", ">parameters", ">bits", ">bytes", "~why"),
-        [_row(found, made.recipe.name) for found in summary["classes"]],
+        [_row(entry, made.recipe.name) for entry in summary["classes"]],
         (
             "all",
             "",
@@ -92,17 +92,17 @@ def show(made: Plan, args: argparse.Namespace) -> None:
         say(f"note        {note}")
 
 
-def _row(found: dict[str, Any], recipe: str) -> tuple[str, ...]:
+def _row(entry: dict[str, Any], recipe: str) -> tuple[str, ...]:
     # two reasons are so frequent that they are shown in few words
-    why = {NO_RULE: "no rule"}.get(found["reason"], found["reason"] or "").removesuffix(f" of {recipe}")
-    drops = found["action"] == "drop"
+    why = {NO_RULE: "no rule"}.get(entry["reason"], entry["reason"] or "").removesuffix(f" of {recipe}")
+    drops = entry["action"] == "drop"
     return (
-        found["role"],
-        "dropped" if drops else f"kept {found['format']}" if found["action"] == "keep" else found["format"],
-        _arrow(found["tensors"], found["output_tensors"]),
-        f"{found['parameters']:,}",
-        "" if drops else f"{found['bits_per_weight']:.3f}",
-        f"{found['bytes']:,}",
+        entry["role"],
+        "dropped" if drops else f"kept {entry['format']}" if entry["action"] == "keep" else entry["format"],
+        _arrow(entry["tensors"], entry["output_tensors"]),
+        f"{entry['parameters']:,}",
+        "" if drops else f"{entry['bits_per_weight']:.3f}",
+        f"{entry['bytes']:,}",
         why,
     )
 

@@ -48,13 +48,13 @@ def count_calibrated_error(
         expert = first + index if stack else None
         if reached is not None and not reached[expert if expert is not None and len(reached) > 1 else 0]:
             continue
-        own = scale if scale is None or scale.ndim == 1 or expert is None else scale[expert]
+        scale_here = scale if scale is None or scale.ndim == 1 or expert is None else scale[expert]
         cut = slice(None, None, stride) if stack else slice(-first % stride, None, stride)
         dense, decoded = (a[index] if stack else a for a in (array, values))
         for before, after in _pieces(dense[cut], decoded[cut]):
             both = item.format.unrotate(np.stack([after - before, before]), _steps(tensor, index if stack else None))
-            if own is not None:
-                both /= own
+            if scale_here is not None:
+                both /= scale_here
             weigher = _by_hessian if item.method else _by_importance
             energies = weigher(both, calibration, weight.name, expert)
             error, squares = error + stride * energies[0], squares + stride * energies[1]
@@ -91,6 +91,6 @@ def _by_hessian(both: Doubles, calibration: Calibration, name: str, expert: int 
 def _by_importance(both: Doubles, calibration: Calibration, name: str, expert: int | None) -> tuple[float, float]:
     """The same where H is a diagonal."""
     values: Floats = calibration.matched.values[name]
-    own = values[expert] if values.ndim > 1 and expert is not None else values
-    error, squares = (np.square(both).sum(axis=1) @ own.astype(np.float64)).tolist()
+    importance = values[expert] if values.ndim > 1 and expert is not None else values
+    error, squares = (np.square(both).sum(axis=1) @ importance.astype(np.float64)).tolist()
     return error, squares

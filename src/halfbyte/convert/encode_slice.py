@@ -198,7 +198,7 @@ def _rotation(context: Context, item: Item, first: int, stop: int) -> Swaps | No
 
 
 def _largest(array: Array, item: Item) -> Floats:
-    found, finite = largest(array)
+    value, finite = largest(array)
     if not finite:
         raise not_finite(item.weight.name)
-    return found
+    return value

@@ -49,12 +49,12 @@ class Hessians:
             return None
         if len(weight.shape) < 3:
             return self._swaps(item, None, scale) if reached[0] else None
-        found = plain_swaps(fmt.rotation.swaps_shape((stop - first,), weight.shape[-1], fmt.block[1]))
+        swaps = plain_swaps(fmt.rotation.swaps_shape((stop - first,), weight.shape[-1], fmt.block[1]))
         for expert in range(first, stop):
             if reached[expert if len(reached) > 1 else 0]:
-                own = scale if scale is None or scale.ndim == 1 else scale[expert]
-                found[expert - first] = self._swaps(item, expert, own)
-        return found
+                scale_here = scale if scale is None or scale.ndim == 1 else scale[expert]
+                swaps[expert - first] = self._swaps(item, expert, scale_here)
+        return swaps
 
     def _swaps(self, item: Item, expert: int | None, scale: Floats | None) -> Swaps:
         assert item.format is not None and item.format.rotation is not None
@@ -77,18 +77,18 @@ class Hessians:
             return [self._one(item, None, scale) if reached[0] else None]
         if len(reached) == 1:
             reached = reached * item.weight.shape[0]
-        found: list[Prepared | None] = []
+        prepared: list[Prepared | None] = []
         for expert in range(first, stop):
-            own = scale if scale is None or scale.ndim == 1 else scale[expert]
-            found.append(self._one(item, expert, own) if reached[expert] else None)
-        return found
+            scale_here = scale if scale is None or scale.ndim == 1 else scale[expert]
+            prepared.append(self._one(item, expert, scale_here) if reached[expert] else None)
+        return prepared
 
     def _key(self, item: Item, expert: int | None, scale: Floats | None) -> tuple[object, ...]:
         """What a Hessian and what is made of it depend on."""
         statistics, name = self.calibration.statistics, item.weight.name
         assert statistics is not None and item.format is not None
-        own = statistics.array(name, "hessian")
-        pooled = own is not None and own.ndim == 2
+        hessian = statistics.array(name, "hessian")
+        pooled = hessian is not None and hessian.ndim == 2
         return (
             statistics.same.get(name, name),
             None if pooled else expert,

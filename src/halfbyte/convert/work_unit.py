@@ -71,10 +71,10 @@ class WorkUnit:
     @property
     def errors(self) -> list[TensorError]:
         """One for every quantized item, its slices counted in their order."""
-        found = [self._error(item) for item in self._chosen]
+        compared = [self._error(item) for item in self._chosen]
         for (k, _), part in sorted(self._errors.items(), key=lambda entry: entry[0]):
-            found[k].merge(part)
-        return found
+            compared[k].merge(part)
+        return compared
 
     def judged_errors(self) -> list[TensorError]:
         """The errors, once all of them are measured; UnconvertibleError for one beyond the bound."""
@@ -183,8 +183,8 @@ class WorkUnit:
         self._report(item, first, stop)
 
     def _prepare(self, pieces: Sequence[tuple[int, int, int]]) -> None:
-        mine = [[(a, b) for k, a, b in pieces if k == n] for n in range(len(self._chosen))]
-        self._carrier = Transcoder(self.plan, self._chosen, mine, self.reader)
+        parts = [[(a, b) for k, a, b in pieces if k == n] for n in range(len(self._chosen))]
+        self._carrier = Transcoder(self.plan, self._chosen, parts, self.reader)
 
     def _look(self, k: int, first: int, stop: int) -> None:
         """The amax of a slice that shares it with others."""
@@ -230,14 +230,14 @@ class WorkUnit:
     def _encoded(self, k: int, first: int, stop: int, error: TensorError) -> QuantizedTensor:
         item = self._chosen[k]
         array = self._held.pop((k, first), None)
-        found = self._shared
+        shared = self._shared
         if array is None:
             array, amax = read_slice(self._common, item, first, stop)
-            found = amax if found is None else found
-        assert found is not None
+            shared = amax if shared is None else shared
+        assert shared is not None
         stats = [ErrorStats() for _ in range(stop - first if array.ndim > 2 else 1)]
         known = known_of(self._common, item, first, stop)
-        tensor = encode_slice(self.plan, item, array, found, stats, known, self._fitted)
+        tensor = encode_slice(self.plan, item, array, shared, stats, known, self._fitted)
         if array.ndim > 2:
             for expert, one in enumerate(stats, first):
                 error.count_expert(expert, one)

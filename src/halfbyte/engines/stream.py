@@ -35,8 +35,8 @@ def decoded(
     dialect, source = checkpoint.dialect, checkpoint.inventory.source
     if dialect is None:
         method = quantization_config_of(checkpoint.inventory).get("quant_method")
-        said = f"is quantized by {method!r}, which halfbyte does not read" if method else "is not quantized"
-        raise CheckpointError(f"{source} {said}; leave the choice of the quantization method to the engine")
+        state = f"is quantized by {method!r}, which halfbyte does not read" if method else "is not quantized"
+        raise CheckpointError(f"{source} {state}; leave the choice of the quantization method to the engine")
     with Reader(checkpoint.inventory) as reader:
         for weight in checkpoint.weights:
             if is_input_scale(checkpoint, weight) or weight.name in packed:

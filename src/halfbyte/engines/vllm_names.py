@@ -53,8 +53,8 @@ class QuantizedModules:
         if prefix.endswith(_READ_BY_ATTENTION) or prefix.endswith(_CUT_BY_MODEL):
             return []
         names = [".".join(filter(None, (parent, part, "weight"))) for part in fused.get(last, [last])]
-        found = [self._named.get(name) for name in names]
-        weights = [weight for weight in found if weight is not None and len(weight.shape) == 2]
+        prefixes = [self._named.get(name) for name in names]
+        weights = [weight for weight in prefixes if weight is not None and len(weight.shape) == 2]
         return weights if len(weights) == len(names) else []
 
     def experts(self, prefix: str) -> tuple[Weight, Weight] | None:

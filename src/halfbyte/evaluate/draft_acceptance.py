@@ -97,9 +97,9 @@ def _right_drafts(head: DraftHead, model: Any, tokens: torch.Tensor, begin: int,
 def _mask(rows: int, steps: int, like: torch.Tensor) -> torch.Tensor:
     """[1, 1, steps x rows, steps x rows]: step 1 is causal; later steps also see their own row of each step between."""
     causal = torch.ones(rows, rows, dtype=torch.bool, device=like.device).tril()
-    own = torch.eye(rows, dtype=torch.bool, device=like.device)
-    none = torch.zeros_like(own)
-    lines = [torch.cat([causal, *(own if j <= i else none for j in range(1, steps))], 1) for i in range(steps)]
+    diagonal = torch.eye(rows, dtype=torch.bool, device=like.device)
+    none = torch.zeros_like(diagonal)
+    lines = [torch.cat([causal, *(diagonal if j <= i else none for j in range(1, steps))], 1) for i in range(steps)]
     seen = torch.cat(lines)
     mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
     return mask.masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]

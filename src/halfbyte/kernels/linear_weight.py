@@ -39,7 +39,7 @@ class PackedWeight:
         library.repack(native, arrays["codes"], arrays["scales"], arrays.get("offsets"))
 
     def _checked(self, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
-        found = {}
+        arrays = {}
         for name, (dtype, shape) in tensor.format.parts(self.shape).items():
             array = getattr(tensor, name)
             if name == "global_scale" and tensor.global_scale_inv is not None:
@@ -55,9 +55,9 @@ class PackedWeight:
                     f"{name} of a {tensor.format.name} weight {list(self.shape)} must be {np.dtype(dtype)} "
                     f"{list(shape)}, not {held}"
                 )
-            found[name] = np.require(array, requirements=("C", "A"))
-        self._scale_type = found["scales"].dtype
-        return found
+            arrays[name] = np.require(array, requirements=("C", "A"))
+        self._scale_type = arrays["scales"].dtype
+        return arrays
 
     def _wide_scales(self, scales: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Scales in the type of their file, which need not be the format's where that is no byte."""

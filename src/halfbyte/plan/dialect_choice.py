@@ -67,13 +67,13 @@ def _order() -> list[str]:
 def _loads(engine: Engine, dialect: str, formats: Sequence[str], alone: bool = True) -> bool:
     if not all(_holds(dialect, fmt) for fmt in formats):
         return False
-    found = [engine.load(dialect, fmt) for fmt in formats]
-    if not found or any(load is None for load in found):
+    loads = [engine.load(dialect, fmt) for fmt in formats]
+    if not loads or any(load is None for load in loads):
         return False
     wrong = [f for f in engine.facts if dialect in f.dialects and f.effect in ("wrong", "refuses") and not f.hardware]
     if any(not fact.roles and set(fact.formats) & set(formats) for fact in wrong) and alone:
         return False
-    return not alone or not any(load and (_WITH in load.where or "import halfbyte" in load.where) for load in found)
+    return not alone or not any(load and (_WITH in load.where or "import halfbyte" in load.where) for load in loads)
 
 
 def _stored(recipe: Recipe, name: str) -> str:

@@ -149,8 +149,8 @@ class Generator:
 
     def _end_tokens(self) -> set[int]:
         stated = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        found = {self.tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
-        return {token for token in found if token is not None}
+        tokens = {self.tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
+        return {token for token in tokens if token is not None}
 
 
 def _held_back(text: str, stops: Sequence[str]) -> int:

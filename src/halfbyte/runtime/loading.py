@@ -58,8 +58,8 @@ def load(
         raise HalfbyteError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
     on_cpu = device is None or torch.device(device).type == "cpu"
     packing = Packing(checkpoint, Mode(mode)) if checkpoint.formats and on_cpu and not dequantize and isa() else None
-    own = checkpoint.dialect is not None and checkpoint.dialect.name == "halfbyte"
-    if own and not dequantize and not (packing and all(map(packing.can_pack, packing.weights))):
+    is_halfbyte = checkpoint.dialect is not None and checkpoint.dialect.name == "halfbyte"
+    if is_halfbyte and not dequantize and not (packing and all(map(packing.can_pack, packing.weights))):
         # what has no product is decoded at every call, by the code that travels with checkpoints
         with packing_of(packing):
             root = checkpoint.inventory.root
@@ -73,7 +73,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
     """The tokenizer that lies beside a checkpoint; CheckpointError if there is none."""
     root = Checkpoint.open(path, revision).inventory.root
     # without any of these files transformers may make up an empty tokenizer
-    if root is None or not any(found for pattern in _VOCABULARIES for found in root.glob(pattern)):
+    if root is None or not any(vocabulary for pattern in _VOCABULARIES for vocabulary in root.glob(pattern)):
         raise CheckpointError(f"{path} has no tokenizer (a file such as tokenizer.json); put it beside the weights")
     try:
         return transformers.AutoTokenizer.from_pretrained(root, trust_remote_code=False)
@@ -83,12 +83,12 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
 
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """None and "auto" leave the choice to the config."""
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    kind = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype in (None, "auto"):
         return None
-    if not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point and kind.itemsize > 1):
         raise HalfbyteError(f"models cannot compute in {dtype!r}; use float32, bfloat16 or float16")
-    return found
+    return kind
 
 
 def class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
@@ -106,7 +106,7 @@ def class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
         ) from error
     names = inventory.config.get("architectures") or []
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    model_class = next((found for name in names if (found := _model_class(name, config)) is not None), None)
+    model_class = next((candidate for name in names if (candidate := _model_class(name, config)) is not None), None)
     if model_class is None:
         mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         if type(config) not in mapping:
@@ -120,12 +120,14 @@ def _model_class(name: str, config: Any) -> Any:
 
     Names come from strangers: auto classes, for one, would ask whether to run a checkpoint's own code.
     """
-    found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    candidate = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    if not (isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel)):
         return None
-    own = getattr(found, "config_class", None)
+    config_class = getattr(candidate, "config_class", None)
     parts = (config, *(part for part in [config.get_text_config()] if part is not config))
-    return found if isinstance(own, type) and any(isinstance(part, own) for part in parts) else None
+    return (
+        candidate if isinstance(config_class, type) and any(isinstance(part, config_class) for part in parts) else None
+    )
 
 
 def _strictly(checkpoint: Checkpoint, model_class: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

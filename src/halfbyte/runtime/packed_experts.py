@@ -55,8 +55,8 @@ def settings_of(module: Any) -> dict[str, Any]:
             raise NoKernelError(f"the gate of {type(module).__name__} cannot be tried ({error})") from error
         for interleaved in (False, True) if module.has_gate else (False,):
             for activation in ("silu", "gelu_tanh", "clamped_swiglu", "relu2", "identity"):
-                found = _gated(x, activation, interleaved, limits) if module.has_gate else _alone(x, activation)
-                if found is not None and found.shape == wanted.shape and torch.allclose(found, wanted, 1e-5, 1e-5):
+                result = _gated(x, activation, interleaved, limits) if module.has_gate else _alone(x, activation)
+                if result is not None and result.shape == wanted.shape and torch.allclose(result, wanted, 1e-5, 1e-5):
                     return {"activation": activation, "gated": module.has_gate, "interleaved": interleaved, **limits}
     raise NoKernelError(f"the activation of {type(module).__name__} has no compiled product")
 

@@ -29,66 +29,70 @@ def file_of(out: str) -> str:
     return str(files[0]) if files and not (Path(out) / "config.json").is_file() else out
 
 
-def library_of(found: Overview) -> str | None:
+def library_of(summary: Overview) -> str | None:
     """The hub's ``library_name``: the first library that is known to load it right; None where nothing is quantized."""
-    if found.dialect == "gguf":
+    if summary.dialect == "gguf":
         return "gguf"
-    if found.dialect == "mlx":
+    if summary.dialect == "mlx":
         return "mlx"
-    usable = [name for name in (TRANSFORMERS, VLLM, HALFBYTE) if runs(found, name)]
-    own = found.dialect == "halfbyte"
-    return None if found.dialect is None else HALFBYTE if own or not usable else usable[0].lower()
+    usable = [name for name in (TRANSFORMERS, VLLM, HALFBYTE) if runs(summary, name)]
+    is_halfbyte = summary.dialect == "halfbyte"
+    return None if summary.dialect is None else HALFBYTE if is_halfbyte or not usable else usable[0].lower()
 
 
-def runs(found: Overview, engine: str) -> bool:
+def runs(summary: Overview, engine: str) -> bool:
     """Whether nothing known speaks against running it with this engine."""
-    if found.dialect not in NATIVE[engine]:
+    if summary.dialect not in NATIVE[engine]:
         return False
     return not any(
-        f.effect in ("wrong", "refuses", "unknown") and not f.hardware for f in found.engines.get(engine, [])
+        f.effect in ("wrong", "refuses", "unknown") and not f.hardware for f in summary.engines.get(engine, [])
     )
 
 
-def usage(found: Overview, place: str) -> Iterator[tuple[str, str, str]]:
+def usage(summary: Overview, place: str) -> Iterator[tuple[str, str, str]]:
     """Engine, language of the snippet, snippet. ``place``: a folder or a repository's name."""
-    known = found.engines.get(VLLM, [])
-    plugin = _plugin_loads(found) or any(f.effect == "needs" and not f.hardware for f in known)
-    if runs(found, VLLM) or plugin:
-        own = "pip install halfbyte    # into vLLM's environment: its plugin decodes the weights\n"
-        install = own if plugin else ""
+    known = summary.engines.get(VLLM, [])
+    plugin = _plugin_loads(summary) or any(f.effect == "needs" and not f.hardware for f in known)
+    if runs(summary, VLLM) or plugin:
+        preparation = "pip install halfbyte    # into vLLM's environment: its plugin decodes the weights\n"
+        install = preparation if plugin else ""
         yield VLLM, "sh", f"{install}vllm serve {shlex.quote(place)}"
-    if runs(found, TRANSFORMERS):
-        needs = "# pip install transformers compressed-tensors\n" if found.dialect == "compressed-tensors" else ""
-        own = "import halfbyte.transformers  # registers the format\n" if found.dialect == "halfbyte" else needs
+    if runs(summary, TRANSFORMERS):
+        needs = "# pip install transformers compressed-tensors\n" if summary.dialect == "compressed-tensors" else ""
+        preparation = (
+            "import halfbyte.transformers  # registers the format\n" if summary.dialect == "halfbyte" else needs
+        )
         load = f'AutoModelForCausalLM.from_pretrained({json.dumps(place)}, dtype="auto")'
-        yield TRANSFORMERS, "python", f"{own}from transformers import AutoModelForCausalLM\n\nmodel = {load}"
-    if runs(found, MLX):
+        yield TRANSFORMERS, "python", f"{preparation}from transformers import AutoModelForCausalLM\n\nmodel = {load}"
+    if runs(summary, MLX):
         yield MLX, "sh", f"mlx_lm.server --model {shlex.quote(place)}"
-    if found.dialect == "gguf":
-        yield LLAMA_CPP, "sh", f"llama-server -m {shlex.quote(f'{place}/{min(found.files)}')}"
-    if runs(found, HALFBYTE):
+    if summary.dialect == "gguf":
+        yield LLAMA_CPP, "sh", f"llama-server -m {shlex.quote(f'{place}/{min(summary.files)}')}"
+    if runs(summary, HALFBYTE):
         load = f"halfbyte.load({json.dumps(place)})  # to check and to measure, not to serve"
         yield HALFBYTE, "python", f"import halfbyte\n\nmodel = {load}"
 
 
-def cautions(found: Overview) -> list[str]:
+def cautions(summary: Overview) -> list[str]:
     """What engines are known to lose, refuse or get wrong, a sentence each."""
-    return [_sentence(f) for known in found.engines.values() for f in known if f.effect != "unknown"]
+    return [_sentence(f) for known in summary.engines.values() for f in known if f.effect != "unknown"]
 
 
-def untried(found: Overview) -> list[str]:
+def untried(summary: Overview) -> list[str]:
     """Engines of which nothing is known for this dialect."""
-    return [name for name, known in found.engines.items() if any(f.effect == "unknown" for f in known)]
+    return [name for name, known in summary.engines.items() if any(f.effect == "unknown" for f in known)]
 
 
-def _plugin_loads(found: Overview) -> bool:
+def _plugin_loads(summary: Overview) -> bool:
     """vLLM alone gets MixFP4 wrong; with halfbyte beside it, its plugin loads it."""
-    wrong = [f for f in found.engines.get(VLLM, []) if f.effect == "wrong" and not f.hardware]
-    return bool(wrong) and found.dialect == "compressed-tensors" and all("halfbyte installed" in f.what for f in wrong)
+    wrong = [f for f in summary.engines.get(VLLM, []) if f.effect == "wrong" and not f.hardware]
+    return (
+        bool(wrong) and summary.dialect == "compressed-tensors" and all("halfbyte installed" in f.what for f in wrong)
+    )
 
 
-def _sentence(found: CompatibilityNote) -> str:
-    where = f"{found.engine} {found.version}".rstrip() + (f" on {found.hardware}" if found.hardware else "")
-    effect = EFFECTS.get(found.effect, "")
-    source = " (read in its source, not run)" if found.known == "read" else ""
-    return f"{where}{effect} {found.what}{source}" + (f"; {found.link}" if found.link else "")
+def _sentence(note: CompatibilityNote) -> str:
+    where = f"{note.engine} {note.version}".rstrip() + (f" on {note.hardware}" if note.hardware else "")
+    effect = EFFECTS.get(note.effect, "")
+    source = " (read in its source, not run)" if note.known == "read" else ""
+    return f"{where}{effect} {note.what}{source}" + (f"; {note.link}" if note.link else "")

@@ -77,5 +77,5 @@ def _comparable(config: dict[str, Any], *spelled: Checkpoint) -> dict[str, Any]:
     for checkpoint in spelled:
         config = checkpoint.dialect.package.original_config(config) if checkpoint.dialect else config
     code = config.get("auto_map") or {}
-    own = all(str(value).startswith("halfbyte_quantizer.") for value in code.values())
-    return {k: v for k, v in unquantized_config(config).items() if not (k == "auto_map" and own)}
+    is_ours = all(str(value).startswith("halfbyte_quantizer.") for value in code.values())
+    return {k: v for k, v in unquantized_config(config).items() if not (k == "auto_map" and is_ours)}
