@@ -59,3 +59,13 @@ def test_an_output_is_checked_without_its_source(run_json: Callable[..., Any], q
 
 def test_source_must_be_named_where_there_are_no_checksums(refusal: Callable[..., str], demo_model: str) -> None:
     assert "--against SRC" in refusal("verify", demo_model, code=1)
+
+
+def test_a_conversion_says_that_codes_stayed_and_global_scales_were_rounded(
+    run_text: Callable[..., str], demo_model: str, tmp_path: Path
+) -> None:
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    run_text("quantize", demo_model, first, "--recipe", "mixfp4", "--dialect", "halfbyte")
+    text = run_text("convert", first, second, "--dialect", "compressed-tensors", "--verify")
+    exact = int(text.split(" have exactly its values")[0].rsplit(" ", 1)[1])
+    assert f"{33 - exact} its codes and block scales with a rounded global scale" in text

@@ -47,3 +47,21 @@ def test_elements_beyond_the_largest_value_of_their_block_are_saturated(backend:
         error.add(source, tensor)
         error.add(source, tensor)
     assert error.saturated == 2 * 2
+
+
+def test_a_rounded_global_scale_is_told_from_another_code() -> None:
+    tensor = QuantizedTensor(
+        get_format("mxfp4"),
+        (1024, 1024),
+        np.full((1024, 512), 0x22, np.uint8),
+        np.full((1024, 32), 127, np.uint8),
+        None,
+    )
+    source = tensor.decode()
+    rounded = TensorError("w", "role", "mxfp4", source.size, source="mxfp4")
+    rounded.add(np.nextafter(source, np.float32(9)), tensor)
+    assert rounded.rounded and not rounded.lossless
+    changed = TensorError("w", "role", "mxfp4", source.size, source="mxfp4")
+    source[5, 7] = 1.5
+    changed.add(source, tensor)
+    assert not changed.rounded and not changed.lossless

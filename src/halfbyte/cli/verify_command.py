@@ -141,4 +141,5 @@ def _weights(result: Verification) -> Iterator[str]:
         yield f"{result.folded} compared with their AWQ scales applied to the source"
     already = sum(bool(error.source) for error in result.errors)
     if already:
-        yield f"of {already} already quantized in the source, {result.lossless} have exactly its values"
+        rounded = f", {result.rounded} its codes and block scales with a rounded global scale" if result.rounded else ""
+        yield f"of {already} already quantized in the source, {result.lossless} have exactly its values{rounded}"

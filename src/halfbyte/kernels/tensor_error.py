@@ -66,6 +66,14 @@ class TensorError:
         return bool(self.source) and self.max_error == 0
 
     @property
+    def rounded(self) -> bool:
+        """Whether codes and block scales of a quantized source stayed the same, and its global scale was rounded.
+
+        Another code changes a value by far more than the two roundings of FP32 that are allowed here.
+        """
+        return self.source == self.format and 0 < self.max_error and self.relmse <= 2.0**-44
+
+    @property
     def relmse(self) -> float:
         """Squared error over the sum of squares; infinite where only the source is zero."""
         return _ratio(self.squared_error, self.squares)

@@ -36,6 +36,11 @@ class Verification:
         return sum(error.lossless for error in self.errors)
 
     @property
+    def rounded(self) -> int:
+        """How many have its codes and block scales, and a global scale that another dialect rounds."""
+        return sum(error.rounded for error in self.errors)
+
+    @property
     def ok(self) -> bool:
         """Return whether the verification found no problem."""
         return not self.problems
