@@ -71,7 +71,7 @@ class TensorError:
 
         Another code changes a value by far more than the two roundings of FP32 that are allowed here.
         """
-        return self.source == self.format and 0 < self.max_error and self.relmse <= 2.0**-44
+        return self.source == self.format and self.max_error > 0 and self.relmse <= 2.0**-44
 
     @property
     def relmse(self) -> float:
