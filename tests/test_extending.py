@@ -123,7 +123,10 @@ def test_outputs_of_plugins_are_loaded(desk: Path) -> None:
             "register_dialect(type('Other', (type(get_dialect('fp8')),), {})())\n",
             "there is a dialect 'fp8' already",
         ),
-        ("from halfbyte.cli import register_command\nregister_command('plan', None)\n", "there is a command 'plan'"),
+        (
+            "from halfbyte.cli import register_command\nregister_command('plan', None)\n",
+            "there is already a command 'plan'",
+        ),
     ],
 )
 def test_a_broken_plugin_is_one_sentence_and_exit_code_2(tmp_path: Path, content: str | None, message: str) -> None:

@@ -40,7 +40,13 @@ def arguments(moe: Path, out: Path) -> list[str]:
     return ["quantize", str(moe), str(out), "--recipe", "mxfp4", "--max-shard-size", "40KB", "--threads", "1"]
 
 
-def start(moe: Path, out: Path, before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
+def heed() -> None:
+    """Let a child heed signals that the tests' own parent may ignore, as nohup and shells in the background do."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(moe: Path, out: Path, before: Callable[[], object] = heed) -> subprocess.Popen[str]:
     """A conversion that is slow after its first weights, once its first file is finished."""
     child = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments(moe, out)],

@@ -219,7 +219,7 @@ def test_weights_that_errors_were_fed_back_to_may_be_further_from_their_source(
     halfbyte.quantize(MODEL, tmp_path / "gptq", NVFP4, importance=invented_statistics(tmp_path / "s"))
     halfbyte.quantize(MODEL, tmp_path / "nearest", NEAREST)
     # both errors lie between this and 0.5
-    monkeypatch.setattr(import_module("halfbyte.verify.checkpoint_pair"), "MAX_RELMSE", 1e-3)
+    monkeypatch.setattr(import_module("halfbyte.kernels.tensor_error"), "MAX_RELMSE", 1e-3)
     assert halfbyte.verify(tmp_path / "gptq", MODEL, max_relmse=1e-3).ok
     assert not halfbyte.verify(tmp_path / "nearest", MODEL, max_relmse=1e-3).ok
     assert not halfbyte.verify(tmp_path / "gptq", MODEL, max_relmse=2e-3).ok

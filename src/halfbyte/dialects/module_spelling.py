@@ -7,14 +7,14 @@ tensors, packing, and how a checkpoint is read back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, TensorInfo, itemsize, numpy_dtype, safetensors_name
-from halfbyte.dialects.modules import Module, module_problem, modules, stored_bytes
+from halfbyte.dialects.modules import module_problem, modules, stored_bytes
 from halfbyte.dialects.outputs import Array, OutputTensor
 from halfbyte.dialects.spelling import Spelling, check_codes
 from halfbyte.errors import CheckpointError, PlanError
@@ -38,6 +38,17 @@ class ModulePart(NamedTuple):
     shape: Callable[[Shape], Shape] | None = None
     rows: int | None = None
     content: Callable[[int, int], tuple[float, ...]] | None = None
+
+
+class _Layout(NamedTuple):
+    """One tensor of a module: ending, stored type and shape, its array, rows per row, and what it always holds."""
+
+    ending: str
+    dtype: str
+    shape: Shape
+    array: str
+    rows: int
+    content: tuple[float, ...] | None
 
 
 Table = Mapping[str, str | tuple[str, str] | ModulePart]
@@ -68,24 +79,35 @@ class ModuleSpelling(Spelling):
 
     def outputs(self, weight: Weight, fmt: Format) -> list[OutputTensor]:
         """List the tensors of each module, in the order of the table."""
-        return [output for module in modules(weight) for output in self.module_outputs(module, fmt)]
+        layouts: dict[Shape, list[_Layout]] = {}  # the experts of a stack are alike
+        outputs: list[OutputTensor] = []
+        for module in modules(weight):
+            matrix = (module.n, module.k)
+            if matrix not in layouts:
+                layouts[matrix] = self._layouts(matrix, fmt)
+            for ending, dtype, shape, array, rows, content in layouts[matrix]:
+                cut = module.rows if rows else None
+                outputs.append(
+                    OutputTensor(module.name + ending, dtype, shape, array, module.expert, cut, rows, content)
+                )
+        return outputs
 
-    def module_outputs(self, module: Module, fmt: Format) -> Iterator[OutputTensor]:
-        """Yield the tensors of one module."""
+    def _layouts(self, matrix: tuple[int, int], fmt: Format) -> list[_Layout]:
+        """What the tensors of a module of this shape are, in the order of the table."""
+        layouts = []
         for array, part in self.parts(fmt).items():
-            name = module.name + part.ending
             if part.content is not None:
-                shape = part.shape((module.n, module.k)) if part.shape else (module.n, module.k)
-                content = part.content(module.n, module.k)
-                yield OutputTensor(name, part.dtype, shape, array, module.expert, None, 0, content)
+                shape = part.shape(matrix) if part.shape else matrix
+                layouts.append(_Layout(part.ending, part.dtype, shape, array, 0, part.content(*matrix)))
                 continue
-            kind, shape = fmt.parts((module.n, module.k))[array]
+            kind, shape = fmt.parts(matrix)[array]
             if part.shape is not None:
                 shape = part.shape(shape)
             elif np.dtype(kind).itemsize == 1:
                 shape = (*shape[:-1], shape[-1] // itemsize(part.dtype))
             rows = _rows_per_row(array, fmt) if part.rows is None else part.rows
-            yield OutputTensor(name, part.dtype, shape, array, module.expert, module.rows if rows else None, rows)
+            layouts.append(_Layout(part.ending, part.dtype, shape, array, rows, None))
+        return layouts
 
     def pack(self, output: OutputTensor, part: Array, fmt: Format) -> Array:
         """View bytes as words where the stored type is wider; other arrays are stored as they are."""

@@ -179,12 +179,11 @@ def pack(model: Any, packing: Packing) -> None:
         for places in _together(model, packing.places):
             try:
                 tensors = [packing.checkpoint.read_quantized(reader, place.weight) for place in places]
-            except UnequalScalesError as error:
+                (_pack_stacks if len(tensors[0].shape) == 3 else _pack_matrices)(places, tensors, packing.mode)
+            except (UnequalScalesError, NoKernelError, FormatError) as error:
                 logger.warning("%s is decoded while loading, in full size: %s", places[0].weight.name, error)
                 for place in places:
                     _decode(packing, reader, place)
-                continue
-            (_pack_stacks if len(tensors[0].shape) == 3 else _pack_matrices)(places, tensors, packing.mode)
     _share_ties(model)
     speed_up_kept(model)
     if any("_mixture" in module.__dict__ for module in model.modules()):
