@@ -15,7 +15,7 @@ from pathlib import Path
 
 from halfbyte.checkpoint import Journal, Reader, ShardWriter, copy_file_atomic, write_file_atomic
 from halfbyte.checkpoint.identity import SourceIdentity
-from halfbyte.checkpoint.lock import OutputLock
+from halfbyte.checkpoint.lock import OutputLock, remove_leftovers
 from halfbyte.convert.encode_slice import Context, Progress
 from halfbyte.convert.hessian_cache import Hessians
 from halfbyte.convert.output_folder_state import (
@@ -240,6 +240,8 @@ def _write_shards(
     finally:
         for file in opened:
             file.writer.abort()
+        # an interrupt may fall between the making of a file and its place in the list
+        remove_leftovers(out, [shard.name for shard in todo])
 
 
 def _jobs(units: Iterable[WorkUnit], limit: int) -> Iterator[list[WorkUnit]]:
