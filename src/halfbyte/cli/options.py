@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.human import parse_size, positive
 
@@ -115,6 +115,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--samples", metavar="N", type=positive, default=128, help="samples from the texts (default 128)"
     )
     parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens per sample (default 512)")
+
+
+def text_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of the text to measure on say, as arguments of ``halfbyte.evaluate.TextSettings``."""
+    names = ("text", "length", "stride", "max_tokens", "bos", "dtype", "device")
+    return {"preset": args.protocol, **{name: getattr(args, name) for name in names}}
 
 
 def add_bos(parser: argparse._ActionsContainer) -> None:

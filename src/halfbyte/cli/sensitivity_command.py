@@ -62,17 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe)
     out = args.output or f"{Path(args.source).resolve().name}-{recipe.name}.sensitivity.jsonl"
-    settings = TextSettings(
-        text=args.text,
-        preset=args.protocol,
-        length=args.length,
-        stride=args.stride,
-        max_tokens=args.max_tokens,
-        bos=args.bos,
-        dtype=args.dtype,
-        device=args.device,
-        cache=args.cache or default_cache(),
-    )
+    settings = TextSettings(**options.text_settings(args), cache=args.cache or default_cache())
     with steps("measuring", args.json) as report:
         document = sensitivity(args.source, recipe, out, settings, by=args.by, progress=report, announce=warn)
     if args.json:

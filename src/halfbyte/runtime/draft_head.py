@@ -39,7 +39,7 @@ _OPTIONAL = {"head": "shared_head.head.weight", "embedding": "embed_tokens.weigh
 class DraftHead(nn.Module):
     """The first multi-token-prediction layer of a checkpoint, in the dtype and on the device of its model.
 
-    ``embed`` gives the embeddings that it reads; ``forward`` the state that the next step takes and the logits.
+    A step is ``joined`` of the ``embed``-dings of tokens and of states, then ``run_layer``, then ``states_and_logits``.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
@@ -93,24 +93,16 @@ class DraftHead(nn.Module):
         result: torch.Tensor = self._embedding[0](tokens)
         return result
 
-    def forward(
-        self, embedded: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the head: embeddings [B, T, K] and states [B, T, K] -> states for the next step, logits [B, T, V].
-
-        ``positions`` [B, T] place each row; ``mask`` [B, 1, T, T] is 0 where a row may look and -inf elsewhere.
-        """
-        joined = self.joined(embedded, hidden)
-        states = self.run_layer(joined, positions, mask)
-        return self.states_and_logits(states)
-
     def joined(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """What the layer reads: both inputs, normed, side by side, projected to one."""
         result: torch.Tensor = self.join(torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], -1))
         return result
 
     def run_layer(self, joined: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The decoder layer of the head."""
+        """Run the decoder layer on rows [B, T, K].
+
+        ``positions`` [B, T] place each row; ``mask`` [B, 1, T, T] is 0 where a row may look, and very low elsewhere.
+        """
         rotary = self._rotary[0](joined, positions)
         states = self.layer(joined, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
         result: torch.Tensor = states[0] if isinstance(states, tuple) else states
