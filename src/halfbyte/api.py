@@ -14,11 +14,11 @@ from halfbyte.checkpoint.files import collector_paused
 from halfbyte.convert.conversion import Conversion, Progress
 from halfbyte.convert.conversion import convert as run_conversion
 from halfbyte.convert.keep_going import convert_keeping
-from halfbyte.dialects import get_dialect
 from halfbyte.dialects.halfbyte import HALFBYTE
 from halfbyte.errors import PlanError
 from halfbyte.plan.build import make_plan
 from halfbyte.plan.conversion_plan import Plan
+from halfbyte.plan.dialect_choice import find_dialect
 from halfbyte.plan.respelling import recipe_for
 from halfbyte.recipes import Recipe, load_recipe
 from halfbyte.renamed import accepts_old_names
@@ -153,7 +153,7 @@ def respelling(
 ) -> Plan:
     """Make the plan that ``convert`` carries out."""
     checkpoint = _open(source, revision)
-    spelling = get_dialect(dialect).for_model(checkpoint.inventory)
+    spelling = find_dialect(dialect).for_model(checkpoint.inventory)
     return make_plan(checkpoint, recipe_for(checkpoint, spelling, requantize), spelling, max_shard_bytes)
 
 
@@ -250,7 +250,7 @@ def _plan(source: Source, recipe: str | Path | Recipe, options: PlanOptions) -> 
     if options.importance is not None:
         known = calibration_for(options.importance, checkpoint, options.calibration_of_base)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    dialect = get_dialect(options.dialect or loaded.dialect or HALFBYTE)
+    dialect = find_dialect(options.dialect or loaded.dialect or HALFBYTE)
     if not options.remote_code:
         return make_plan(checkpoint, loaded, dialect, options.max_shard_bytes, calibration=known)
     if dialect is not HALFBYTE:

@@ -148,6 +148,16 @@ def test_a_text_that_is_too_short_is_refused() -> None:
         prompts_of(TOKENS[:10])
 
 
+def test_heads_and_drafts_are_checked_before_anything_is_measured(
+    demo: tuple[Any, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte.evaluate import Settings, evaluation, measure
+
+    monkeypatch.setattr(evaluation._Run, "_row", lambda self, index: pytest.fail("measured"))
+    with pytest.raises(HalfbyteError, match="between 1 and 8"):
+        measure(DEMO, None, Settings(drafts=9))
+
+
 def test_too_many_drafts_are_refused(demo: tuple[Any, Checkpoint]) -> None:
     with pytest.raises(HalfbyteError, match="between 1 and 8"):
         measure_drafts(*demo, TOKENS, 9)

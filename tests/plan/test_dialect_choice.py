@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from halfbyte.errors import PlanError
-from halfbyte.plan.dialect_choice import best_dialect, suggestion
+from halfbyte.plan.dialect_choice import best_dialect, find_dialect, suggestion
 from halfbyte.recipes import load_recipe
 
 
@@ -56,3 +56,9 @@ def test_a_dialect_that_is_called_like_an_engine_is_a_dialect() -> None:
 
     assert not any(suggestion(dialect.name) for dialect in list_dialects())
     assert "is an engine" in suggestion("vllm")
+
+
+def test_an_engine_named_for_a_dialect_is_told_what_it_reads() -> None:
+    with pytest.raises(PlanError, match="vLLM is an engine; it reads compressed-tensors"):
+        find_dialect("vllm")
+    assert find_dialect("compressed-tensors").name == "compressed-tensors"

@@ -69,13 +69,13 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.allocate import FORMATS, AllocateOptions, allocate_recipe
     from halfbyte.calibration import calibration_for
     from halfbyte.checkpoint import write_file_atomic
-    from halfbyte.dialects import get_dialect
+    from halfbyte.plan.dialect_choice import find_dialect
 
     out = Path(args.output)
     if out.suffix not in (".yaml", ".yml"):
         raise HalfbyteError(f"{out} should end in .yaml, as recipes do")
     checkpoint = options.open_checkpoint(args)
-    dialect = get_dialect(args.dialect).for_model(checkpoint.inventory)
+    dialect = find_dialect(args.dialect).for_model(checkpoint.inventory)
     known = calibration_for(args.importance, checkpoint, args.calibration_of_base) if args.importance else None
     if args.text is None and any((args.max_tokens, args.length, args.device, args.dtype)):
         raise HalfbyteError(

@@ -188,7 +188,7 @@ def dialect_of(args: argparse.Namespace) -> str | None:
     if args.dialect and args.engine:
         raise HalfbyteError("--dialect and --for both choose the dialect; leave one out")
     if args.dialect and (advice := suggestion(args.dialect)):
-        raise HalfbyteError(f"there is no dialect {args.dialect!r}: {advice}")
+        raise HalfbyteError(f"there is no dialect {args.dialect!r}: {advice} (or say --for {args.dialect})")
     recipe = load_recipe(args.recipe)
     if args.dialect or (recipe.dialect and not args.engine):
         return args.dialect or recipe.dialect

@@ -8,12 +8,13 @@ it, so the numbers are those of an engine at temperature 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.runtime.draft_head import DraftHead
+from halfbyte.runtime.draft_head import DraftHead, spelling_of_head
 from halfbyte.source.checkpoint import Checkpoint
 
 PROMPTS, PROMPT_LENGTH, CONTINUATION = 16, 64, 64
@@ -31,8 +32,7 @@ def measure_drafts(
     Returns ``accepted`` (the share of positions at which the first k drafts are all right, k = 1..drafts),
     ``tokens_per_step`` (what a step of the model then yields), ``positions``, and how it was measured.
     """
-    if not 1 <= drafts <= MOST_DRAFTS:
-        raise HalfbyteError(f"the number of drafts must be between 1 and {MOST_DRAFTS}, not {drafts}")
+    check_drafts([checkpoint], drafts)
     head = DraftHead(checkpoint, model)
     prompts = prompts_of(tokens)
     if bos is not None:
@@ -49,6 +49,14 @@ def measure_drafts(
         "prompt_length": prompts.shape[1],
         "continuation": CONTINUATION,
     }
+
+
+def check_drafts(checkpoints: Iterable[Checkpoint], drafts: int) -> None:
+    """HalfbyteError for a number of drafts that nobody uses, CheckpointError for a checkpoint without a head."""
+    if not 1 <= drafts <= MOST_DRAFTS:
+        raise HalfbyteError(f"the number of drafts must be between 1 and {MOST_DRAFTS}, not {drafts}")
+    for checkpoint in checkpoints:
+        spelling_of_head(checkpoint)
 
 
 def prompts_of(tokens: list[int]) -> torch.Tensor:

@@ -99,6 +99,10 @@ class _Run:
         self.checkpoints = [Checkpoint.open(path) for path in self.paths]
         self.names = distinct_names(self.paths)
         self._check_vocabularies()
+        if s.drafts:
+            from halfbyte.evaluate.draft_acceptance import check_drafts
+
+            check_drafts(self.checkpoints, s.drafts)
         tokenizer = load_tokenizer(self.paths[0])
         self.on_text, self.on_kl = self._passages(tokenizer)
         self.passages = list({id(p): p for p in (self.on_text, self.on_kl) if p is not None}.values())

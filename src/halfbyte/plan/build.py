@@ -9,7 +9,7 @@ from typing import Any
 
 from halfbyte.calibration import Calibration
 from halfbyte.checkpoint.files import collector_paused
-from halfbyte.dialects import Dialect, get_dialect
+from halfbyte.dialects import Dialect
 from halfbyte.errors import PlanError
 from halfbyte.formats import Format
 from halfbyte.models import Weight
@@ -18,6 +18,7 @@ from halfbyte.plan.assignment import assign
 from halfbyte.plan.calibration_use import CalibrationUse, check_calibration, optional_note, use_calibration
 from halfbyte.plan.configuration import make_config, make_provenance, make_settings
 from halfbyte.plan.conversion_plan import Plan
+from halfbyte.plan.dialect_choice import find_dialect
 from halfbyte.plan.fusion_groups import check_groups, check_tied, requantized_together
 from halfbyte.plan.global_scales import fitted_note
 from halfbyte.plan.kv_cache import add_cache_scales, respell_caches
@@ -99,7 +100,7 @@ def _begin(
 ) -> Draft:
     """Open the recipe and the dialect; refuse sources that cannot be written in any other form."""
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    target = get_dialect(dialect or recipe.dialect or "halfbyte")
+    target = find_dialect(dialect or recipe.dialect or "halfbyte")
     enforce(check_source(checkpoint))
     source = checkpoint.dialect
     target = source if source and source.name == target.name else target.for_model(checkpoint.inventory)

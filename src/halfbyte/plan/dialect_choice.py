@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from halfbyte.compatibility.engine_facts import Engine, engines
-from halfbyte.dialects import get_dialect, list_dialects
+from halfbyte.dialects import Dialect, get_dialect, list_dialects
 from halfbyte.errors import PlanError
 from halfbyte.formats import get_format
 from halfbyte.models import Weight
@@ -94,4 +94,11 @@ def suggestion(name: str) -> str:
         return ""
     engine = next(e for e in engines() if e.name == ENGINES[key])
     reads = [dialect for dialect in engine.reads if dialect not in ("plain", OWN) and get_dialect(dialect)]
-    return f"{engine.name} is an engine; it reads {', '.join(reads)} (or say --for {key})"
+    return f"{engine.name} is an engine; it reads {', '.join(reads)}"
+
+
+def find_dialect(name: str | Dialect) -> Dialect:
+    """The dialect of this name; PlanError where there is none, with those of an engine that is named instead."""
+    if not isinstance(name, Dialect) and (advice := suggestion(name)):
+        raise PlanError(f"there is no dialect {name!r}: {advice}")
+    return get_dialect(name)

@@ -46,10 +46,8 @@ class DraftHead(nn.Module):
         """Read the head of ``checkpoint``, whose loaded model is ``model``; CheckpointError where there is none."""
         super().__init__()
         decoder = model.get_decoder()
-        weights = {w.name: w for w in checkpoint.weights if w.role.removeprefix("quantized.").startswith("mtp.")}
-        if not weights:
-            raise CheckpointError(f"{checkpoint.inventory.source} has no multi-token-prediction head to draft with")
-        names, prefix = _spelling(weights, checkpoint)
+        weights = _head_weights(checkpoint)
+        names, prefix = spelling_of_head(checkpoint)
         config = copy.deepcopy(decoder.config)
         config._attn_implementation, config._experts_implementation = "eager", "eager"
         index = _full_attention(config)
@@ -114,8 +112,18 @@ class DraftHead(nn.Module):
         return (normed if self._hands_on_normed else states), self._head[0](normed)
 
 
-def _spelling(weights: dict[str, Weight], checkpoint: Checkpoint) -> tuple[dict[str, str], str]:
-    """Names of the tensors beside the layer, and the prefix of those of the layer."""
+def _head_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
+    return {w.name: w for w in checkpoint.weights if w.role.removeprefix("quantized.").startswith("mtp.")}
+
+
+def spelling_of_head(checkpoint: Checkpoint) -> tuple[dict[str, str], str]:
+    """Names of the tensors beside the layer, and the prefix of those of the layer.
+
+    CheckpointError where the checkpoint has no head, or one in a spelling that is not known.
+    """
+    weights = _head_weights(checkpoint)
+    if not weights:
+        raise CheckpointError(f"{checkpoint.inventory.source} has no multi-token-prediction head to draft with")
     if set(_QWEN.values()) <= set(weights):
         return dict(_QWEN), "mtp.layers.0."
     for name in sorted(weights):
