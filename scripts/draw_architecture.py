@@ -33,6 +33,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "demo": "the bundled model",
         "allocate": "a format for each",
         "report": "pages and cards",
+        "serve": "a door before servers",
     },
     {"cli": "one file per command"},
 )
