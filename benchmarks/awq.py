@@ -74,7 +74,7 @@ class Bench:
         judged = [error for error in errors if error is not None]
         limit = HELD_OUT * LENGTH
         row = halfbyte.evaluate([out], self.source, self.held_out, length=LENGTH, stride=LENGTH, max_tokens=limit)[-1]
-        smoothings = [fold for fold in done.smoothings if fold.alpha]
+        smoothings = [group for group in done.smoothings if group.alpha]
         return {
             "weighted_error": sum(judged) / len(judged),
             "relmse": done.relmse,
@@ -82,7 +82,7 @@ class Bench:
             "top1": row["kl"]["top1"],
             "groups": len(done.smoothings),
             "folded": len(smoothings),
-            "rounding": max((error for fold in smoothings for error in fold.rounding.values()), default=0.0),
+            "rounding": max((error for group in smoothings for error in group.rounding.values()), default=0.0),
         }
 
 

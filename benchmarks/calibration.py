@@ -38,7 +38,7 @@ from halfbyte.checkpoint import Reader
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Settings, measure
 from halfbyte.formats import get_format
-from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.recipes import Recipe
 from halfbyte.search import get_search
 from halfbyte.source.checkpoint import Checkpoint
@@ -194,16 +194,16 @@ class Bench:
         twins = {w.name: w for w in source.weights}
         found = []
         with Reader(ours.inventory) as left, Reader(source.inventory) as right:
-            smoothings = stored_folds(out, source, right)
+            smoothings = stored_smoothings(out, source, right)
             for weight in (w for w in ours.weights if w.name in ours.formats):
                 hessian = statistics.array(weight.name, "hessian")
                 if hessian is None:
                     continue
-                values, fold = ours.read(left, weight).astype(np.float64), smoothings.get(weight.name)
-                if fold and fold.rows is not None:
-                    values *= fold.rows[..., None]
-                if fold and fold.columns is not None:
-                    values /= fold.columns[..., None, :]
+                values, smoothing = ours.read(left, weight).astype(np.float64), smoothings.get(weight.name)
+                if smoothing and smoothing.rows is not None:
+                    values *= smoothing.rows[..., None]
+                if smoothing and smoothing.columns is not None:
+                    values /= smoothing.columns[..., None, :]
                 dense = source.read(right, twins[weight.name].untransposed()).astype(np.float64)
                 error = values - dense
                 lost, energy = (float(np.sum((a @ hessian) * a)) for a in (error, dense))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from halfbyte.calibration.statistics import Part, new_about, write_about, write_part
+from halfbyte.calibration.statistics import Part, new_description, write_description, write_part
 from halfbyte.source.checkpoint import Checkpoint
 
 
@@ -27,5 +27,7 @@ def with_caches(folder: Path, source: Path, caches: Mapping[str, Mapping[str, fl
         part.arrays[module] = {kind: np.array(value, np.float32) for kind, value in kinds.items()}
     folder.mkdir()
     write_part(folder, "all", part)
-    write_about(folder, new_about(texts=[], samples=1, tokens=1, caches=True, parts=["all"]) | {"complete": True})
+    write_description(
+        folder, new_description(texts=[], samples=1, tokens=1, caches=True, parts=["all"]) | {"complete": True}
+    )
     return folder

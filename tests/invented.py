@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from halfbyte.calibration.statistics import Part, new_about, write_about, write_part
+from halfbyte.calibration.statistics import Part, new_description, write_description, write_part
 from halfbyte.calibration.token_counts import MIN_TOKENS
 from halfbyte.demo import MODEL
 from halfbyte.models import Weight
@@ -47,7 +47,7 @@ def invented_statistics(folder: Path, starved: bool = True, hessians: bool = Tru
                 del part.arrays[weight.name]["hessian"]
     folder.mkdir()
     write_part(folder, "all", part)
-    about = new_about(
+    about = new_description(
         source={"name": "demo", "fingerprint": ""},
         texts=["invented"],
         samples=1,
@@ -58,5 +58,5 @@ def invented_statistics(folder: Path, starved: bool = True, hessians: bool = Tru
         parts=["all"],
         complete=True,
     )
-    write_about(folder, about)
+    write_description(folder, about)
     return folder

@@ -14,7 +14,7 @@ from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 from halfbyte.calibrate.layerwise import LayerwiseModel, enter, run_layer
 from halfbyte.calibrate.observe import Observer
 from halfbyte.calibrate.samples import make_samples
-from halfbyte.calibration.statistics import Statistics, merge, read_about, write_about
+from halfbyte.calibration.statistics import Statistics, merge, read_description, write_description
 from halfbyte.checkpoint import Reader
 from halfbyte.demo import MODEL
 from halfbyte.errors import CheckpointError, OutputError
@@ -105,8 +105,8 @@ def test_statistics_of_an_older_halfbyte_are_read_but_not_continued_or_merged(
     old = collect_statistics(
         MODEL, tmp_path / "old", [demo_text], CollectOptions(SAMPLES, LENGTH, hessians=False)
     ).folder
-    about = read_about(old)
-    write_about(old, {key: value for key, value in about.items() if key != "caches"})
+    about = read_description(old)
+    write_description(old, {key: value for key, value in about.items() if key != "caches"})
     assert Statistics(old).importance().values.keys() == collected.importance().values.keys()
     with pytest.raises(CheckpointError, match="differ in 'caches'"):
         merge([collected.folder, old], tmp_path / "both")

@@ -114,7 +114,7 @@ def test_merged_statistics_are_those_of_both_texts(tmp_path: Path, demo_text: st
     for name in both.names:
         for kind, add in (("count", np.add), ("squares", np.add), ("hessian", np.add), ("amax", np.maximum)):
             np.testing.assert_array_equal(both.array(name, kind), add(one.array(name, kind), two.array(name, kind)))
-    assert both.about["tokens"] == 6 * LENGTH
+    assert both.description["tokens"] == 6 * LENGTH
 
 
 @pytest.mark.slow

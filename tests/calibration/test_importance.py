@@ -10,7 +10,7 @@ import pytest
 
 from halfbyte.calibration import Importance, match_importance, read_importance, write_importance
 from halfbyte.calibration.importance import spelled_for_llama
-from halfbyte.calibration.statistics import Part, new_about, write_about, write_part
+from halfbyte.calibration.statistics import Part, new_description, write_description, write_part
 from halfbyte.checkpoint import build_header
 from halfbyte.errors import CheckpointError
 from halfbyte.models import Weight, family_for
@@ -56,7 +56,7 @@ def test_the_content_decides_and_not_the_ending(tmp_path: Path) -> None:
 def test_a_folder_of_statistics_is_read_as_means(tmp_path: Path) -> None:
     part = Part({"a.weight": {"count": np.asarray(4), "squares": np.float64([4, 8])}}, {"b.weight": "a.weight"})
     write_part(tmp_path, "layer-00000", part)
-    write_about(tmp_path, new_about(complete=True, parts=["layer-00000"], texts=["wiki"]))
+    write_description(tmp_path, new_description(complete=True, parts=["layer-00000"], texts=["wiki"]))
     found = read_importance(tmp_path)
     assert list(found.values) == ["a.weight", "b.weight"] and found.datasets == ("wiki",)
     np.testing.assert_array_equal(found.values["b.weight"], np.float32([1, 2]))

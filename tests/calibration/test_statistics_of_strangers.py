@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.calibration.statistics import ABOUT, Statistics, merge, new_about, write_about
+from halfbyte.calibration.statistics import DESCRIPTION_FILE, Statistics, merge, new_description, write_description
 from halfbyte.errors import CheckpointError
 
 
@@ -17,8 +17,10 @@ from halfbyte.errors import CheckpointError
 def test_a_part_that_is_no_plain_name_is_refused(name: object, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        about = new_about(source={}, texts=[], samples=1, tokens=1, length=1, parts=[name], done=1) | {"complete": True}
-        write_about(tmp_path / folder, about)
+        about = new_description(source={}, texts=[], samples=1, tokens=1, length=1, parts=[name], done=1) | {
+            "complete": True
+        }
+        write_description(tmp_path / folder, about)
     with pytest.raises(CheckpointError, match="no plain name"):
         Statistics(tmp_path / "a")
     with pytest.raises(CheckpointError, match="no plain name"):
@@ -28,7 +30,9 @@ def test_a_part_that_is_no_plain_name_is_refused(name: object, tmp_path: Path) -
 
 @pytest.mark.parametrize(("key", "value"), [("parts", "all"), ("parts", ["a", "a"]), ("tokens", "9"), ("texts", 1)])
 def test_wrong_types_are_one_sentence(key: str, value: object, tmp_path: Path) -> None:
-    about = new_about(source={}, texts=[], samples=1, tokens=1, length=1, parts=["a"], done=1) | {"complete": True}
-    (tmp_path / ABOUT).write_text(json.dumps({**about, key: value}))
+    about = new_description(source={}, texts=[], samples=1, tokens=1, length=1, parts=["a"], done=1) | {
+        "complete": True
+    }
+    (tmp_path / DESCRIPTION_FILE).write_text(json.dumps({**about, key: value}))
     with pytest.raises(CheckpointError, match="damaged"):
         Statistics(tmp_path)

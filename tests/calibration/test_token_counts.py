@@ -9,7 +9,7 @@ import pytest
 
 from halfbyte.calibration import Calibration
 from halfbyte.calibration.importance import Matched
-from halfbyte.calibration.statistics import Part, Statistics, new_about, write_about, write_part
+from halfbyte.calibration.statistics import Part, Statistics, new_description, write_description, write_part
 from halfbyte.calibration.token_counts import enough
 
 
@@ -20,7 +20,7 @@ def calibration(folder: Path, counts: list[int] | int, hessian: tuple[int, ...] 
     if hessian is not None:
         arrays["hessian"] = np.ones(hessian, np.float32)
     write_part(folder, "all", Part({"w": arrays}))
-    write_about(folder, new_about(texts=[], samples=1, tokens=1, parts=["all"]) | {"complete": True})
+    write_description(folder, new_description(texts=[], samples=1, tokens=1, parts=["all"]) | {"complete": True})
     return Calibration("", "", 1, Matched(), Statistics(folder))
 
 

@@ -16,7 +16,7 @@ from halfbyte.cli import main
 from halfbyte.convert.conversion import Conversion, convert
 from halfbyte.demo import MODEL
 from halfbyte.evaluate import tensor_errors
-from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.sealed_provenance import calibrated_errors
 from halfbyte.recipes import parse_recipe
@@ -58,7 +58,7 @@ def direct(plan: Plan, out: Path, name: str, hessians: bool) -> tuple[float, flo
     with Reader(source.inventory) as reader, Reader(ours.inventory) as written:
         before = source.read(reader, weight, 0, weight.shape[0]).astype(np.float64)
         after = ours.read(written, weight, 0, weight.shape[0]).astype(np.float64)
-        fold = stored_folds(out, source, reader).get(name)
+        fold = stored_smoothings(out, source, reader).get(name)
     if fold is not None and fold.columns is not None:  # back to the weight as its inputs meet it
         after = after / fold.columns[..., None, :] if fold.columns.ndim > 1 else after / fold.columns
     error = squares = 0.0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import halfbyte
-from halfbyte.calibration.statistics import Part, new_about, write_about, write_part
+from halfbyte.calibration.statistics import Part, new_description, write_description, write_part
 from halfbyte.calibration.token_counts import MIN_TOKENS
 from halfbyte.checkpoint import Reader
 from halfbyte.cli import main
@@ -194,7 +194,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     folder.mkdir()
     write_part(folder, "all", part)
-    write_about(folder, new_about(texts=[], samples=1, tokens=1, parts=["all"]) | {"complete": True})
+    write_description(folder, new_description(texts=[], samples=1, tokens=1, parts=["all"]) | {"complete": True})
     with pytest.raises(PlanError, match="made for another model"):
         halfbyte.plan(MODEL, NVFP4, importance=folder)
 

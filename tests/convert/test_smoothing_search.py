@@ -12,7 +12,7 @@ from halfbyte.convert import smoothing_search as fold_search
 from halfbyte.convert.conversion import convert, source_bytes
 from halfbyte.convert.smoothing_search import _runs, sample_bytes
 from halfbyte.plan import resources
-from halfbyte.source.smoothing import FOLDS, read_scales
+from halfbyte.source.smoothing import SMOOTHING_FILE, read_scales
 from halfbyte.verify.weights import verify
 from small_models import MOE_CONFIG, hashes, moe_tensors, write_checkpoint
 
@@ -47,7 +47,7 @@ def test_scales_chosen_on_a_sample_fit_all_experts_and_rows(
     monkeypatch.setattr(fold_search, "_RUNS", 2)
     convert(plan_with(moe), tmp_path / "out", threads=1)
     assert max(sizes) == 4096
-    scales = read_scales(tmp_path / "out" / FOLDS)
+    scales = read_scales(tmp_path / "out" / SMOOTHING_FILE)
     assert scales["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 128)
     assert verify(tmp_path / "out", moe).ok
 

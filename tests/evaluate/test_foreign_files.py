@@ -12,7 +12,7 @@ import pytest
 
 from halfbyte.calibrate.samples import make_samples
 from halfbyte.calibration import read_importance
-from halfbyte.calibration.statistics import ABOUT, Statistics
+from halfbyte.calibration.statistics import DESCRIPTION_FILE, Statistics
 from halfbyte.demo import MODEL
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.conversations import read_conversations
@@ -28,7 +28,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "imatrix.dat": ("imatrix.dat", read_importance),
     "imatrix.gguf": ("imatrix.gguf", read_importance),
     "importance": ("importance.safetensors", read_importance),
-    "statistics": (ABOUT, lambda path: Statistics(path.parent)),
+    "statistics": (DESCRIPTION_FILE, lambda path: Statistics(path.parent)),
     "sensitivity": ("s.jsonl", read_sensitivity),
     "results": ("results.json", read_document),
     "results in lines": ("results.jsonl", read_document),

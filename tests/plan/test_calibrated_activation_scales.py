@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import halfbyte
-from halfbyte.calibration.statistics import Part, new_about, write_about, write_part
+from halfbyte.calibration.statistics import Part, new_description, write_description, write_part
 from halfbyte.checkpoint import Reader
 from halfbyte.demo import MODEL
 from halfbyte.errors import PlanError
@@ -40,7 +40,7 @@ def _statistics(folder: Path, silent: str = "") -> Path:
         }
     folder.mkdir()
     write_part(folder, "all", part)
-    write_about(folder, new_about(texts=[], samples=1, tokens=1, parts=["all"]) | {"complete": True})
+    write_description(folder, new_description(texts=[], samples=1, tokens=1, parts=["all"]) | {"complete": True})
     return folder
 
 

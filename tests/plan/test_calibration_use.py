@@ -166,7 +166,7 @@ def test_what_is_folded_and_what_is_not_is_said_with_the_reason(dense: Path) -> 
     plan = plan_with(dense, linear("nvfp4", transform="awq"))
     told = plan.summary()["importance"]
     assert told["folds"] == [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
-    assert note(plan, "AWQ: ").startswith("AWQ: 2 groups of weights may be folded")
+    assert note(plan, "AWQ: ").startswith("AWQ: 2 groups of weights may be smoothed")
     # this small model has no norm before its MLP
     assert [(entry["reason"], len(entry["weights"])) for entry in told["not_folded"]] == [
         ("model.layers.0.mlp.gate_proj.weight in the same layer reads an input that is not known", 6),
@@ -174,7 +174,7 @@ def test_what_is_folded_and_what_is_not_is_said_with_the_reason(dense: Path) -> 
         ("nothing before it can be divided", 2),
     ]
     assert plan.notes[-1] == (
-        "AWQ: 2 (such as model.layers.0.self_attn.o_proj.weight) not folded: nothing before it can be divided"
+        "AWQ: 2 (such as model.layers.0.self_attn.o_proj.weight) not smoothed: nothing before it can be divided"
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 import halfbyte
 from collected import with_caches
 from halfbyte.calibration import Importance
-from halfbyte.calibration.statistics import read_about, write_about
+from halfbyte.calibration.statistics import read_description, write_description
 from halfbyte.demo import MODEL
 from halfbyte.dialects.compressed_tensors_config import CACHE as CT_SCHEME
 from halfbyte.errors import PlanError, RecipeError
@@ -166,7 +166,7 @@ def test_with_an_importance_file_alone_it_is_refused() -> None:
 
 def test_statistics_of_an_older_halfbyte_are_refused(tmp_path: Path) -> None:
     folder = statistics(tmp_path / "s", caches={})
-    write_about(folder, {key: value for key, value in read_about(folder).items() if key != "caches"})
+    write_description(folder, {key: value for key, value in read_description(folder).items() if key != "caches"})
     with pytest.raises(RecipeError, match="s comes from an older halfbyte, without keys and values; calibrate again"):
         halfbyte.plan(MODEL, _recipe(), dialect=CT, importance=folder)
 

@@ -15,9 +15,9 @@ from folded import importance_of
 from halfbyte.calibration import write_importance
 from halfbyte.checkpoint import Reader
 from halfbyte.cli import main
-from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.source.checkpoint import Checkpoint
-from halfbyte.source.smoothing import FOLDS, read_scales
+from halfbyte.source.smoothing import SMOOTHING_FILE, read_scales
 from small_models import read_file, write_file
 
 RECIPE = """
@@ -51,7 +51,7 @@ def test_folded_weights_give_the_logits_of_the_source(shared: Path, tmp_path: Pa
     out = tmp_path / "out"
     more = ["--recipe", str(tmp_path / "recipe.yaml"), "--importance", str(tmp_path / "importance.safetensors")]
     assert main(["quantize", str(source), str(out), *more, "--verify", "--json"]) == 0
-    assert sum((scale != 1).any() for scale in read_scales(out / FOLDS).values()) >= least
+    assert sum((scale != 1).any() for scale in read_scales(out / SMOOTHING_FILE).values()) >= least
     before = logits(halfbyte.load(source, "float32"))
     model = halfbyte.load(out, "float32", dequantize=True)
     rough = logits(model)
@@ -59,7 +59,7 @@ def test_folded_weights_give_the_logits_of_the_source(shared: Path, tmp_path: Pa
     ours, origin = Checkpoint.open(out), Checkpoint.open(source)
     parameters = dict(model.named_parameters())
     with Reader(origin.inventory) as reader, torch.no_grad():
-        smoothings = stored_folds(out, origin, reader)
+        smoothings = stored_smoothings(out, origin, reader)
         for weight in (w for w in origin.weights if w.name in ours.formats):
             dense = origin.read(reader, weight)
             parameters[weight.name].copy_(

@@ -1,4 +1,4 @@
-"""AWQ folding on arrays: nothing changes but the quantizer's error, which never grows."""
+"""AWQ smoothing on arrays: nothing changes but the quantizer's error, which never grows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from halfbyte.search import encode
 from halfbyte.search.awq import (
     Consumer,
     choose_scale,
-    fold_columns,
     scale_from,
+    smooth_columns,
     smooth_norm,
     weighted_error,
 )
@@ -61,7 +61,7 @@ def test_norm_times_weight_stays_what_it_was(zero_centred: bool, dtype: Any) -> 
     assert new.dtype == norm.dtype and not np.array_equal(new, norm)
     offset = 1 if zero_centred else 0
     before = weight * (norm.astype(np.float64) + offset)
-    after = fold_columns(weight, scale) * (new.astype(np.float64) + offset)
+    after = smooth_columns(weight, scale) * (new.astype(np.float64) + offset)
     # the scale is the one of the rounded norm: coarse norms lose nothing
     np.testing.assert_allclose(after, before, rtol=1e-6)
 
@@ -99,7 +99,7 @@ def test_folding_reduces_the_error_of_the_output_on_inputs_it_has_not_seen() -> 
     assert 0 < choice.alpha <= 0.8 and choice.loss < 0.9 * choice.unfolded and choice.norm is not None
     fresh = np.random.default_rng(9).normal(size=(256, K)) * np.sqrt(importance)
     plain = encode(weight, "int4_g128", "absmax").decode()
-    folded = encode(fold_columns(weight, np.asarray(choice.scale)), "int4_g128", "absmax").decode()
+    folded = encode(smooth_columns(weight, np.asarray(choice.scale)), "int4_g128", "absmax").decode()
     exact = fresh @ weight.T
     before = np.square(fresh @ plain.T - exact).sum()
     after = np.square((fresh * choice.norm) @ folded.T - exact).sum()

@@ -19,7 +19,7 @@ from halfbyte.convert.conversion import convert
 from halfbyte.errors import OutputError
 from halfbyte.plan.build import make_plan
 from halfbyte.source.checkpoint import Checkpoint
-from halfbyte.source.smoothing import FOLDS, read_scales
+from halfbyte.source.smoothing import SMOOTHING_FILE, read_scales
 from halfbyte.verify.weights import verify
 from small_models import (
     DENSE_CONFIG,
@@ -70,7 +70,7 @@ def problems(out: Path, source: Path) -> list[str]:
 
 
 def test_every_group_of_the_main_model_is_folded_and_no_other(moe: Path, folded: Path) -> None:
-    scales = read_scales(folded / FOLDS)
+    scales = read_scales(folded / SMOOTHING_FILE)
     assert sorted(name.removeprefix("model.language_model.layers.") for name in scales) == [
         "0.input_layernorm.weight",
         "0.mlp.experts.gate_up_proj",
@@ -98,7 +98,7 @@ def test_verify_accepts_it_without_the_importance_file(tmp_path: Path, dialect: 
     plan = plan_with(source, dialect=dialect)
     convert(plan, tmp_path / "out")
     found = verify(tmp_path / "out", source)
-    assert found.problems == [] and found.folded > 20
+    assert found.problems == [] and found.smoothed > 20
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert written == plan.repository_bytes
 
@@ -114,7 +114,7 @@ def test_dialects_that_respell_kept_weights_write_the_folded_ones(
     what = recipe({"match": some, "format": fmt, "scale_search": "absmax", "transform": "awq"})
     done = convert(plan_with(source, what, dialect), tmp_path / "out")
     found = verify(tmp_path / "out", source)
-    assert found.problems == [] and found.folded == 36 and all(fold.alpha > 0 for fold in done.smoothings)
+    assert found.problems == [] and found.smoothed == 36 and all(fold.alpha > 0 for fold in done.smoothings)
 
 
 def test_both_spellings_of_experts_are_folded_alike(moe: Path, folded: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_killed_conversion_continues_to_the_same_bytes(
 
 def test_finished_scales_are_taken_over(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(count: int) -> None:
-        if (tmp_path / "out" / FOLDS).exists():
+        if (tmp_path / "out" / SMOOTHING_FILE).exists():
             raise KeyboardInterrupt
 
     plan = plan_with(moe, max_shard_bytes=SHARD_BYTES)
@@ -205,13 +205,13 @@ def test_a_kept_weight_that_was_not_scaled_is_found(moe: Path, copy: Path, endin
     tensors, name = read_file(copy), TEXT + ending
     tensors[name] = read_file(moe)[name]
     write_file(copy / "model.safetensors", tensors)
-    assert problems(copy, moe) == [f"{name} is not what the source gives with the scales in {FOLDS}"]
+    assert problems(copy, moe) == [f"{name} is not what the source gives with the scales in {SMOOTHING_FILE}"]
 
 
 def test_a_norm_that_was_not_divided_is_found(moe: Path, copy: Path) -> None:
     name = f"{TEXT}input_layernorm.weight"
     change(copy, name)
-    assert problems(copy, moe) == [f"{name} is not what the source gives with the scales in {FOLDS}"]
+    assert problems(copy, moe) == [f"{name} is not what the source gives with the scales in {SMOOTHING_FILE}"]
 
 
 def test_a_quantized_weight_of_another_scale_is_found(moe: Path, copy: Path) -> None:
@@ -220,9 +220,12 @@ def test_a_quantized_weight_of_another_scale_is_found(moe: Path, copy: Path) -> 
 
 
 def test_missing_scales_are_found(moe: Path, copy: Path) -> None:
-    (copy / FOLDS).unlink()
+    (copy / SMOOTHING_FILE).unlink()
     found = problems(copy, moe)
-    assert found[0] == f"{FOLDS} is missing, so what was folded into the weights cannot be checked" and len(found) > 5
+    assert (
+        found[0] == f"{SMOOTHING_FILE} is missing, so what was smoothed in the weights cannot be checked"
+        and len(found) > 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,7 @@ def test_missing_scales_are_found(moe: Path, copy: Path) -> None:
     [
         (b"x", "is truncated"),
         ({"model.language_model.layers.1.input_layernorm.weight": np.ones(3, np.float32)}, "a scale of shape [3]"),
-        ({"model.language_model.norm.weight": np.ones(128, np.float32)}, "cannot be folded in this source"),
+        ({"model.language_model.norm.weight": np.ones(128, np.float32)}, "cannot be smoothed in this source"),
         ({"model.language_model.layers.1.input_layernorm.weight": np.zeros(128, np.float32)}, "finite and positive"),
     ],
 )
@@ -242,7 +245,7 @@ def test_damaged_scales_are_a_problem_and_no_crash(moe: Path, copy: Path, conten
             [(n, "F32", a.shape) for n, a in content.items()], {"format": "halfbyte-folds", "version": "1"}
         )
         content = planned.header + b"".join(a.tobytes() for a in content.values())
-    (copy / FOLDS).write_bytes(content)
+    (copy / SMOOTHING_FILE).write_bytes(content)
     assert any(problem in found for found in problems(copy, moe))
 
 
@@ -256,7 +259,7 @@ def test_errors_of_tensors_are_measured_after_folding(moe: Path, folded: Path) -
 def test_scales_do_not_travel_on_when_a_folded_checkpoint_is_converted_again(folded: Path, tmp_path: Path) -> None:
     plan = make_plan(Checkpoint.open(folded), linear("int4_g32"), "halfbyte")
     convert(plan, tmp_path / "out")
-    assert not (tmp_path / "out" / FOLDS).exists() and problems(tmp_path / "out", folded) == []
+    assert not (tmp_path / "out" / SMOOTHING_FILE).exists() and problems(tmp_path / "out", folded) == []
 
 
 def test_where_folding_does_not_pay_nothing_changes(tmp_path: Path) -> None:
@@ -267,5 +270,5 @@ def test_where_folding_does_not_pay_nothing_changes(tmp_path: Path) -> None:
     done = quantize(source, tmp_path / "out", AWQ, importance=flat)
     assert done.smoothings and all(entry.alpha == 0 for entry in done.smoothings)
     found = verify(tmp_path / "out", source)
-    assert found.ok and found.folded == 0
-    assert json.loads((tmp_path / "out" / "halfbyte.json").read_text())["folds"] == FOLDS
+    assert found.ok and found.smoothed == 0
+    assert json.loads((tmp_path / "out" / "halfbyte.json").read_text())["folds"] == SMOOTHING_FILE

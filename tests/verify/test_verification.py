@@ -8,7 +8,7 @@ from halfbyte.verify.verification import Verification
 
 def test_nothing_was_counted_at_first() -> None:
     result = Verification("out", None)
-    assert (result.kept, result.quantized, result.folded, result.dropped, result.errors) == (0, 0, 0, {}, [])
+    assert (result.kept, result.quantized, result.smoothed, result.dropped, result.errors) == (0, 0, 0, {}, [])
     assert (result.lossless, result.relmse, result.recomputed, result.wrong_source) == (0, 0.0, False, "")
 
 

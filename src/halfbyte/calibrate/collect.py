@@ -25,7 +25,14 @@ from halfbyte.calibrate.observe import Observer, Sums
 from halfbyte.calibrate.samples import Samples, make_samples
 from halfbyte.calibrate.states import States, release_memory
 from halfbyte.calibration.model_identity import identity_of
-from halfbyte.calibration.statistics import Part, Statistics, new_about, read_about, write_about, write_part
+from halfbyte.calibration.statistics import (
+    Part,
+    Statistics,
+    new_description,
+    read_description,
+    write_description,
+    write_part,
+)
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import MeasurementError, OutputError
 from halfbyte.evaluate.finite import is_finite, refusal
@@ -85,20 +92,21 @@ def collect_statistics(
     samples = make_samples(texts, load_tokenizer(source), options.samples, options.length, options.bos)
     with Reader(checkpoint.inventory) as reader, torch.inference_mode():
         model = LayerwiseModel(checkpoint, reader, options.torch_dtype, torch.device(options.device))
-        about = _new_about(checkpoint, samples, len(model.layers), options)
-        about["done"] = _resume(out, about)
-        if about["done"] and announce:
-            finished = "complete already" if about.get("complete") else "continued"
-            announce(f"{out} is {finished}: {about['done']} of {len(about['parts'])} layers were calibrated before")
-        if not about.get("complete"):
-            _Run(model, samples, out, about, progress or (lambda done, total: None)).go()
+        description = _new_description(checkpoint, samples, len(model.layers), options)
+        description["done"] = _resume(out, description)
+        if description["done"] and announce:
+            finished = "complete already" if description.get("complete") else "continued"
+            total = len(description["parts"])
+            announce(f"{out} is {finished}: {description['done']} of {total} layers were calibrated before")
+        if not description.get("complete"):
+            _Run(model, samples, out, description, progress or (lambda done, total: None)).go()
     return Statistics(out)
 
 
-def _new_about(checkpoint: Checkpoint, samples: Samples, layers: int, options: CollectOptions) -> dict[str, Any]:
+def _new_description(checkpoint: Checkpoint, samples: Samples, layers: int, options: CollectOptions) -> dict[str, Any]:
     """Describe a calibration that has not begun."""
     source = checkpoint.inventory.source.rstrip("/").rsplit("/", 1)[-1]
-    return new_about(
+    return new_description(
         source={
             "name": source,
             "fingerprint": checkpoint.inventory.fingerprint,
@@ -119,16 +127,16 @@ def _new_about(checkpoint: Checkpoint, samples: Samples, layers: int, options: C
     )
 
 
-def _resume(out: Path, about: dict[str, Any]) -> int:
+def _resume(out: Path, description: dict[str, Any]) -> int:
     """How many parts ``out`` holds already of just this calibration."""
     if not out.exists() or not any(out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
-        write_about(out, about)
+        write_description(out, description)
         return 0
-    before = read_about(out) if (out / "statistics.json").is_file() else {}
-    if {**before, "done": 0, "complete": False} != about:
+    before = read_description(out) if (out / "statistics.json").is_file() else {}
+    if {**before, "done": 0, "complete": False} != description:
         raise OutputError(f"{out} is not empty and holds something other than this calibration; choose another folder")
-    about["complete"] = before["complete"]
+    description["complete"] = before["complete"]
     return int(before["done"])
 
 
@@ -138,10 +146,16 @@ class _Run:
         blocks: LayerwiseModel,
         samples: Samples,
         out: Path,
-        about: dict[str, Any],
+        description: dict[str, Any],
         progress: Progress,
     ) -> None:
-        self.blocks, self.samples, self.out, self.about, self.progress = blocks, samples, out, about, progress
+        self.blocks, self.samples, self.out, self.description, self.progress = (
+            blocks,
+            samples,
+            out,
+            description,
+            progress,
+        )
         self.device = blocks.device
         width = blocks.decoder.config.hidden_size
         self.work = out / _WORK
@@ -149,11 +163,16 @@ class _Run:
         # one file is read while the other is written, so that a killed run finds the states it needs
         self.states = [States(self.work / f"states-{number}.f32", width) for number in (0, 1)]
 
+    @property
+    def _name(self) -> str:
+        name: str = self.description["source"]["name"]
+        return name
+
     def go(self) -> None:
-        total = len(self.about["parts"])
+        total = len(self.description["parts"])
         calls = self._enter()
         for number, layer in enumerate(self.blocks.layers):
-            if number < self.about["done"]:
+            if number < self.description["done"]:
                 continue
             self.progress(number, total)
             self._finish(number, self._layer(layer, calls, number))
@@ -161,16 +180,16 @@ class _Run:
             release_memory()
         self.progress(total - 1, total)
         self._finish(total - 1, self._head())
-        self.about["complete"] = True
-        write_about(self.out, self.about)
+        self.description["complete"] = True
+        write_description(self.out, self.description)
         shutil.rmtree(self.work)
         self.progress(total, total)
 
     def _finish(self, number: int, part: Part) -> None:
-        write_part(self.out, self.about["parts"][number], part)
+        write_part(self.out, self.description["parts"][number], part)
         self.states[(number + 1) % 2].sync()
-        self.about["done"] = number + 1
-        write_about(self.out, self.about)
+        self.description["done"] = number + 1
+        write_description(self.out, self.description)
 
     def _batches(self) -> Iterator[tuple[slice, tuple[int, int]]]:
         """Rows of the state files and the shape [batch, length] of the samples that lie there."""
@@ -186,14 +205,15 @@ class _Run:
         calls: dict[tuple[int, int], Any] = {}
         with self.blocks.embedding(ids):
             for rows, (count, length) in self._batches():
-                if self.about["done"] and (count, length) in calls:
+                if self.description["done"] and (count, length) in calls:
                     continue
                 first = rows.start // length
                 hidden, calls[count, length] = enter(self.blocks, ids[first : first + count])
                 if not is_finite(hidden):
-                    name = self.about["source"]["name"]
-                    raise MeasurementError(f"the embeddings of {name} hold a NaN or an infinity; repair the checkpoint")
-                if not self.about["done"]:
+                    raise MeasurementError(
+                        f"the embeddings of {self._name} hold a NaN or an infinity; repair the checkpoint"
+                    )
+                if not self.description["done"]:
                     self.states[0].write(rows, as_numpy(hidden))
         self.states[0].sync()
         return calls
@@ -202,15 +222,14 @@ class _Run:
         before, after = self.states[number % 2], self.states[(number + 1) % 2]
         with self.blocks.filled(layer):
             observer = Observer(self.blocks.parameters_of(layer), self._mode, self.blocks.dtype)
-            every = show_all_tokens(layer, observer) if self.about["all_experts"] else contextlib.nullcontext()
+            every = show_all_tokens(layer, observer) if self.description["all_experts"] else contextlib.nullcontext()
             with observer, watch_caches(self.blocks.attentions_of(layer)) as caches, every:
                 for rows, shape in self._batches():
                     hidden, call = self._load(before, rows, shape), calls[shape][number]
                     result = run_layer(layer, hidden, call)
                     if not is_finite(result):
                         again = partial(run_layer, layer, hidden, call)
-                        name = self.about["source"]["name"]
-                        raise MeasurementError(refusal(name, layer, again, self.blocks.name_of(layer)))
+                        raise MeasurementError(refusal(self._name, layer, again, self.blocks.name_of(layer)))
                     after.write(rows, as_numpy(result))
                     observer.forget_inputs()
         part = self._by_weight(observer)
@@ -241,7 +260,7 @@ class _Run:
 
     def _mode(self, name: str, parameter: nn.Parameter) -> str:
         """Whether products are collected: for each expert (``own``), for all together (``pooled``), or not."""
-        limit = self.about["hessians"]
+        limit = self.description["hessians"]
         columns = self.blocks.columns(name)
         if not limit:
             return ""
@@ -254,8 +273,8 @@ class _Run:
         for target, sums in observer.sums.items():
             if not sums.is_finite:
                 raise MeasurementError(
-                    f"the inputs of {target} in {self.about['source']['name']}, or their squares, are not finite, so "
-                    "they say nothing; compute with --dtype float32, or repair the checkpoint"
+                    f"the inputs of {target} in {self._name}, or their squares, are not finite, so they "
+                    "say nothing; compute with --dtype float32, or repair the checkpoint"
                 )
         keepers: dict[str, str] = {}
         for target, sums in observer.sums.items():

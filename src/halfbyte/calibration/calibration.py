@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from halfbyte.calibration.importance import Floats, Importance, Matched, match_importance
 from halfbyte.calibration.importance_file import read_importance
 from halfbyte.calibration.model_identity import check_identity
-from halfbyte.calibration.statistics import Statistics, read_about
+from halfbyte.calibration.statistics import Statistics, read_description
 from halfbyte.errors import PlanError
 from halfbyte.formats.rotation import Swaps
 from halfbyte.models import Weight
@@ -105,7 +105,7 @@ def calibration_of(
         )
     sha = digest(importance)
     if statistics is not None:
-        sha = hashlib.sha256((sha + json.dumps(statistics.about, sort_keys=True)).encode()).hexdigest()
+        sha = hashlib.sha256((sha + json.dumps(statistics.description, sort_keys=True)).encode()).hexdigest()
     return Calibration(name, sha, len(importance.values), matched, statistics)
 
 
@@ -115,7 +115,7 @@ def calibration_for(given: str | Path | Importance, checkpoint: Checkpoint, of_b
     What cannot be checked, or was waived by ``of_base``, is one of the result's ``notes``.
     """
     if not isinstance(given, Importance) and Path(given).is_dir():
-        notes = check_identity(read_about(Path(given)), checkpoint, of_base)
+        notes = check_identity(read_description(Path(given)), checkpoint, of_base)
     else:
         notes = []
     return replace(calibration_of(given, checkpoint.weights, checkpoint.inventory.config), notes=tuple(notes))

@@ -21,7 +21,7 @@ from halfbyte.checkpoint.identity import identities
 from halfbyte.errors import CheckpointError, MeasurementError, OutputError
 
 Array = NDArray[Any]
-ABOUT = "statistics.json"
+DESCRIPTION_FILE = "statistics.json"
 VERSION = 1
 _KIND = "halfbyte-statistics"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # of a file in the folder itself
@@ -57,29 +57,30 @@ def write_part(folder: Path, name: str, part: Part) -> None:
         writer.commit()
 
 
-def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Write what the statistics are of; a folder with ``complete`` set holds all parts."""
-    write_file_atomic(folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+    write_file_atomic(folder / DESCRIPTION_FILE, (json.dumps(description, indent=2) + "\n").encode())
 
 
-def read_about(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
     """What the statistics in a folder are of; CheckpointError if it holds none."""
     try:
-        raw = read_small(folder / ABOUT)
+        raw = read_small(folder / DESCRIPTION_FILE)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} holds no statistics of activations: {error}") from error
-    about = parse_object(raw, str(folder / ABOUT))
-    if about.get("kind") != _KIND or about.get("version") != VERSION:
-        raise CheckpointError(f"{folder / ABOUT} is not of this halfbyte; collect the statistics again")
-    _check_about(about, folder / ABOUT)
-    return about
+    description = parse_object(raw, str(folder / DESCRIPTION_FILE))
+    if description.get("kind") != _KIND or description.get("version") != VERSION:
+        raise CheckpointError(f"{folder / DESCRIPTION_FILE} is not of this halfbyte; collect the statistics again")
+    _check_description(description, folder / DESCRIPTION_FILE)
+    return description
 
 
-def _check_about(about: Mapping[str, Any], where: Path) -> None:
+def _check_description(description: Mapping[str, Any], where: Path) -> None:
     """CheckpointError where a key has another type, or a part has a name that is no plain name of a file."""
-    parts, texts, done = about.get("parts"), about.get("texts", []), about.get("done", 0)
-    numbers = [about.get(key, 0) for key in ("samples", "tokens", "length")]
-    if not isinstance(parts, list) or not isinstance(texts, list) or not isinstance(about.get("source", {}), dict):
+    parts, texts, done = description.get("parts"), description.get("texts", []), description.get("done", 0)
+    numbers = [description.get(key, 0) for key in ("samples", "tokens", "length")]
+    source = description.get("source", {})
+    if not isinstance(parts, list) or not isinstance(texts, list) or not isinstance(source, dict):
         raise CheckpointError(f"{where} is damaged: `parts` and `texts` are lists, `source` is an object")
     if any(type(number) is not int or number < 0 for number in (*numbers, done)):
         raise CheckpointError(f"{where} is damaged: `samples`, `tokens`, `length` and `done` are whole numbers")
@@ -92,7 +93,7 @@ def _check_about(about: Mapping[str, Any], where: Path) -> None:
         raise CheckpointError(f"{where} is damaged: a part is named twice, or a text has no name")
 
 
-def new_about(**facts: Any) -> dict[str, Any]:
+def new_description(**facts: Any) -> dict[str, Any]:
     """The beginning of a statistics.json."""
     return {"kind": _KIND, "version": VERSION, "complete": False, **facts}
 
@@ -102,14 +103,14 @@ class Statistics:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.about = read_about(self.folder)
-        if not self.about.get("complete"):
+        self.description = read_description(self.folder)
+        if not self.description.get("complete"):
             raise CheckpointError(f"{folder} holds statistics that are not complete; run the calibration again")
-        self.identities = identities(self.folder, [ABOUT, *(f"{part}.safetensors" for part in self.about["parts"])])
+        parts = [f"{part}.safetensors" for part in self.description["parts"]]
+        self.identities = identities(self.folder, [DESCRIPTION_FILE, *parts])
         self._entries: dict[str, TensorInfo] = {}
         self.same: dict[str, str] = {}
-        for part in self.about["parts"]:
-            file = f"{part}.safetensors"
+        for file in parts:
             tensors, metadata, _ = read_header(self.folder / file, file)
             if metadata.get("format") != _KIND:
                 raise CheckpointError(f"{self.folder / file} holds no statistics; collect them again")
@@ -166,7 +167,7 @@ class Statistics:
 
     def importance(self) -> Importance:
         """Mean squared activations, as an importance file holds them."""
-        importance = Importance({}, {}, datasets=tuple(self.about.get("texts", ())))
+        importance = Importance({}, {}, datasets=tuple(self.description.get("texts", ())))
         for name in self.names:
             count, squares = self.array(name, "count"), self.array(name, "squares")
             assert count is not None and squares is not None
@@ -195,7 +196,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> None:
     first, out = every[0], Path(out)
     for other in every[1:]:
         for key in _EXACT:
-            if other.about.get(key) != first.about.get(key):
+            if other.description.get(key) != first.description.get(key):
                 raise CheckpointError(
                     f"{other.folder} and {first.folder} differ in {key!r}; only statistics of one model, collected in "
                     "the same way, can be added"
@@ -203,12 +204,12 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise OutputError(f"{out} is not empty; choose another folder for the merged statistics")
     out.mkdir(parents=True, exist_ok=True)
-    for part in first.about["parts"]:
+    for part in first.description["parts"]:
         write_part(out, part, _sum(part, every))
-    about = {**first.about, "texts": [t for s in every for t in s.about["texts"]]}
+    description = {**first.description, "texts": [t for s in every for t in s.description["texts"]]}
     for key in ("samples", "tokens"):
-        about[key] = sum(s.about[key] for s in every)
-    write_about(out, about)
+        description[key] = sum(s.description[key] for s in every)
+    write_description(out, description)
 
 
 def _sum(part: str, every: Sequence[Statistics]) -> Part:

@@ -24,6 +24,7 @@ EXAMPLES = """\
 Only one decoder layer is in memory at a time. Run the same command again to continue an interrupted run.
 needs torch and transformers: pip install 'halfbyte[transformers]'
 """
+_SHOWN = ("source", "texts", "samples", "length", "tokens", "all_experts")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,12 +147,12 @@ def describe(statistics: Statistics) -> dict[str, Any]:
         "folder": str(statistics.folder),
         "weights": len(statistics.names),
         "bytes": sum(path.stat().st_size for path in statistics.folder.iterdir() if path.is_file()),
-        **{key: statistics.about[key] for key in ("source", "texts", "samples", "length", "tokens", "all_experts")},
-        "bos": bool(statistics.about.get("bos")),
+        **{key: statistics.description[key] for key in _SHOWN},
+        "bos": bool(statistics.description.get("bos")),
         "tokens_per_expert": experts,
         "no_data": {
             name: [e for e, n in enumerate(counts) if not n]
             for name, counts in experts.items()
-            if not all(counts) and not statistics.about["all_experts"]
+            if not all(counts) and not statistics.description["all_experts"]
         },
     }

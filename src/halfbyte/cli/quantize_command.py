@@ -99,7 +99,7 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing", re
         "relmse": None if done.already_complete else done.relmse,
         "calibrated_relmse": done.calibrated_relmse,
         "not_quantized": kept_by(made),
-        "folds": [asdict(fold) for fold in done.smoothings],
+        "folds": [asdict(group) for group in done.smoothings],
         "carried": [
             {
                 "name": error.name,
@@ -185,7 +185,7 @@ def _one_line(snippet: str) -> str:
 
 
 def _say_more(made: Plan, done: Conversion) -> None:
-    """What the table does not show: weights that the recipe wants quantized and that are kept, and what was folded."""
+    """What the table does not show: weights that the recipe wants quantized and that stay, and what was smoothed."""
     kept = [entry for entry in made.summary()["kept"] if entry["declined"]]
     lines = [
         f"kept        {entry['tensors']} of {entry['role']}, not {entry['declined']}: {entry['reason']} "
@@ -193,13 +193,13 @@ def _say_more(made: Plan, done: Conversion) -> None:
         for entry in kept
     ]
     if done.smoothings:
-        folded = [fold for fold in done.smoothings if fold.alpha]
+        smoothed = [group for group in done.smoothings if group.alpha]
         gain = 1 - sum(f.loss for f in done.smoothings) / (sum(f.unfolded for f in done.smoothings) or 1)
         lines.append(
-            f"AWQ         {len(folded)} of {len(done.smoothings)} groups smoothed; "
+            f"AWQ         {len(smoothed)} of {len(done.smoothings)} groups smoothed; "
             f"weighted error {100 * gain:.1f}% smaller"
         )
-        rounding = max((error for fold in folded for error in fold.rounding.values()), default=0)
+        rounding = max((error for group in smoothed for error in group.rounding.values()), default=0)
         if rounding:
             lines.append(
                 f"            unquantized weights in them are rounded again: relative error up to {rounding:.1g}"

@@ -85,7 +85,7 @@ def document(result: Verification) -> dict[str, Any]:
         "recomputed": result.recomputed,
         "kept": result.kept,
         "quantized": result.quantized,
-        "folded": result.folded,
+        "folded": result.smoothed,
         "dropped": result.dropped,
         "already_quantized": sum(bool(error.source) for error in result.errors),
         "lossless": result.lossless,
@@ -137,8 +137,8 @@ def _weights(result: Verification) -> Iterator[str]:
         return
     dropped = f", {len(result.dropped)} left out" if result.dropped else ""
     yield f"{result.quantized} weights quantized, {result.kept} kept byte for byte{dropped}"
-    if result.folded:
-        yield f"{result.folded} compared with their AWQ scales applied to the source"
+    if result.smoothed:
+        yield f"{result.smoothed} compared with their AWQ scales applied to the source"
     already = sum(bool(error.source) for error in result.errors)
     if already:
         rounded = f", {result.rounded} its codes and block scales with a rounded global scale" if result.rounded else ""

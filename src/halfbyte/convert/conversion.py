@@ -27,7 +27,7 @@ from halfbyte.convert.output_folder_state import (
 )
 from halfbyte.convert.pipeline import Pipeline, Stages
 from halfbyte.convert.refusals import Refusals
-from halfbyte.convert.smoothing_search import FOLD_BYTES, FoldReport, sample_bytes, settle_folds
+from halfbyte.convert.smoothing_search import SMOOTHING_BYTES, SmoothingReport, choose_smoothings, sample_bytes
 from halfbyte.convert.work_unit import WorkUnit
 from halfbyte.errors import HalfbyteError, OutputError, PlanError, UnconvertibleError
 from halfbyte.kernels import backend, use_backend_here
@@ -55,7 +55,7 @@ Announce = Callable[[str], None]
 
 @dataclass
 class Conversion:
-    """What a conversion did; ``smoothings``: what AWQ chose for every group that could be folded.
+    """What a conversion did; ``smoothings``: what AWQ chose for every group that could be smoothed.
 
     ``already_complete``: there was nothing left to do, so nothing was done and no error measured.
     """
@@ -64,7 +64,7 @@ class Conversion:
     errors: list[TensorError]
     seconds: float
     resumed_shards: int
-    smoothings: list[FoldReport] = field(default_factory=list)
+    smoothings: list[SmoothingReport] = field(default_factory=list)
     already_complete: bool = False
 
     @property
@@ -156,9 +156,9 @@ def _convert(
     count = plan.resources(limits).threads
     with Reader(plan.checkpoint.inventory) as reader:
         with ThreadPoolExecutor(
-            min(count, max(1, limits.memory // FOLD_BYTES)), "halfbyte-smoothing", use_backend_here, (backend(),)
+            min(count, max(1, limits.memory // SMOOTHING_BYTES)), "halfbyte-smoothing", use_backend_here, (backend(),)
         ) as pool:
-            smoothings, chosen = settle_folds(plan, out, journal, reader, pool, report)
+            smoothings, chosen = choose_smoothings(plan, out, journal, reader, pool, report)
         known = plan.calibration_use.calibration if plan.calibration_use else None
         hessians = Hessians(known, limits.memory // 8) if known and known.statistics else None
         context = Context(plan, reader, smoothings, report, limits, hessians, refusals)

@@ -1,4 +1,4 @@
-"""A slice of a weight on its way to codes: read, folded, rotated, and encoded with what is known of its inputs."""
+"""A slice of a weight on its way to codes: read, smoothed, rotated, and encoded with what is known of its inputs."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class Context:
 
 
 def read_values(
-    plan: Plan, reader: Reader, item: Item, first: int, stop: int, fold: Smoothing | None = None
+    plan: Plan, reader: Reader, item: Item, first: int, stop: int, smoothing: Smoothing | None = None
 ) -> tuple[Array, Floats]:
-    """Part of a weight, folded, and the largest magnitude of each of its matrices."""
-    array = _folded(plan, reader, item, first, stop, fold)
+    """Part of a weight, smoothed, and the largest magnitude of each of its matrices."""
+    array = _smoothed(plan, reader, item, first, stop, smoothing)
     return array, _largest(array, item)
 
 
 def read_slice(context: Context, item: Item, first: int, stop: int) -> tuple[Array, Floats]:
     """The same, in the space in which it is encoded: rotated where its format is that of rotated weights."""
-    fold, fmt = context.smoothings.get(item.weight.name), item.format
-    array = _folded(context.plan, context.reader, item, first, stop, fold)
+    smoothing, fmt = context.smoothings.get(item.weight.name), item.format
+    array = _smoothed(context.plan, context.reader, item, first, stop, smoothing)
     if fmt is not None:
         try:
             array, _ = fmt.rotate(array, _rotation(context, item, first, stop))
@@ -162,10 +162,10 @@ def not_finite(name: str) -> UnconvertibleError:
     )
 
 
-def _folded(plan: Plan, reader: Reader, item: Item, first: int, stop: int, fold: Smoothing | None) -> Array:
+def _smoothed(plan: Plan, reader: Reader, item: Item, first: int, stop: int, smoothing: Smoothing | None) -> Array:
     array = plan.checkpoint.read(reader, item.weight, first, stop)
-    if fold is not None:
-        array = fold.apply(array, first)
+    if smoothing is not None:
+        array = smoothing.apply(array, first)
     if array.dtype.itemsize > 4:
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
@@ -188,8 +188,8 @@ def _encode(
 
 def columns_of(context: Context, item: Item) -> Floats | None:
     """Return what smoothing multiplies a weight's columns by, FP32 [K] or [E, K]; None where nothing does."""
-    fold = context.smoothings.get(item.weight.name)
-    return fold.columns if fold else None
+    smoothing = context.smoothings.get(item.weight.name)
+    return smoothing.columns if smoothing else None
 
 
 def _rotation(context: Context, item: Item, first: int, stop: int) -> Swaps | None:

@@ -1,4 +1,4 @@
-"""Which scale every group of weights is folded by: chosen on a sample, with the plan's own formats and searches."""
+"""Which scale every group of weights is smoothed by: chosen on a sample, with the plan's own formats and searches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from halfbyte.checkpoint import Journal, Reader, ShardWriter, nbytes
 from halfbyte.models.smoothing_groups import SmoothingGroup
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.shards import Item
-from halfbyte.search.awq import Consumer, FoldChoice, choose_scale, shared
-from halfbyte.source.smoothing import FOLDS, Smoothing, layout, make_smoothings, read_scales
+from halfbyte.search.awq import Consumer, SmoothingChoice, choose_scale, shared
+from halfbyte.source.smoothing import SMOOTHING_FILE, Smoothing, layout, make_smoothings, read_scales
 
 SAMPLE = 1 << 20
 """Elements of a weight that the exponent is chosen on."""
-FOLD_BYTES = 128 << 20
+SMOOTHING_BYTES = 128 << 20
 """Memory that the choice for one group takes at most."""
 _RUNS = 16
 
 
 @dataclass
-class FoldReport:
-    """What was chosen for a group: the exponent, and the weighted error with it and without folding.
+class SmoothingReport:
+    """What was chosen for a group: the exponent, and the weighted error with it and without smoothing.
 
     ``rounding``: by weight that stays unquantized, the relative weighted error of rounding it again.
     """
@@ -47,21 +47,21 @@ def sample_bytes(plan: Plan) -> int:
     )
 
 
-def settle_folds(
+def choose_smoothings(
     plan: Plan, out: Path, journal: Journal, reader: Reader, pool: Executor, report: Callable[[int], None]
-) -> tuple[dict[str, Smoothing], list[FoldReport]]:
+) -> tuple[dict[str, Smoothing], list[SmoothingReport]]:
     """Choose the scales and write them to ``out``, or take over those that an interrupted run has written.
 
     Returns what they make of every weight, and the report of every group.
     """
     if not plan.smoothings:
         return {}, []
-    if FOLDS in journal.done:
+    if SMOOTHING_FILE in journal.done:
         report(sample_bytes(plan))
     else:
         _choose_all(plan, out, journal, reader, pool, report)
-    reports = [FoldReport(**entry) for entry in journal.done[FOLDS]["folds"]]
-    return make_smoothings(plan.checkpoint, reader, plan.smoothings, read_scales(out / FOLDS)), reports
+    reports = [SmoothingReport(**entry) for entry in journal.done[SMOOTHING_FILE]["folds"]]
+    return make_smoothings(plan.checkpoint, reader, plan.smoothings, read_scales(out / SMOOTHING_FILE)), reports
 
 
 def _choose_all(
@@ -69,7 +69,7 @@ def _choose_all(
 ) -> None:
     planned = layout(plan.smoothings)
     entries: list[dict[str, Any]] = []
-    with ShardWriter(out / FOLDS, planned) as writer:
+    with ShardWriter(out / SMOOTHING_FILE, planned) as writer:
         items = {item.weight.name: item for item in plan.items}
         jobs = [pool.submit(_choose, plan, group, items, reader, report) for group in plan.smoothings]
         try:
@@ -96,12 +96,12 @@ def _choose_all(
                     job.exception()  # let what is running end before files are closed
             raise
         sha256 = writer.commit()
-    journal.record(FOLDS, planned.total, {"sha256": sha256, "folds": entries})
+    journal.record(SMOOTHING_FILE, planned.total, {"sha256": sha256, "folds": entries})
 
 
 def _choose(
     plan: Plan, group: SmoothingGroup, items: dict[str, Item], reader: Reader, report: Callable[[int], None]
-) -> FoldChoice:
+) -> SmoothingChoice:
     assert plan.calibration_use is not None
     matched = plan.calibration_use.calibration.matched
     first = group.producers[0]

@@ -121,7 +121,7 @@ class WorkUnit:
             for a, b in self._cuts(item):
                 yield partial(self._spell, item, a, b, places)
         elif item.weight.name in self.smoothings:
-            yield partial(self._refold, item, places)
+            yield partial(self._resmooth, item, places)
         else:
             yield from self._copies(item)
 
@@ -165,10 +165,11 @@ class WorkUnit:
         self.writer.write_at(item.offsets[0], np.ascontiguousarray(value))
         self.report(item_bytes(item))
 
-    def _refold(self, item: Item, places: Mapping[str, int]) -> None:
-        """A kept weight that something is folded into."""
-        fold, size = self.smoothings[item.weight.name], self.limits.slice_bytes
-        for name, first, part in resmoothed(self.plan.checkpoint, self.reader, item.weight, fold, size, set(places)):
+    def _resmooth(self, item: Item, places: Mapping[str, int]) -> None:
+        """A kept weight that smoothing changes."""
+        smoothing, size = self.smoothings[item.weight.name], self.limits.slice_bytes
+        checkpoint = self.plan.checkpoint
+        for name, first, part in resmoothed(checkpoint, self.reader, item.weight, smoothing, size, set(places)):
             if not largest(part)[1]:
                 raise not_finite(item.weight.name)
             self.writer.write_at(places[name] + first * (part.nbytes // len(part)), part)

@@ -36,7 +36,7 @@ from halfbyte.evaluate.weight_errors import WeightError, compare_weights
 from halfbyte.models import Weight
 from halfbyte.models.roles import bare_role, is_under
 from halfbyte.plan.build import make_plan
-from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.recipes import Recipe, load_recipe
 from halfbyte.runtime.loading import load_tokenizer
@@ -178,10 +178,10 @@ class _Job:
             convert(plan, self.folder)
         quantized = Checkpoint.open(self.folder)
         with Reader(self.checkpoint.inventory) as reader:
-            if stored_folds(self.folder, self.checkpoint, reader):
+            if stored_smoothings(self.folder, self.checkpoint, reader):
                 raise PlanError(
-                    f"recipe {plan.recipe.name} folds scales into norms, so its weights make no sense one at a time; "
-                    "leave the folding out"
+                    f"recipe {plan.recipe.name} moves scales of its weights into the norms before them, so they make "
+                    "no sense one at a time; leave the smoothing out"
                 )
         errors = {weight.name: error for weight, error in compare_weights(self.folder, self.source)}
         weights = [w for w in self.checkpoint.weights if w.name in quantized.formats]

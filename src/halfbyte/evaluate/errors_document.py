@@ -27,8 +27,8 @@ def tensor_errors(
 ) -> dict[str, Any]:
     """The errors document (docs/evaluation.md) of a quantized checkpoint against its source.
 
-    ``importance``: a file that ``read_importance`` reads. What was folded into the output's weights (AWQ) is folded
-    into the source's before they are compared. ``threads`` threads compare slices side by side;
+    ``importance``: a file that ``read_importance`` reads. Where AWQ smoothed the output's weights, the source's are
+    smoothed alike before they are compared. ``threads`` threads compare slices side by side;
     ``progress`` is called with numbers of elements dealt with. CheckpointError where a quantized weight is not in the
     source or has another shape there.
     """

@@ -22,7 +22,7 @@ from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax, backend, use_backend_here
 from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.models import Weight
-from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.plan.sealed_provenance import note_calibrated_errors
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import Smoothing
@@ -124,7 +124,7 @@ def compare_weights(
         config = source.inventory.config
         columns = match_importance(read_importance(importance), source.weights, config).values
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
-        smoothings = stored_folds(Path(out), source, right)
+        smoothings = stored_smoothings(Path(out), source, right)
         for name in columns.keys() & smoothings.keys():
             scale = smoothings[name].columns
             if scale is not None:

@@ -22,7 +22,7 @@ from halfbyte.recipes import Decision, Method, Recipe
 from halfbyte.search import get_search
 from halfbyte.search.gptq import problem as gptq_problem
 from halfbyte.source.checkpoint import Checkpoint
-from halfbyte.source.smoothing import FOLDS, Smoothing, make_smoothings, read_scales
+from halfbyte.source.smoothing import SMOOTHING_FILE, Smoothing, make_smoothings, read_scales
 
 # transforms that depend on activations
 NEED = ("awq", "duquant")
@@ -90,15 +90,15 @@ class CalibrationUse:
             notes.append(f"no token reached {count} experts of {_some(list(empty))}: plain squared error for these")
         if self.smoothings:
             notes.append(
-                f"AWQ: {len(self.smoothings)} groups of weights may be folded into what comes before them; "
+                f"AWQ: {len(self.smoothings)} groups of weights may be smoothed by what comes before them; "
                 "the scales are chosen while quantizing"
             )
-        return notes + [f"AWQ: {_some(names)} not folded: {why}" for why, names in self.refused.items()]
+        return notes + [f"AWQ: {_some(names)} not smoothed: {why}" for why, names in self.refused.items()]
 
     def provenance(self) -> dict[str, Any]:
         """What halfbyte.json says of the calibration, and how much of what the recipe asks of it was done."""
         entry: dict[str, Any] = {"importance": {"name": self.calibration.name, "digest": self.calibration.digest}}
-        entry["folds"] = FOLDS if self.smoothings else None
+        entry["folds"] = SMOOTHING_FILE if self.smoothings else None
         if self.unrounded:
             entry["rounded_with_hessian"] = {
                 "weights": len(self.rounded),
@@ -290,23 +290,23 @@ def optional_note(recipe: Recipe, decisions: Iterable[Decision]) -> list[str]:
 
 
 def groups_of(checkpoint: Checkpoint) -> list[SmoothingGroup]:
-    """All groups of a checkpoint that could be folded, with refusals."""
+    """All groups of a checkpoint that could be smoothed, with refusals."""
     tied = is_tied(checkpoint.inventory.config)
     return find_groups(checkpoint.weights, checkpoint.family, checkpoint.formats, tied=tied)
 
 
-def stored_folds(out: Path, source: Checkpoint, reader: Reader) -> dict[str, Smoothing]:
-    """What was folded into each weight of an output, by name; {} where nothing was. ``reader`` reads the source.
+def stored_smoothings(out: Path, source: Checkpoint, reader: Reader) -> dict[str, Smoothing]:
+    """What smoothing made of each weight of an output, by name; {} where nothing was. ``reader`` reads the source.
 
     The groups are found anew, so that one that was cut short is noticed. CheckpointError where they do not fit.
     """
-    if not (out / FOLDS).is_file():
+    if not (out / SMOOTHING_FILE).is_file():
         return {}
     groups = {group.name: group for group in groups_of(source) if group.refusal is None}
-    scales = read_scales(out / FOLDS)
+    scales = read_scales(out / SMOOTHING_FILE)
     for name in scales:
         if name not in groups:
-            raise CheckpointError(f"{FOLDS} folds {name}, which cannot be folded in this source")
+            raise CheckpointError(f"{SMOOTHING_FILE} smooths {name}, which cannot be smoothed in this source")
     return make_smoothings(source, reader, [groups[name] for name in scales], scales)
 
 

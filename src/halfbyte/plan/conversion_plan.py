@@ -20,7 +20,7 @@ from halfbyte.plan.shards import Item, Shard
 from halfbyte.plan.summary import list_outputs, list_sources, summarize_classes, summarize_fates
 from halfbyte.recipes import Recipe
 from halfbyte.source.checkpoint import Checkpoint
-from halfbyte.source.smoothing import FOLDS, layout
+from halfbyte.source.smoothing import SMOOTHING_FILE, layout
 
 __all__ = ["CONFIG", "INDEX", "PLAN_VERSION", "PROVENANCE", "Plan"]
 
@@ -76,7 +76,7 @@ class Plan:
         side_bytes = self.checkpoint.inventory.side_files
         return {
             **{shard.name: shard.layout.total for shard in self.shards},
-            **({FOLDS: self.smoothing_bytes} if self.smoothings else {}),
+            **({SMOOTHING_FILE: self.smoothing_bytes} if self.smoothings else {}),
             **{name: side_bytes[name] for name in self.side_files},
             **{name: len(content) for name, content in self.written.items()},
         }
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def smoothings(self) -> list[SmoothingGroup]:
-        """Groups of weights whose scales for folding the conversion chooses."""
+        """Groups of weights whose scales for smoothing the conversion chooses."""
         return self.calibration_use.smoothings if self.calibration_use else []
 
     @property
@@ -116,7 +116,7 @@ class Plan:
         if self.dialect.package.standalone:
             return []
         source = self.checkpoint.dialect
-        replaced = {PROVENANCE, FOLDS, *self.extra_files, *(source.package.files if source else ())}
+        replaced = {PROVENANCE, SMOOTHING_FILE, *self.extra_files, *(source.package.files if source else ())}
         return [name for name in self.checkpoint.inventory.side_files if name not in replaced]
 
     @property
@@ -159,8 +159,8 @@ class Plan:
         """Threads and memory of a conversion within these limits, the process with this plan included."""
         units = (unit for shard in self.shards for unit in shard.units)
         tensors = len(self.checkpoint.inventory.tensors) + self.tensors
-        folded = {w.name for g in self.smoothings for w in (*g.consumers, *(p.weight for p in g.producers))}
-        return find_resources(units, self.checkpoint.formats, tensors, limits or Limits(), folded)
+        smoothed = {w.name for g in self.smoothings for w in (*g.consumers, *(p.weight for p in g.producers))}
+        return find_resources(units, self.checkpoint.formats, tensors, limits or Limits(), smoothed)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -184,7 +184,7 @@ def _caching(weights: Sequence[Weight], recipe: Recipe, checkpoint: Checkpoint) 
 def check_statistics(recipe: Recipe, calibration: Calibration | None) -> Refusal | None:
     """Refuse a recipe that needs statistics of keys and values where there are none."""
     statistics = calibration.statistics if calibration else None
-    if statistics is not None and statistics.about.get("caches"):
+    if statistics is not None and statistics.description.get("caches"):
         return None
     if calibration is None:
         why = "there is no calibration of keys and values; give text or statistics (--calibration PATH)"

@@ -90,20 +90,20 @@ def shares_amax(unit: Sequence[Item]) -> bool:
     return len(unit[0].weight.shape) <= 2 and fmt is not None and fmt.shares_scale
 
 
-def need(item: Item, count: int, quantized: bool, folded: bool = False) -> int:
-    """Bytes of memory for the work on ``count`` leading indices; ``quantized``: the source holds codes; ``folded``:
+def need(item: Item, count: int, quantized: bool, smoothed: bool = False) -> int:
+    """Bytes of memory for the work on ``count`` leading indices; ``quantized``: the source holds codes; ``smoothed``:
     the weight is scaled in FP32.
 
     The slice as it is read, FP32 where it has to be converted, the codes and scales, and these as they are packed.
     """
     if item.format is None and item.outputs[0].part == "copy":
-        return min(item_bytes(item), SLICE_BYTES) * (4 if folded else 1)
+        return min(item_bytes(item), SLICE_BYTES) * (4 if smoothed else 1)
     weight = item.weight
     elements = count * math.prod(weight.shape[1:])
     wide = 4 * elements
     total = nbytes(weight.dtype, (elements,)) * (2 if weight.transposed else 1)
     total += wide if weight.dtype == "F64" else 0
-    total += 2 * wide if quantized else wide if folded else 0
+    total += 2 * wide if quantized else wide if smoothed else 0
     if rotation_of(item.format):
         total += wide
     if item.format is not None and not kernels.supports(item.format):
@@ -122,13 +122,13 @@ def find_resources(
     quantized: Container[str],
     tensors: int,
     limits: Limits,
-    folded: Container[str] = (),
+    smoothed: Container[str] = (),
 ) -> Resources:
     """What the work on these units takes; ``quantized``: names of weights that the source has as codes;
-    ``folded``: of those that are scaled; ``tensors``: of source and output together."""
+    ``smoothed``: of those that are scaled; ``tensors``: of source and output together."""
 
     def one(item: Item, count: int) -> int:
-        return need(item, count, item.weight.name in quantized, item.weight.name in folded)
+        return need(item, count, item.weight.name in quantized, item.weight.name in smoothed)
 
     needs = [0]
     resident: list[int] = []
@@ -141,7 +141,7 @@ def find_resources(
             first, stop = cuts(item, whole_rows(item.format), limits.slice_bytes)[0]
             needs.append(one(item, stop - first))
         if unit[0].format is not None and shares_amax(unit) and size <= limits.resident_bytes:
-            resident.append(size * (2 if unit[0].weight.name in folded else 1))
+            resident.append(size * (2 if unit[0].weight.name in smoothed else 1))
     held = sum(heapq.nlargest(RESIDENT_UNITS, resident))
     largest = max(needs)
     threads = max(1, min(limits.threads, (limits.memory - held) // max(largest, 1)))

@@ -145,7 +145,7 @@ def _packed_class(base: type, names: tuple[str, ...], stacks: tuple[str, ...]) -
 
 
 def reserve_parameter(
-    module: nn.Module, name: str, about: dict[str, Any], shape: tuple[int, ...], stored_transposed: bool = False
+    module: nn.Module, name: str, description: dict[str, Any], shape: tuple[int, ...], stored_transposed: bool = False
 ) -> None:
     """Take a parameter away, whose packed weight ``pack_parameter`` will bring; ValueError for another shape.
 
@@ -160,7 +160,7 @@ def reserve_parameter(
     if tuple(shape) != wanted:
         raise ValueError(f"{name} of {type(module).__name__} has shape {list(wanted)}, the checkpoint {list(shape)}")
     state = module.__dict__
-    state.setdefault("_decoders", {})[name] = about
+    state.setdefault("_decoders", {})[name] = description
     state.setdefault("_transposed", set()).update({name} if transposed else ())
     state.setdefault("_dtype", parameter.dtype)
     state.setdefault("_dense_class", type(module))

@@ -260,8 +260,8 @@ def _share_ties(model: Any) -> None:
 
 
 @cache
-def _say_once(text: str, *about: str) -> None:
-    logger.warning(text, *about)
+def _say_once(text: str, *values: str) -> None:
+    logger.warning(text, *values)
 
 
 AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer

@@ -1,4 +1,4 @@
-"""AWQ folding: columns that meet large activations grow before quantizing, and the norm before them shrinks.
+"""AWQ smoothing: columns that meet large activations grow before quantizing, and the norm before them shrinks.
 
 With columns times s and the norm (or the rows of the previous projection) divided by s a model computes the
 same, but the quantizer now spends its error where activations are small. Method: Lin et al., arXiv 2306.00978;
@@ -19,7 +19,7 @@ from halfbyte.formats.arrays import Array, Floats
 from halfbyte.search.encode import encode
 
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(17))
-"""Exponents tried on the mean squared activation; 0 is no folding, 0.5 scales by the root mean square."""
+"""Exponents tried on the mean squared activation; 0 is no smoothing, 0.5 scales by the root mean square."""
 _FLOOR = 1e-8
 
 
@@ -45,8 +45,8 @@ class Consumer:
 
 
 @dataclass
-class FoldChoice:
-    """The scale of a group, FP32 [K] or [E, K], or None where no folding is best.
+class SmoothingChoice:
+    """The scale of a group, FP32 [K] or [E, K], or None where no smoothing is best.
 
     ``losses`` by exponent: the consumers' mean weighted error, each relative to its own output's energy.
     ``norm`` is the new norm in its own dtype; the scale is the one that this rounded norm needs, so quantized
@@ -68,7 +68,7 @@ class FoldChoice:
 
     @property
     def unfolded(self) -> float:
-        """The consumers' loss without folding."""
+        """The consumers' loss without smoothing."""
         return self.losses[0.0]
 
 
@@ -80,22 +80,22 @@ def choose_scale(
     per_expert: bool = False,
     alphas: Sequence[float] = ALPHAS,
     importance: Floats | None = None,
-) -> FoldChoice:
+) -> SmoothingChoice:
     """The exponent, and with it the scale, of the least importance-weighted error over all consumers.
 
     ``norm`` [K] is the norm's weight, None where rows of a projection are divided instead; ``per_expert`` gives
     every expert a scale of its own. ``importance`` [K] or [E, K] is what the scale is made from (``shared``),
     where consumers hold only some of their experts. Without importance or quantized consumers the choice is no
-    folding. FormatError for shapes that do not fit.
+    smoothing. FormatError for shapes that do not fit.
     """
     for consumer in consumers:
         _check(consumer)
     if importance is None:
         importance = shared([(c.importance, c.counts) for c in consumers], per_expert)
     if importance is None or not any(c.format for c in consumers):
-        return FoldChoice(0.0, None, {0.0: _loss(consumers, None, importance)})
+        return SmoothingChoice(0.0, None, {0.0: _loss(consumers, None, importance)})
     losses: dict[float, float] = {}
-    best = FoldChoice(0.0, None, losses)
+    best = SmoothingChoice(0.0, None, losses)
     for alpha in sorted({0.0, *alphas}):
         asked, rounded = scale_from(importance, alpha), None
         scale = asked
@@ -103,7 +103,7 @@ def choose_scale(
             rounded, scale = smooth_norm(norm, asked, zero_centred)
         losses[alpha] = _loss(consumers, scale if alpha else None, importance)
         if alpha and losses[alpha] < best.loss:
-            best = FoldChoice(alpha, scale, losses, rounded, asked=asked)
+            best = SmoothingChoice(alpha, scale, losses, rounded, asked=asked)
     if best.scale is not None:
         best.rounding = {c.name: _rounding(c, best.scale, importance) for c in consumers if c.format is None}
     return best
@@ -138,12 +138,12 @@ def smooth_norm(norm: Array, scale: Floats, zero_centred: bool) -> tuple[Array, 
     return rounded, exact.astype(np.float32)
 
 
-def fold_columns(weight: Array, scale: Floats) -> Floats:
+def smooth_columns(weight: Array, scale: Floats) -> Floats:
     """The columns of a matrix [..., N, K] times the scale [K] or [E, K], in FP32."""
     return weight.astype(np.float32) * scale[..., None, :]
 
 
-def folded_importance(importance: Floats | None, scale: Floats) -> Floats | None:
+def smoothed_importance(importance: Floats | None, scale: Floats) -> Floats | None:
     """Mean squared activations once they are divided by the scale."""
     return None if importance is None else (importance / np.square(scale)).astype(np.float32)
 
@@ -159,7 +159,7 @@ def _loss(consumers: Sequence[Consumer], scale: Floats | None, importance: Float
     """Mean over the consumers of weighted error / weighted energy, after scaling and quantizing."""
     scales = [_of_experts(c, scale) for c in consumers]
     scaled = [
-        c.weight.astype(np.float32) if s is None else fold_columns(c.weight, s)
+        c.weight.astype(np.float32) if s is None else smooth_columns(c.weight, s)
         for c, s in zip(consumers, scales, strict=True)
     ]
     amax: dict[str, float] = {}
@@ -169,7 +169,7 @@ def _loss(consumers: Sequence[Consumer], scale: Floats | None, importance: Float
     total = 0.0
     for consumer, weight, factors in zip(consumers, scaled, scales, strict=True):
         seen = _seen(consumer, importance)
-        now = seen if factors is None else np.asarray(folded_importance(seen, factors))
+        now = seen if factors is None else np.asarray(smoothed_importance(seen, factors))
         decoded = _stored(consumer, weight, now if consumer.weighted else None, amax.get(consumer.share or ""))
         energy = weighted_error(weight, np.zeros_like(weight), now, consumer.counts)
         total += weighted_error(weight, decoded, now, consumer.counts) / energy if energy else 0.0
@@ -185,8 +185,8 @@ def _stored(consumer: Consumer, weight: Floats, importance: Floats | None, amax:
 
 def _rounding(consumer: Consumer, whole: Floats, importance: Floats) -> float:
     scale = np.asarray(_of_experts(consumer, whole))
-    weight = fold_columns(consumer.weight, scale)
-    now = np.asarray(folded_importance(_seen(consumer, importance), scale))
+    weight = smooth_columns(consumer.weight, scale)
+    now = np.asarray(smoothed_importance(_seen(consumer, importance), scale))
     energy = weighted_error(weight, np.zeros_like(weight), now, consumer.counts)
     rounded = weight.astype(consumer.weight.dtype).astype(np.float32)
     return weighted_error(weight, rounded, now, consumer.counts) / energy if energy else 0.0

@@ -26,7 +26,7 @@ from halfbyte.search.awq import smooth_norm
 from halfbyte.source.checkpoint import Checkpoint
 
 Array = NDArray[Any]
-FOLDS = "halfbyte_folds.st"
+SMOOTHING_FILE = "halfbyte_folds.st"
 _KIND = {"format": "halfbyte-folds", "version": "1"}
 
 
@@ -101,7 +101,7 @@ def make_smoothings(
         scale = scales.get(group.name)
         if scale is None or scale.shape != _shape(group):
             held = "no scale" if scale is None else f"a scale of shape {list(scale.shape)}"
-            raise CheckpointError(f"{FOLDS} has {held} for {group.name}, which needs {list(_shape(group))}")
+            raise CheckpointError(f"{SMOOTHING_FILE} has {held} for {group.name}, which needs {list(_shape(group))}")
         if (scale == 1).all():
             continue
         first = group.producers[0]

@@ -23,7 +23,7 @@ from halfbyte.plan.transcoding import INPUT_SCALE, LOSSLESS, check_shape, descri
 from halfbyte.recipes import Decision
 from halfbyte.search.blocks import to_blocks
 from halfbyte.source.checkpoint import FLOATS, Checkpoint
-from halfbyte.source.smoothing import FOLDS, Smoothing, resmoothed
+from halfbyte.source.smoothing import SMOOTHING_FILE, Smoothing, resmoothed
 from halfbyte.verify.verification import Verification
 
 
@@ -121,16 +121,16 @@ class CheckpointPair:
 
     def _kept(self, weight: Weight, names: Iterable[str]) -> None:
         self.result.kept += 1
-        problems, fold = self.result.problems, self.smoothings.get(weight.name)
+        problems, smoothing = self.result.problems, self.smoothings.get(weight.name)
         for name in names:
             a, b = self.ours.inventory.tensors.get(name), self.source.inventory.tensors[name]
             if a is None:
                 problems.append(f"{name} of the source is missing")
             elif (a.dtype, a.shape) != (b.dtype, b.shape):
                 problems.append(f"{name} is {a.dtype} {list(a.shape)}, but {b.dtype} {list(b.shape)} in the source")
-            elif fold is not None:
-                if not self._equals(weight, name, fold):
-                    problems.append(f"{name} is not what the source gives with the scales in {FOLDS}")
+            elif smoothing is not None:
+                if not self._equals(weight, name, smoothing):
+                    problems.append(f"{name} is not what the source gives with the scales in {SMOOTHING_FILE}")
             elif any(x != y for x, y in zip(_chunks(self.left, name), _chunks(self.right, name), strict=True)):
                 problems.append(f"{name} was to be kept, but its bytes differ from the source")
             elif b.dtype in FLOATS and not _finite(_chunks(self.left, name), b.dtype):
@@ -159,9 +159,9 @@ class CheckpointPair:
                 problems.append(f"{weight.name} holds a NaN or an infinity")
                 return
 
-    def _equals(self, weight: Weight, name: str, fold: Smoothing) -> bool:
-        """Whether a kept tensor is, bit for bit, that of the source after folding."""
-        parts = resmoothed(self.source, self.right, weight, fold, SLICE_BYTES, {name})
+    def _equals(self, weight: Weight, name: str, smoothing: Smoothing) -> bool:
+        """Whether a kept tensor is, bit for bit, that of the source after smoothing."""
+        parts = resmoothed(self.source, self.right, weight, smoothing, SLICE_BYTES, {name})
         return all(self.left.read(name, i, i + len(part)).tobytes() == part.tobytes() for _, i, part in parts)
 
     def _quantized(self, weight: Weight, twin: Weight, fmt: Format, max_relmse: float) -> None:

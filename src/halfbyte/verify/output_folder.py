@@ -15,7 +15,7 @@ from halfbyte.errors import HalfbyteError, VerifyError
 from halfbyte.plan.conversion_plan import INDEX, PROVENANCE
 from halfbyte.recipes import Decision, parse_recipe, resolve
 from halfbyte.source.checkpoint import Checkpoint
-from halfbyte.source.smoothing import FOLDS
+from halfbyte.source.smoothing import SMOOTHING_FILE
 
 CARD_MARK = "<!-- written by halfbyte card -->"
 """In model cards that take the place of the source's."""
@@ -45,7 +45,7 @@ def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> li
     ours, source = output.inventory, checkpoint.inventory
     if output.dialect and output.dialect.package.standalone:
         return output.dialect.package.differences(source)
-    replaced = {PROVENANCE, FOLDS, *(checkpoint.dialect.package.files if checkpoint.dialect else ())}
+    replaced = {PROVENANCE, SMOOTHING_FILE, *(checkpoint.dialect.package.files if checkpoint.dialect else ())}
     problems = []
     for name, size in source.side_files.items():
         if name in replaced or source.root is None or ours.root is None:

@@ -12,8 +12,8 @@ from halfbyte.verify.checksums import Checksums
 class Verification:
     """The outcome: ``problems`` is empty when the output is complete and right.
 
-    ``source`` is None where only the output's own checksums were checked. ``folded``: weights that are compared with
-    the source after what was folded into them. ``recomputed``: the output has no checksums, and every quantized
+    ``source`` is None where only the output's own checksums were checked. ``smoothed``: weights that are compared with
+    the source after smoothing. ``recomputed``: the output has no checksums, and every quantized
     weight was compared with what its recorded recipe gives. ``wrong_source``: what there is to say where it was made
     from another source.
     """
@@ -23,7 +23,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     kept: int = 0
     quantized: int = 0
-    folded: int = 0
+    smoothed: int = 0
     dropped: dict[str, str] = field(default_factory=dict)
     errors: list[TensorError] = field(default_factory=list)
     checksums: Checksums = field(default_factory=Checksums)

@@ -11,10 +11,10 @@ from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.dialects import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.kernels.tensor_error import MAX_RELMSE
-from halfbyte.plan.calibration_use import stored_folds
+from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.plan.sealed_provenance import note_calibrated_errors
 from halfbyte.source.checkpoint import Checkpoint
-from halfbyte.source.smoothing import FOLDS, Smoothing
+from halfbyte.source.smoothing import SMOOTHING_FILE, Smoothing
 from halfbyte.verify.checkpoint_pair import CheckpointPair
 from halfbyte.verify.checksums import check_files, read_provenance
 from halfbyte.verify.config_keys import misspelt_keys
@@ -83,7 +83,7 @@ def _against(
     decisions = decisions_of(folder, record, source)
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
         smoothings = _smoothings(folder, record, source, right, result.problems)
-        result.folded = len(smoothings)
+        result.smoothed = len(smoothings)
         pair = CheckpointPair(result, ours, source, left, right, max_relmse, smoothings)
         pair.check_all(decisions, record, report)
         note_calibrated_errors(result.errors, record)
@@ -112,11 +112,11 @@ def _wrong_source(record: dict[str, Any], source: Checkpoint, result: Verificati
 def _smoothings(
     folder: Path, record: dict[str, Any], source: Checkpoint, reader: Reader, problems: list[str]
 ) -> dict[str, Smoothing]:
-    """What was folded into each weight."""
-    if record.get("folds") and not (folder / FOLDS).is_file():
-        problems.append(f"{FOLDS} is missing, so what was folded into the weights cannot be checked")
+    """What smoothing made of each weight."""
+    if record.get("folds") and not (folder / SMOOTHING_FILE).is_file():
+        problems.append(f"{SMOOTHING_FILE} is missing, so what was smoothed in the weights cannot be checked")
     try:
-        return stored_folds(folder, source, reader) if record.get("folds") else {}
+        return stored_smoothings(folder, source, reader) if record.get("folds") else {}
     except CheckpointError as error:
         problems.append(str(error))
         return {}

@@ -44,21 +44,21 @@ BYTE_TABLES: dict[str, Callable[[int], float]] = {"e4m3": _e4m3, "int8": lambda 
 
 
 class Decoder:
-    """FP32 values of codes and scales, bit for bit those of halfbyte's reference; ``about`` describes the format."""
+    """FP32 values of codes and scales, bit for bit those of halfbyte's reference, by a format's ``description``."""
 
-    def __init__(self, about: dict[str, Any]) -> None:
-        self.rows, self.columns = about["block"]
-        self.bits: int = about["bits"]
-        self.scale: str = about["scale"]
-        self.offset: str | None = about.get("offset")
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.rows, self.columns = description["block"]
+        self.bits: int = description["bits"]
+        self.scale: str = description["scale"]
+        self.offset: str | None = description.get("offset")
         # bits of the scale's code: the selector lies above them in the same byte
-        self.shift = int(about["selector"].split(">>")[1]) if about.get("selector") else None
-        self.rotation: dict[str, Any] | None = about.get("rotation")
-        tables = about.get("table_values") or [_table(self.bits, *about.get("tables", ()))]
+        self.shift = int(description["selector"].split(">>")[1]) if description.get("selector") else None
+        self.rotation: dict[str, Any] | None = description.get("rotation")
+        tables = description.get("table_values") or [_table(self.bits, *description.get("tables", ()))]
         self._values = _constant([_per_byte(table) for table in tables]).flatten(0, 1)
-        found = BYTE_SCALES.get("e6m2" if self.scale == "hif4" else self.scale)
+        value = BYTE_SCALES.get("e6m2" if self.scale == "hif4" else self.scale)
         mask = 255 if self.shift is None else (1 << self.shift) - 1
-        self._scales = _constant([found(code & mask) for code in range(256)] if found else [])
+        self._scales = _constant([value(code & mask) for code in range(256)] if value else [])
 
     def __call__(
         self,
@@ -226,9 +226,9 @@ def _quantized_class(base: type, names: tuple[str, ...], stacks: tuple[str, ...]
     return type(f"Quantized{base.__name__}", (QuantizedWeights, base), body)
 
 
-def quantize_module(module: nn.Module, name: str, about: dict[str, Any], parts: dict[str, torch.Tensor]) -> None:
+def quantize_module(module: nn.Module, name: str, description: dict[str, Any], parts: dict[str, torch.Tensor]) -> None:
     """Replace the parameter ``name`` by buffers ``<name>_codes``, ``<name>_scales`` ..., decoded when it is read."""
-    parameter, decoder = module._parameters[name], Decoder(about)
+    parameter, decoder = module._parameters[name], Decoder(description)
     shape = (*parts["codes"].shape[:-1], parts["codes"].shape[-1] * 8 // decoder.bits)
     transposed = len(shape) == 3 and getattr(module, "is_transposed", False)
     wanted = tuple(parameter.transpose(-1, -2).shape) if transposed else tuple(parameter.shape)
@@ -269,21 +269,21 @@ class TiedWeight(nn.Module):
     _dense_class: type
 
 
-def tie_module(module: nn.Module, own: str, source: nn.Module, name: str) -> None:
-    """Let the parameter ``own`` of a module be read from the quantized parameter ``name`` of ``source``."""
+def tie_module(module: nn.Module, tied: str, source: nn.Module, name: str) -> None:
+    """Let the parameter ``tied`` of a module be read from the quantized parameter ``name`` of ``source``."""
     base = type(module)
-    del module._parameters[own]
+    del module._parameters[tied]
     # in a list, so that it does not become a submodule
-    module._tied_source, module._tied_names, module._dense_class = [source], (own, name), base
-    body = {own: property(lambda self: getattr(self._tied_source[0], name))}
+    module._tied_source, module._tied_names, module._dense_class = [source], (tied, name), base
+    body = {tied: property(lambda self: getattr(self._tied_source[0], name))}
     module.__class__ = type(f"Tied{base.__name__}", (TiedWeight, base), body)
     module._is_hf_initialized = True
 
 
 def untie_module(module: TiedWeight) -> None:
     """Undo ``tie_module``; the parameter is then that of the other module, which is dense by now."""
-    (own, name), source = module._tied_names, module._tied_source[0]
+    (tied, name), source = module._tied_names, module._tied_source[0]
     module.__class__ = module._dense_class
     for attribute in ("_tied_source", "_tied_names", "_dense_class"):
         delattr(module, attribute)
-    module.register_parameter(own, source.get_parameter(name))
+    module.register_parameter(tied, source.get_parameter(name))

@@ -99,8 +99,8 @@ class HalfbyteQuantizer(HfQuantizer):
             pairs = {t: t if source == target else source for t, source in tied.items() if target in (t, source)}
             for key, other in pairs.items():
                 if other not in targets:
-                    at, _, own = other.rpartition(".")
-                    tie_module(model.get_submodule(at), own, model.get_submodule(path), name)
+                    at, _, parameter = other.rpartition(".")
+                    tie_module(model.get_submodule(at), parameter, model.get_submodule(path), name)
                 del tied[key]
                 model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k != key}
         _be_strict(model, self._elsewhere(places))
@@ -155,14 +155,14 @@ def _headers(files: list[str] | None) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint, without its content."""
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         raise ValueError("a checkpoint of the halfbyte dialect is loaded from its folder of safetensors files")
-    found = {}
+    tensors = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 entry = opened.get_slice(name)
                 dtype = DTYPES.get(entry.get_dtype(), torch.uint8)
-                found[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
-    return found
+                tensors[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+    return tensors
 
 
 def _be_strict(model: Any, elsewhere: set[str]) -> None:
