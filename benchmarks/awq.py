@@ -106,7 +106,7 @@ def table(results: dict[str, Any]) -> str:
             rows = [r for f in FORMATS for r in model["rows"] if (r["format"], r["method"]) == (f, method)]
             cells = [f"{r['weighted_error']:.5f} | {1000 * r['kl']:.2f}" for r in rows]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        lines += ["", "| recipe | error | KL | with importance: error | KL | groups folded |", "|---|" + "---:|" * 5]
+        lines += ["", "| recipe | error | KL | with importance: error | KL | groups smoothed |", "|---|" + "---:|" * 5]
         for name in BUILTIN:
             plain, given = (r for r in model["builtin"] if r["recipe"] == name)
             lines.append(
