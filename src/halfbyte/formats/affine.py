@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import ml_dtypes
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from halfbyte.formats.arrays import Array, Codes, Floats
 from halfbyte.formats.format import ColumnChoice, Encoded, Format, QuantizedTensor, ScaleSearch
 from halfbyte.formats.losses import SMALLEST, loss_of, unit_of
-from halfbyte.formats.packing import unpack_codes
+from halfbyte.formats.packing import pack_codes, unpack_codes
 from halfbyte.formats.registry import register
 
 _END = np.float32(2.0**127 * (1 - 2.0**-6))  # levels * scale + bias must not overflow in wider groups
@@ -61,6 +61,28 @@ class AffineFormat(Format):
         else:
             first, last = (-offsets) * scales, (levels - offsets) * scales
         return np.repeat(first, self.group, axis=-1), np.repeat(last, self.group, axis=-1)
+
+    def round_to(self, tensor: QuantizedTensor, x: Array) -> QuantizedTensor:
+        """The nearest codes of x under each group's scale and offset; zeros where a scale is zero."""
+        grouped, scale, offset = self._grouped(tensor, x)
+        one = np.where(scale == 0, np.float32(1), scale)
+        q = np.where(scale == 0, np.float32(0), numbers(grouped, one, offset, self))
+        return replace(tensor, codes=pack_codes(q.astype(np.uint8).reshape(tensor.shape), self.bits))
+
+    def cells(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Half a step to both sides of each value, none beyond the codes 0 and ``levels``."""
+        q = unpack_codes(tensor.codes, self.bits).astype(np.float32)
+        grouped, scale, offset = self._grouped(tensor, q)
+        half = np.float32(0.5)
+        ends = [np.clip(grouped + side, 0, np.float32(self.levels)) for side in (-half, half)]
+        first, last = (values(end, scale, offset, self).reshape(tensor.shape) for end in ends)
+        return np.minimum(first, last), np.maximum(first, last)
+
+    def _grouped(self, tensor: QuantizedTensor, x: Array) -> tuple[Floats, Floats, Floats]:
+        """x by groups, with their scales and offsets in FP32."""
+        assert tensor.offsets is not None
+        scale, offset = (a.astype(np.float32)[..., None] for a in (tensor.scales, tensor.offsets))
+        return x.astype(np.float32, copy=False).reshape(*tensor.scales.shape, self.group), scale, offset
 
     def describe(self) -> dict[str, Any]:
         """Block, bits, scale type and kind of offset."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from halfbyte.formats.arrays import Array, Codes, Floats
 from halfbyte.formats.codebooks import Codebook
 from halfbyte.formats.format import ColumnChoice, Encoded, Format, QuantizedTensor, ScaleSearch
+from halfbyte.formats.given_scales import divided, edges
 from halfbyte.formats.losses import unit_of
-from halfbyte.formats.packing import unpack_nibbles
+from halfbyte.formats.packing import pack_nibbles, unpack_nibbles
 from halfbyte.formats.scales import ScaleType
 
 
@@ -123,6 +124,26 @@ class BlockFormat(Format):
         ends = np.array([[u.min() for u in used], [u.max() for u in used]], dtype=np.float32)
         first, last = (ends[:, 0].reshape(2, *(1,) * scales.ndim) if chosen is None else ends[:, chosen]) * scales
         return self.spread(first, tensor.shape), self.spread(last, tensor.shape)
+
+    def round_to(self, tensor: QuantizedTensor, x: Array) -> QuantizedTensor:
+        """The nearest value of each block's codebook to x over the block's scale."""
+        scales, chosen = self.decode_scales(tensor)
+        z = divided(x, self.spread(scales, tensor.shape))
+        codes = self.codebooks[0].encode(z)
+        if chosen is not None:
+            index = self.spread(chosen, tensor.shape)
+            for number, codebook in enumerate(self.codebooks[1:], 1):
+                codes = np.where(index == number, codebook.encode(z), codes)
+        return replace(tensor, codes=pack_nibbles(codes) if self.bits == 4 else codes)
+
+    def cells(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Middles between the values of each block's codebook, times the block's scale."""
+        scales, chosen = self.decode_scales(tensor)
+        codes = unpack_nibbles(tensor.codes) if self.bits == 4 else tensor.codes
+        ends = np.stack([np.stack(edges(codebook)) for codebook in self.codebooks])
+        index = np.zeros_like(codes) if chosen is None else self.spread(chosen, tensor.shape)
+        first, last = (ends[index, end, codes] * self.spread(scales, tensor.shape) for end in (0, 1))
+        return np.minimum(first, last), np.maximum(first, last)
 
     def describe(self) -> dict[str, Any]:
         """Block, bits, scale type, global scale, codebooks and selector bits."""

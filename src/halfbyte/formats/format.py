@@ -114,6 +114,20 @@ class Format(ABC):
         Either end may be the larger one: a negative scale turns a codebook around.
         """
 
+    @abstractmethod
+    def round_to(self, tensor: QuantizedTensor, x: Array) -> QuantizedTensor:
+        """The scales of a tensor with the codes that are nearest to x, FP32 of its shape and as its blocks see it.
+
+        Values beyond the ends are saturated. ``tensor`` stays as it is; a format in rotated space takes x rotated.
+        """
+
+    @abstractmethod
+    def cells(self, tensor: QuantizedTensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Lowest and highest value for which ``round_to`` gives each element the code that it has.
+
+        The middles to the neighbours, so to be approached and not met; at the ends of a codebook the value itself.
+        """
+
     @property
     def rounds_columns(self) -> bool:
         """Whether GPTQ can round single columns of a block: the four methods that follow are there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.formats import scales
-from halfbyte.formats.arrays import Floats
+from halfbyte.formats.arrays import Array, Floats
 from halfbyte.formats.format import Encoded, Format, QuantizedTensor, ScaleSearch
+from halfbyte.formats.given_scales import divided
 from halfbyte.formats.losses import loss_of
-from halfbyte.formats.packing import unpack_nibbles
+from halfbyte.formats.packing import pack_nibbles, unpack_nibbles
 from halfbyte.formats.registry import register
 
 _QUARTERS = np.arange(8, dtype=np.float32) / np.float32(4)
@@ -41,6 +42,24 @@ class HiF4Format(Format):
         step = scales.E6M2.to_value(tensor.scales & np.uint32(255))[..., None]
         top = np.repeat(np.float32(1.75) * (step * micro_scales(tensor.scales)), 4, axis=-1).reshape(tensor.shape)
         return -top, top
+
+    def round_to(self, tensor: QuantizedTensor, x: Array) -> QuantizedTensor:
+        """Magnitudes in quarters of each element's three scales, halves rounded up."""
+        z = divided(x, self._factors(tensor))
+        quarters = np.minimum(np.floor(np.abs(z) * 4 + np.float32(0.5)), 7).astype(np.uint8)
+        return replace(tensor, codes=pack_nibbles(quarters | (np.signbit(z).astype(np.uint8) << 3)))
+
+    def cells(self, tensor: QuantizedTensor) -> tuple[Floats, Floats]:
+        """An eighth to both sides of each value, none beyond 1.75; both zeros reach to both sides."""
+        codes = unpack_nibbles(tensor.codes)
+        value, factor = MAGNITUDES[codes], self._factors(tensor)
+        top, eighth = np.float32(1.75), np.float32(0.125)
+        return np.maximum(value - eighth, -top) * factor, np.minimum(value + eighth, top) * factor
+
+    def _factors(self, tensor: QuantizedTensor) -> Floats:
+        """What each element is multiplied by, exact."""
+        step = scales.E6M2.to_value(tensor.scales & np.uint32(255))[..., None]
+        return np.repeat(step * micro_scales(tensor.scales), 4, axis=-1).reshape(tensor.shape)
 
     def describe(self) -> dict[str, Any]:
         """Block, bits, name of the scale word and the elements by code."""

@@ -140,6 +140,14 @@ class RotatedFormat(Format):
         """Both ends of what each element of the rotated weight can be."""
         return self.base.value_range(self.to_plain(tensor))
 
+    def round_to(self, tensor: QuantizedTensor, x: Array) -> QuantizedTensor:
+        """The nearest codes of a rotated weight x, with the tensor's scales and rotation."""
+        return replace(tensor, codes=self.base.round_to(self.to_plain(tensor), x).codes)
+
+    def cells(self, tensor: QuantizedTensor) -> tuple[Floats, Floats]:
+        """Both ends of the values of the rotated weight that keep their codes."""
+        return self.base.cells(self.to_plain(tensor))
+
     def block_reach(self, tensor: QuantizedTensor) -> Floats:
         """Largest magnitude that each block of the rotated weight can hold."""
         return self.base.block_reach(self.to_plain(tensor))
