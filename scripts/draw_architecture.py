@@ -35,6 +35,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "report": "pages and cards",
         "serve": "a door before servers",
     },
+    {"train": "weights that learn"},
     {"cli": "one file per command"},
 )
 """Rooms from the ground up, with a few words for each."""

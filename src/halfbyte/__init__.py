@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from halfbyte.formats import QuantizedTensor, get_format, list_formats
     from halfbyte.plugins import load_plugin
     from halfbyte.recipes import list_recipes, load_recipe
+    from halfbyte.train import export, prepare
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "convert",
     "encode",
     "evaluate",
+    "export",
     "generate",
     "get_format",
     "inspect",
@@ -37,6 +39,7 @@ __all__ = [
     "load_plugin",
     "load_recipe",
     "plan",
+    "prepare",
     "quantize",
     "verify",
 ]
@@ -49,6 +52,7 @@ _HOME = {
     **dict.fromkeys(("QuantizedTensor", "get_format", "list_formats"), "halfbyte.formats"),
     **dict.fromkeys(("list_recipes", "load_recipe"), "halfbyte.recipes"),
     "load_plugin": "halfbyte.plugins",
+    **dict.fromkeys(("export", "prepare"), "halfbyte.train"),
 }
 # what plugins themselves import, and what does not depend on them
 _WITHOUT_PLUGINS = ("HalfbyteError", "Inventory", "QuantizedTensor", "load_plugin")

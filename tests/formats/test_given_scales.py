@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from halfbyte.formats import get_format, list_formats
 from halfbyte.formats.codebooks import Codebook
-from halfbyte.formats.given_scales import divided, thresholds
+from halfbyte.formats.given_scales import inverse_of, scaled, thresholds
 from halfbyte.search import encode
 
 FORMATS = [*list_formats(), "nvfp4_hadamard", "mixfp4_duquant"]
@@ -33,7 +34,7 @@ def test_values_between_the_ends_of_their_cells_keep_their_codes(name: str) -> N
     tensor = encode(weight(), fmt, "absmax")
     values = fmt.to_plain(tensor).decode()
     for end in fmt.cells(tensor):
-        moved = values + np.float32(0.98) * (end - values)
+        moved = values + np.float32(0.95) * (end - values)
         np.testing.assert_array_equal(fmt.to_plain(fmt.round_to(tensor, moved)).decode(), values)
 
 
@@ -46,7 +47,7 @@ def test_every_value_finds_the_nearest_of_its_block(name: str) -> None:
     low, high = fmt.plain.value_range(tensor)
     clipped = np.clip(moved, np.minimum(low, high), np.maximum(low, high))
     first, last = fmt.plain.cells(rounded)
-    slack = 1e-5 * np.abs(clipped) + 1e-9
+    slack = 1e-2 * np.abs(clipped) + 1e-9  # HiF4 multiplies by inverses in BF16
     inside = (first - slack <= clipped) & (clipped <= last + slack)
     assert inside.all()
 
@@ -56,9 +57,18 @@ def test_a_scale_of_zero_gives_zeros() -> None:
     assert not zeros.format.round_to(zeros, np.ones((2, 32), np.float32)).decode().any()
 
 
-def test_division_gives_no_minus_zero() -> None:
-    z = divided(np.array([-0.0, -1.0], np.float32), np.array([2.0, 0.0], np.float32))
+def test_scaling_gives_no_minus_zero() -> None:
+    z = scaled(np.array([-0.0, -1.0], np.float32), inverse_of(np.array([2.0, 0.0], np.float32)))
     assert not np.signbit(z).any()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_weight_gets_the_codes_of_its_encoder_under_the_encoders_scales(name: str) -> None:
+    fmt = get_format(name)
+    bf16 = weight().astype(ml_dtypes.bfloat16)  # its values often lie on ties
+    tensor = encode(bf16, fmt, "absmax")
+    again = fmt.round_to(tensor, fmt.in_block_space(tensor, bf16.astype(np.float32))[1])
+    np.testing.assert_array_equal(again.decode(), tensor.decode())
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=lambda c: c.name)

@@ -13,6 +13,7 @@ from halfbyte.dialects import Dialect, get_dialect, list_dialects
 from halfbyte.formats import BlockFormat, Format, get_format, list_formats
 from halfbyte.models import Piece, Weight
 from halfbyte.plan.build import make_plan
+from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.transcoding import check_shape
 from halfbyte.source.checkpoint import Checkpoint
 from matrix.sources import MODELS, write
@@ -98,6 +99,13 @@ class Made:
 
 def make(root: Path, dialect: str, fmt: Format, model: str, other: str | None = None) -> Made:
     """Quantize all matrices that a dialect, and the ``other`` one, can hold, in the smallest model where any can be."""
+    source, plan = planned(root, dialect, fmt, model, other)
+    done = convert(plan, root / "out", threads=1)
+    return Made(source, root / "out", {error.name: error.squared_error for error in done.errors})
+
+
+def planned(root: Path, dialect: str, fmt: Format, model: str, other: str | None = None) -> tuple[Path, Plan]:
+    """The source of such a checkpoint, written below ``root``, and its plan."""
     for k in _widths(fmt, model):
         source = root / f"{model}-{k}"
         if not source.exists():
@@ -107,14 +115,12 @@ def make(root: Path, dialect: str, fmt: Format, model: str, other: str | None = 
         matrices = [w for w in checkpoint.weights if _QUANTIZED.search(w.name)]
         names = [w.name for w in matrices if _fits(w.untransposed(), fmt, bound)]
         if names:
-            out = root / "out"
             rule = {
                 "match": [f"re:^{re.escape(name)}$" for name in names],
                 "format": fmt.name,
                 "scale_search": "absmax",
             }
-            done = convert(make_plan(checkpoint, recipe(rule), dialect), out, threads=1)
-            return Made(source, out, {error.name: error.squared_error for error in done.errors})
+            return source, make_plan(checkpoint, recipe(rule), dialect)
     raise AssertionError(f"{dialect} holds no weight of the model {model!r} in {fmt.name}")
 
 

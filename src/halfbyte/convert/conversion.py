@@ -17,6 +17,7 @@ from halfbyte.checkpoint import Journal, Reader, ShardWriter, copy_file_atomic, 
 from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.checkpoint.lock import OutputLock, remove_leftovers
 from halfbyte.convert.encode_slice import Context, Progress
+from halfbyte.convert.given_tensors import GivenTensors
 from halfbyte.convert.hessian_cache import Hessians
 from halfbyte.convert.output_folder_state import (
     already_complete,
@@ -93,6 +94,7 @@ def convert(
     memory: int | None = None,
     announce: Announce | None = None,
     collect_refused: bool = False,
+    given: GivenTensors | None = None,
 ) -> Conversion:
     """Write the plan's output to the folder ``out``, or continue there after an interruption.
 
@@ -103,7 +105,8 @@ def convert(
     full disk, CheckpointError for a source that cannot be read: what is finished stays then, and a rerun continues.
     UnconvertibleError is for a source that changes and for weights that are not finite or that their format cannot
     hold within the bound of ``verify``: a rerun would meet them again, so nothing stays. With ``collect_refused`` it
-    is raised at the end and names all of these weights, else at the first one.
+    is raised at the end and names all of these weights, else at the first one. ``given``: tensors that are written
+    instead of what the source has; the plan's origin must name them, since they decide the bytes.
     """
     began = time.monotonic()
     root = plan.checkpoint.inventory.root
@@ -121,7 +124,7 @@ def convert(
         with OutputLock(out):
             journal = continue_or_begin(plan, out, root, source, announce or (lambda _: None))
             try:
-                done = _convert(plan, out, journal, source, limits, progress, refusals)
+                done = _convert(plan, out, journal, source, limits, progress, refusals, given)
             except UnconvertibleError:
                 discard(plan, out)
                 raise
@@ -145,6 +148,7 @@ def _convert(
     limits: Limits,
     progress: Progress | None,
     refusals: Refusals,
+    given: GivenTensors | None,
 ) -> Conversion:
     """All files that the journal does not hold yet."""
     todo = [shard for shard in plan.shards if shard.name not in journal.done]
@@ -154,14 +158,15 @@ def _convert(
         if shard.name in journal.done:
             report(sum(map(item_bytes, shard.items)))
     count = plan.resources(limits).threads
-    with Reader(plan.checkpoint.inventory) as reader:
+    inventory = plan.checkpoint.inventory
+    with given.reader(inventory) if given else Reader(inventory) as reader:
         with ThreadPoolExecutor(
             min(count, max(1, limits.memory // SMOOTHING_BYTES)), "halfbyte-smoothing", use_backend_here, (backend(),)
         ) as pool:
             smoothings, chosen = choose_smoothings(plan, out, journal, reader, pool, report)
         known = plan.calibration_use.calibration if plan.calibration_use else None
         hessians = Hessians(known, limits.memory // 8) if known and known.statistics else None
-        context = Context(plan, reader, smoothings, report, limits, hessians, refusals)
+        context = Context(plan, reader, smoothings, report, limits, hessians, refusals, given)
         _write_shards(context, count, todo, out, journal, source)
     refusals.check()
     errors: dict[str, TensorError] = {}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from halfbyte.calibration import Activations
 from halfbyte.checkpoint import Reader
+from halfbyte.convert.given_tensors import GivenTensors
 from halfbyte.convert.hessian_cache import Hessians
 from halfbyte.convert.refusals import Refusals
 from halfbyte.errors import FormatError, UnconvertibleError
@@ -36,7 +37,7 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Context:
-    """What all units of a conversion have in common; ``smoothings`` by weight name."""
+    """What all units of a conversion have in common; ``smoothings`` by weight name, ``given``: what is not encoded."""
 
     plan: Plan
     reader: Reader
@@ -45,6 +46,7 @@ class Context:
     limits: Limits
     hessians: Hessians | None = None
     refusals: Refusals = field(default_factory=Refusals)
+    given: GivenTensors | None = None
 
 
 def read_values(

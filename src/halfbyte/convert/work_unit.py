@@ -21,6 +21,7 @@ from halfbyte.convert.encode_slice import (
     read_slice,
     read_values,
 )
+from halfbyte.convert.given_tensors import GivenSlices
 from halfbyte.convert.global_scale_fit import shared_scale
 from halfbyte.convert.pipeline import Stages, Task
 from halfbyte.convert.transcoder import Transcoder
@@ -65,7 +66,9 @@ class WorkUnit:
         self._amax: dict[tuple[int, int], NDArray[np.float32]] = {}
         self._shared: NDArray[np.float32] | None = None
         self._fitted: NDArray[np.float32] | None = None
-        self._carrier: Transcoder | None = None
+        given, inverse = common.given, common.plan.dialect.spelling.global_scale_inv
+        self._carrier: Transcoder | GivenSlices | None = given.carrier(self._chosen, inverse) if given else None
+        self._given = self._carrier is not None
         self._errors: dict[tuple[int, int], TensorError] = {}
 
     @property
@@ -77,8 +80,13 @@ class WorkUnit:
         return compared
 
     def judged_errors(self) -> list[TensorError]:
-        """The errors, once all of them are measured; UnconvertibleError for one beyond the bound."""
+        """The errors, once all of them are measured; UnconvertibleError for one beyond the bound.
+
+        What was trained may be anywhere.
+        """
         errors = self.errors
+        if self._given:
+            return errors
         for item, error in zip(self._chosen, errors, strict=True):
             self._common.refusals.judge(error, item.method is not None)
         return errors
@@ -96,7 +104,7 @@ class WorkUnit:
             yield others
             return
         pieces = [(k, *cut) for k, item in enumerate(self._chosen) for cut in self._cuts(item)]
-        if any(item.action == "transcode" for item in self._chosen):
+        if not self._given and any(item.action == "transcode" for item in self._chosen):
             yield [partial(self._prepare, pieces)]
         if self._together and not (self._carrier and self._carrier.ready):
             yield [partial(self._look, *piece) for piece in pieces]
@@ -222,7 +230,9 @@ class WorkUnit:
                     continue
             else:
                 tensor = carried.tensor
-                if not carried.exact:
+                if self._given and not error.source:
+                    error.add(read_values(self.plan, self.reader, item, a, b)[0], tensor)
+                elif not carried.exact:
                     error.carry(carried.before, tensor)
             where = (a, 0) if stacked else (0, a)
             self._write(self.plan.dialect.spelling.write(_outputs(item, a, b), fmt, tensor, *where), places)

@@ -64,11 +64,13 @@ def rounded(x: torch.Tensor, name: str, global_scale: float | None = None) -> to
     return torch.where(finite, values, torch.nan).reshape(x.shape).to(x.dtype)
 
 
-def round_activations(model: Any, checkpoint: Checkpoint, name: str) -> int:
+def round_activations(
+    model: Any, checkpoint: Checkpoint, name: str, around: Callable[[Rounded], Rounded] = lambda how: how
+) -> int:
     """Make a model round the inputs of all layers whose weights are quantized; how many layers these are.
 
-    Linear layers and stacks of experts (both products of each expert). HalfbyteError where another kind of layer is
-    quantized, or none.
+    Linear layers and stacks of experts (both products of each expert). ``around`` wraps what rounds a tensor (training
+    lets gradients pass). HalfbyteError where another kind of layer is quantized, or none.
     """
     if name not in FORMATS:
         raise HalfbyteError(f"activations cannot be rounded to {name!r}; there are {', '.join(FORMATS)}")
@@ -92,9 +94,9 @@ def round_activations(model: Any, checkpoint: Checkpoint, name: str) -> int:
     for path, (scale, rotation) in modules.items():
         module = model.get_submodule(path)
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(_before(partial(rotation.rounded, name=name, global_scale=scale)))
+            module.register_forward_pre_hook(_before(around(partial(rotation.rounded, name=name, global_scale=scale))))
         elif any(tensor.dim() == 3 for tensor in module.state_dict().values()):
-            _in_experts(module, partial(rotation.rounded, name=name))
+            _in_experts(module, around(partial(rotation.rounded, name=name)))
         else:
             raise HalfbyteError(f"the inputs of {path} ({type(module).__name__}) cannot be rounded")
     return len(modules)

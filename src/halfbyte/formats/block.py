@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from halfbyte.formats.arrays import Array, Codes, Floats
 from halfbyte.formats.codebooks import Codebook
 from halfbyte.formats.format import ColumnChoice, Encoded, Format, QuantizedTensor, ScaleSearch
-from halfbyte.formats.given_scales import divided, edges
+from halfbyte.formats.given_scales import edges, inverse_of, scaled
 from halfbyte.formats.losses import unit_of
 from halfbyte.formats.packing import pack_nibbles, unpack_nibbles
 from halfbyte.formats.scales import ScaleType
@@ -127,8 +127,11 @@ class BlockFormat(Format):
 
     def round_to(self, tensor: QuantizedTensor, x: Array) -> QuantizedTensor:
         """The nearest value of each block's codebook to x over the block's scale."""
-        scales, chosen = self.decode_scales(tensor)
-        z = divided(x, self.spread(scales, tensor.shape))
+        scales, chosen = self.split_scales(tensor.scales)
+        inverse = self.spread(inverse_of(scales), tensor.shape)
+        lead = (..., *(None,) * min(2, scales.ndim))
+        whole = () if tensor.global_scale is None else (inverse_of(tensor.global_scale)[lead],)
+        z = scaled(x, *whole, inverse)
         codes = self.codebooks[0].encode(z)
         if chosen is not None:
             index = self.spread(chosen, tensor.shape)

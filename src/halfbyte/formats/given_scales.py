@@ -17,12 +17,20 @@ from halfbyte.formats.codebooks import Codebook
 _FAR = np.float32(2.0**13)
 
 
-def divided(x: Array, scale: Floats) -> Floats:
-    """x over its scales in FP32, at most 2**13 from zero; zero where a scale is zero, and no minus zero."""
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        z = np.divide(x.astype(np.float32, copy=False), scale, dtype=np.float32)
+def inverse_of(scale: Floats) -> Floats:
+    """1 / scale in FP32 as encoders have it, and zero where a scale is zero."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.asarray(np.where(scale == 0, np.float32(0), np.float32(1) / scale))
+
+
+def scaled(x: Array, *inverses: Floats) -> Floats:
+    """x times inverses of scales, one after the other as encoders multiply; at most 2**13 from zero, no minus zero."""
+    z = x.astype(np.float32, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for inverse in inverses:
+            z = z * inverse
     # a codebook with values of two kinds compares distances, which are all alike far away
-    return np.asarray(np.where(scale == 0, np.float32(0), np.clip(z, -_FAR, _FAR)) + np.float32(0))
+    return np.asarray(np.clip(np.nan_to_num(z, nan=0.0), -_FAR, _FAR) + np.float32(0))
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from halfbyte.formats import scales
 from halfbyte.formats.arrays import Array, Floats
 from halfbyte.formats.format import Encoded, Format, QuantizedTensor, ScaleSearch
-from halfbyte.formats.given_scales import divided
+from halfbyte.formats.given_scales import inverse_of, scaled
 from halfbyte.formats.losses import loss_of
 from halfbyte.formats.packing import pack_nibbles, unpack_nibbles
 from halfbyte.formats.registry import register
@@ -45,7 +45,10 @@ class HiF4Format(Format):
 
     def round_to(self, tensor: QuantizedTensor, x: Array) -> QuantizedTensor:
         """Magnitudes in quarters of each element's three scales, halves rounded up."""
-        z = divided(x, self._factors(tensor))
+        step = inverse_of(scales.E6M2.to_value(tensor.scales & np.uint32(255)))
+        inverse = np.repeat(step.astype(ml_dtypes.bfloat16).astype(np.float32), 64, axis=-1)
+        micro = np.repeat(micro_scales(tensor.scales), 4, axis=-1).reshape(tensor.shape)
+        z = scaled(x, inverse, inverse_of(micro))
         quarters = np.minimum(np.floor(np.abs(z) * 4 + np.float32(0.5)), 7).astype(np.uint8)
         return replace(tensor, codes=pack_nibbles(quarters | (np.signbit(z).astype(np.uint8) << 3)))
 

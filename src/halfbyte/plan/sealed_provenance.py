@@ -21,7 +21,7 @@ UNKNOWN = "0" * 64
 VERSION = 3
 """Of the file; releases before wrote 1 and 2, without hashes."""
 REQUIRED = frozenset({"halfbyte", "source", "dialect", "recipe", "plan", "files", "sha256"})
-KEYS = REQUIRED | {"importance", "folds", "rounded_with_hessian", "calibrated_errors"}
+KEYS = REQUIRED | {"importance", "folds", "rounded_with_hessian", "calibrated_errors", "training"}
 
 
 @dataclass(frozen=True)

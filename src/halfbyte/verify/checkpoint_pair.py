@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class CheckpointPair:
     right: Reader
     max_relmse: float
     smoothings: dict[str, Smoothing]
+    training: dict[str, Any] = field(default_factory=dict)
+    """What the output's halfbyte.json says of its training: weights have moved then, kept ones that it names too."""
 
     def check_all(self, decisions: dict[str, Decision], record: dict[str, Any], report: Callable[[int], None]) -> None:
         """Every weight of the source, and what is in the output besides."""
@@ -104,13 +106,23 @@ class CheckpointPair:
         if fmt != wanted:
             names = [f.name if f else "unquantized" for f in (fmt, wanted)]
             self.result.problems.append(f"{weight.name} is {names[0]}, but the recipe wants it {names[1]}")
-        if keep and fmt is None and before is None and self._spelled(weight, twin):
+        if fmt is None and set(weight.sources) & set(self.training.get("kept_trained", ())):
+            self._moved(weight, twin)
+        elif keep and fmt is None and before is None and self._spelled(weight, twin):
             self._same(weight, twin)
         elif keep and (before is None or self.ours.dialect is self.source.dialect):
             self._kept(weight, [o.name for o in self.source.stored(weight)] if before else weight.sources)
         elif fmt is not None:
-            fed_back = decision is not None and decision.method is not None
+            fed_back = bool(self.training) or (decision is not None and decision.method is not None)
             self._quantized(weight, twin, fmt, largest_relmse(fmt, fed_back, self.max_relmse))
+
+    def _moved(self, weight: Weight, twin: Weight) -> None:
+        """A kept weight that was trained: of the same shape, and finite."""
+        self.result.kept += 1
+        if twin.shape != weight.shape:
+            self.result.problems.append(f"{weight.name} is {list(twin.shape)}, but {list(weight.shape)} in the source")
+        elif not np.isfinite(self.ours.read(self.left, twin).astype(np.float32)).all():
+            self.result.problems.append(f"{weight.name} holds a NaN or an infinity")
 
     def respelled(self, weight: Weight, output: OutputTensor) -> None:
         """A scale of activations, which may have become its reciprocal."""

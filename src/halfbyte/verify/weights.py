@@ -84,7 +84,9 @@ def _against(
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
         smoothings = _smoothings(folder, record, source, right, result.problems)
         result.smoothed = len(smoothings)
-        pair = CheckpointPair(result, ours, source, left, right, max_relmse, smoothings)
+        training = record.get("training")
+        moved = training if isinstance(training, dict) else {}
+        pair = CheckpointPair(result, ours, source, left, right, max_relmse, smoothings, moved)
         pair.check_all(decisions, record, report)
         note_calibrated_errors(result.errors, record)
         plan = None if result.checksums.stated or result.problems else recorded_plan(record, source)

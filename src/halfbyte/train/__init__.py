@@ -1,0 +1,6 @@
+"""Training models back after quantization: students, distillation, and exports bit for bit."""
+
+from halfbyte.train.export_student import export
+from halfbyte.train.student import prepare
+
+__all__ = ["export", "prepare"]
