@@ -16,7 +16,7 @@ from halfbyte.recipes import Recipe
 from halfbyte.recipes.recipe import Rule, parse_recipe
 from halfbyte.search import get_search
 from halfbyte.source.checkpoint import Checkpoint
-from halfbyte.source.smoothing import FOLDS
+from halfbyte.source.smoothing import SMOOTHING_FILE
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Origin:
     def smoothed(self) -> bool:
         """Whether AWQ changed weights of the checkpoint before they were quantized."""
         root = self.checkpoint.inventory.root
-        return root is not None and (root / FOLDS).is_file()
+        return root is not None and (root / SMOOTHING_FILE).is_file()
 
     def searched(self, name: str, search: str) -> Item:
         """The item of a weight with the plan's search, or with this one where a checkpoint names none."""
