@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import halfbyte
 from halfbyte.cli import main
 
 pytest.importorskip("torch")
@@ -60,3 +61,20 @@ def test_options_that_do_not_fit_are_one_sentence(
 ) -> None:
     assert main(["generate", model, "--prompt", "a", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_drafts_leave_the_text_and_show_their_gain(run_json: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = str(Path(halfbyte.__file__).parent / "demo_model")
+    options = ("generate", demo, "--prompt", "The city of", "--dtype", "float32", "--max-tokens", "20")
+    found = run_json(*options, "--speculative", "2")
+    assert found["text"] == run_json(*options)["text"]
+    counts = found["speculation"]
+    assert 0 < counts["accepted"] <= counts["drafted"] <= 2 * counts["passes"] and counts["speedup"] > 0
+    assert main([*options, "--speculative"]) == 0
+    line = capsys.readouterr().err
+    assert " drafts accepted, " in line and " times as fast as without drafts" in line
+
+
+def test_drafts_need_a_head(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", model, "--prompt", "a", "--speculative"]) == 2
+    assert "has no multi-token-prediction head" in capsys.readouterr().err

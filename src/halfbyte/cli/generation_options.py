@@ -40,6 +40,15 @@ def add_generation(parser: argparse.ArgumentParser, temperature: float) -> None:
         default="exact",
         help="activations of products with quantized weights: as they are, or rounded to int8 (default: exact)",
     )
+    parser.add_argument(
+        "--speculative",
+        metavar="K",
+        type=int,
+        nargs="?",
+        const=1,
+        help="let the model's multi-token-prediction head guess K tokens at a time (default: 1) and check them in one "
+        "pass: the same text; the last line shows the gain",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
     parser.add_argument("--threads", metavar="N", type=int, help="threads of the CPU (default: all cores)")
     parser.add_argument("--revision", metavar="R", help="commit, branch or tag of a hub id")
@@ -55,6 +64,8 @@ def prepared(args: argparse.Namespace) -> tuple[Generator, Sampling]:
     from halfbyte.errors import HalfbyteError
     from halfbyte.runtime.generation import Generator, Sampling
     from halfbyte.runtime.loading import load, load_tokenizer
+    from halfbyte.runtime.speculation import Speculation, check_head
+    from halfbyte.source.checkpoint import Checkpoint
 
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.max_tokens, tuple(args.stop))
     if args.threads is not None:
@@ -62,18 +73,34 @@ def prepared(args: argparse.Namespace) -> tuple[Generator, Sampling]:
             raise HalfbyteError("--threads must be 1 or more")
         torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer(args.path, args.revision)
+    checkpoint = None
+    if args.speculative is not None:
+        checkpoint = Checkpoint.open(args.path, args.revision)
+        check_head(checkpoint, args.speculative)
     model = load(args.path, args.dtype, revision=args.revision, mode=args.mode)
-    return Generator(model, tokenizer), sampling
+    speculation = Speculation(checkpoint, model, args.speculative) if checkpoint else None
+    return Generator(model, tokenizer, speculation), sampling
 
 
 def described(counts: Counts) -> str:
     """What an answer took, in one line."""
-    prompt = f"{counts.prompt_tokens} tokens of prompt in {counts.prompt_seconds:.2f} s"
-    return f"{counts.tokens} tokens, {counts.tokens_per_second:.1f} tokens/s; {prompt}"
+    text = f"{counts.tokens} tokens, {counts.tokens_per_second:.1f} tokens/s"
+    if counts.drafts:
+        text += f"; {counts.drafts.accepted} of {counts.drafts.drafted} drafts accepted"
+        speedup = counts.drafts.speedup
+        text += f", {speedup:.2f} times as fast as without drafts" if speedup else ""
+    return f"{text}; {counts.prompt_tokens} tokens of prompt in {counts.prompt_seconds:.2f} s"
 
 
 def document(text: str, counts: Counts) -> dict[str, Any]:
     """An answer as JSON."""
+    drafts = counts.drafts
+    speculation = drafts and {
+        "passes": drafts.passes,
+        "drafted": drafts.drafted,
+        "accepted": drafts.accepted,
+        "speedup": drafts.speedup,
+    }
     return {
         "text": text,
         "finish": counts.finish,
@@ -81,4 +108,5 @@ def document(text: str, counts: Counts) -> dict[str, Any]:
         "tokens_per_second": counts.tokens_per_second,
         "prompt_tokens": counts.prompt_tokens,
         "prompt_seconds": counts.prompt_seconds,
+        "speculation": speculation,
     }

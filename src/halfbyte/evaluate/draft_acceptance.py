@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.runtime.draft_head import DraftHead, spelling_of_head
+from halfbyte.runtime.draft_head import DraftHead
+from halfbyte.runtime.speculation import check_head
 from halfbyte.source.checkpoint import Checkpoint
 
 PROMPTS, PROMPT_LENGTH, CONTINUATION = 16, 64, 64
-MOST_DRAFTS = 8
 
 
 @torch.no_grad()
@@ -53,10 +53,8 @@ def measure_drafts(
 
 def check_drafts(checkpoints: Iterable[Checkpoint], drafts: int) -> None:
     """HalfbyteError for a number of drafts that nobody uses, CheckpointError for a checkpoint without a head."""
-    if not 1 <= drafts <= MOST_DRAFTS:
-        raise HalfbyteError(f"the number of drafts must be between 1 and {MOST_DRAFTS}, not {drafts}")
     for checkpoint in checkpoints:
-        spelling_of_head(checkpoint)
+        check_head(checkpoint, drafts)
 
 
 def prompts_of(tokens: list[int]) -> torch.Tensor:

@@ -106,6 +106,23 @@ class DraftHead(nn.Module):
         result: torch.Tensor = states[0] if isinstance(states, tuple) else states
         return result
 
+    def run_cached(self, joined: torch.Tensor, first: int, cache: Any) -> torch.Tensor:
+        """Run the decoder layer on rows [1, T, K] behind those in ``cache``, which then has them too.
+
+        The rows stand at positions ``first``, ``first`` + 1, ...; as many rows must be in the cache.
+        """
+        count = joined.shape[1]
+        positions = torch.arange(first, first + count, device=joined.device)[None]
+        mask = torch.zeros(count, first + count, dtype=joined.dtype, device=joined.device)
+        later = torch.ones_like(mask, dtype=torch.bool).triu(first + 1)
+        mask = mask.masked_fill(later, torch.finfo(joined.dtype).min)[None, None]
+        rotary = self._rotary[0](joined, positions)
+        states = self.layer(
+            joined, attention_mask=mask, position_ids=positions, position_embeddings=rotary, past_key_values=cache
+        )
+        result: torch.Tensor = states[0] if isinstance(states, tuple) else states
+        return result
+
     def states_and_logits(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the layer's output: what the next step reads, and logits."""
         normed = self.norm(states)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.runtime.speculation import DraftCounts, Speculation
 from halfbyte.runtime.templates import apply_template
 
 _UNFINISHED = "\ufffd"
@@ -42,13 +43,17 @@ class Sampling:
 
 @dataclass
 class Counts:
-    """What an answer took: tokens and seconds of the prompt and of what followed; ``finish``: stop or length."""
+    """What an answer took: tokens and seconds of the prompt and of what followed; ``finish``: stop or length.
+
+    With a draft head, ``drafts`` counts its guesses.
+    """
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
     finish: str = "length"
+    drafts: DraftCounts | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,10 +63,14 @@ class Counts:
 
 @dataclass
 class Generator:
-    """A model and its tokenizer. What both have seen stays cached, so that a longer conversation goes on from there."""
+    """A model and its tokenizer. What both have seen stays cached, so that a longer conversation goes on from there.
+
+    With ``speculation``, a draft head guesses tokens: the same text in fewer passes of the model.
+    """
 
     model: Any
     tokenizer: Any
+    speculation: Speculation | None = None
     counts: Counts = field(default_factory=Counts)
     _cache: Any = None
     _cached: list[int] = field(default_factory=list)
@@ -119,9 +128,13 @@ class Generator:
             random = torch.Generator()
             random.manual_seed(torch.seed() if sampling.seed is None else sampling.seed)
         ends = self._end_tokens()
+        next_logits = self._logits
+        if self.speculation is not None:
+            self.counts.drafts = self.speculation.counts = DraftCounts()
+            next_logits = self.speculation.logits
         start = time.perf_counter()
         for number in range(limit):
-            token = _choose(self._logits(ids), sampling, random)
+            token = _choose(next_logits(ids), sampling, random)
             now = time.perf_counter()
             if number == 0:
                 self.counts.prompt_seconds, start = now - start, now
