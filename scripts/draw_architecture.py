@@ -26,7 +26,12 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"calibration": "files of statistics", "runtime": "torch modules"},
     {"plan": "fate and place of all tensors"},
     {"convert": "plan to files", "engines": "plugins of engines"},
-    {"verify": "files against source", "evaluate": "measurements", "transformers": "a name to import"},
+    {
+        "verify": "files against source",
+        "audit": "what is wrong with a file",
+        "evaluate": "measurements",
+        "transformers": "a name to import",
+    },
     {
         "calibrate": "text through a model",
         "api": "Python functions",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halfbyte.api import convert, encode, evaluate, generate, inspect, load, plan, quantize, verify
+    from halfbyte.audit.run_audit import audit
     from halfbyte.checkpoint import Inventory
     from halfbyte.errors import HalfbyteError
     from halfbyte.formats import QuantizedTensor, get_format, list_formats
@@ -26,6 +27,7 @@ __all__ = [
     "Inventory",
     "QuantizedTensor",
     "__version__",
+    "audit",
     "convert",
     "encode",
     "evaluate",
@@ -44,9 +46,10 @@ __all__ = [
     "verify",
 ]
 
-_WORDS = ("convert", "encode", "evaluate", "generate", "inspect", "load", "plan", "quantize", "verify")
+_WORDS = ("audit", "convert", "encode", "evaluate", "generate", "inspect", "load", "plan", "quantize", "verify")
 _HOME = {
     **dict.fromkeys(_WORDS, "halfbyte.api"),
+    "audit": "halfbyte.audit.run_audit",
     "HalfbyteError": "halfbyte.errors",
     "Inventory": "halfbyte.checkpoint",
     **dict.fromkeys(("QuantizedTensor", "get_format", "list_formats"), "halfbyte.formats"),

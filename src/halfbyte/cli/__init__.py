@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol
 from halfbyte import __version__, plugins
 from halfbyte.cli import (
     allocate_command,
+    audit_command,
     calibrate_command,
     card_command,
     chat_command,
@@ -56,6 +57,7 @@ COMMANDS: dict[str, Command] = {
     "quantize": quantize_command,
     "convert": convert_command,
     "verify": verify_command,
+    "audit": audit_command,
     "chat": chat_command,
     "generate": generate_command,
     "errors": errors_command,
