@@ -22,7 +22,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"formats": "what a number is", "checkpoint": "files and headers", "plugins": "what others add"},
     {"kernels": "compiled code", "models": "roles and families"},
     {"search": "numbers to codes", "dialects": "engines' layouts", "compatibility": "facts about engines"},
-    {"recipes": "rules", "source": "a checkpoint as weights"},
+    {"recipes": "rules", "source": "a checkpoint as weights", "gpu": "Triton kernels"},
     {"calibration": "files of statistics", "runtime": "torch modules"},
     {"plan": "fate and place of all tensors"},
     {"convert": "plan to files", "engines": "plugins of engines"},

@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 TORCH = {"torch", "transformers", "accelerate", "lm_eval", "vllm"}
 # rooms that need torch anyway; others import these, and only these, inside functions
-NEEDS_TORCH = {"calibrate", "engines", "evaluate", "runtime", "train", "transformers"}
+NEEDS_TORCH = {"calibrate", "engines", "evaluate", "gpu", "runtime", "train", "transformers"}
 
 
 def _drawing() -> ModuleType:

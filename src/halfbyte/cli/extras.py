@@ -8,6 +8,7 @@ _EXTRAS = {
     "eval": ("lm_eval", "datasets"),
     "allocate": ("highspy",),
     "report": ("altair", "vl_convert", "jinja2"),
+    "gpu": ("triton",),
 }
 
 

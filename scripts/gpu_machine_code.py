@@ -1,0 +1,214 @@
+"""Compile the GPU kernels ahead of time, without a GPU, and count what the machine code of their loops costs.
+
+    python scripts/gpu_machine_code.py                 a table, as docs/gpu.md has it
+    python scripts/gpu_machine_code.py --json FILE     the counts as JSON
+    python scripts/gpu_machine_code.py --write         put table and roofline into docs/gpu.md
+
+A loop's instructions are those between a backward branch and its target in what nvdisasm prints; weights are counted
+from the matrix instructions in it, each of which multiplies 256 weights of a warp with eight tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# the compiler, not the interpreter; products are contracted as in the kernels' measurements
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from halfbyte.formats import get_format
+from halfbyte.gpu.dense_kernel import dense_kernel
+from halfbyte.gpu.device_linear import _STAGES, Bucket
+from halfbyte.gpu.ptx_text import scale_text, word_text
+from halfbyte.gpu.table_layout import describe_tables
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGE = REPOSITORY / "docs" / "gpu.md"
+ARCHITECTURES = (80, 89, 90, 100, 120)
+FORMATS = ("nvfp4", "mixfp4", "if4", "mxfp4", "int4_g128", "razer", "nf4")
+TOKENS = (8, 16, 32)
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# of 8192 x 8192 weights and one token: memory GB/s and instructions of a lane per second, from the data sheets
+GPUS = {
+    "A100": (80, 2039, 108, 1.41),
+    "H100": (90, 3350, 132, 1.755),
+    "H200": (90, 4800, 132, 1.755),
+    "B200": (100, 8000, 148, 1.85),
+    "RTX 5090": (120, 1792, 170, 2.41),
+}
+_POINTERS = {
+    "x": "x", "words": "*i32", "scales": "*i32", "factor": "*fp32", "bias": "x", "y": "x", "parts": "*fp32",
+    "counters": "*i32", "tables": "*fp32", "scale_values": "*fp32",
+}  # fmt: skip
+_INTEGERS = ("shape_m", "shape_n", "shape_k", "x_stride", "strips", "tiles")
+
+
+@dataclass(frozen=True)
+class Count:
+    """What the loop of a kernel costs: instructions per weight and lane, registers, bytes of spills."""
+
+    architecture: int
+    format: str
+    tokens: int
+    instructions: int
+    per_weight: float
+    registers: int
+    spills: int
+
+
+def count(architecture: int, name: str, bucket: Bucket, operand: str = "bfloat16") -> Count:
+    """Compile the dense kernel and count."""
+    cubin = compile_dense(architecture, name, bucket, operand)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        code = _run("nvdisasm", "-c", path)
+        usage = _run("cuobjdump", "-res-usage", path)
+    loop = longest_loop(code)
+    products = sum("HMMA" in line for line in loop)
+    weights = products * 8 // max(bucket.tokens // 8, 1)
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code)) + sum(int(n) for n in re.findall(r"LOCAL:(\d+)", usage))
+    return Count(architecture, name, bucket.tokens, len(loop), round(len(loop) / weights, 2), registers, spills)
+
+
+def compile_dense(architecture: int, name: str, bucket: Bucket, operand: str) -> bytes:
+    """The machine code of the dense kernel for BF16 or FP16 activations, split along K."""
+    layout = describe_tables(get_format(name))
+    constants: dict[str, Any] = {
+        "SCALE_TEXT": scale_text(layout, operand),
+        "WORD_TEXT": word_text(layout, operand),
+        "KIND": layout.kind,
+        "SCALE": {"bf16": "bfloat16", "fp16": "float16"}.get(layout.scale, "byte"),
+        "CHOOSES": layout.chooses,
+        "DECODE": "asm",
+        "TYPE": getattr(tl, operand),
+        "TOKENS": bucket.tokens,
+        "STRIPS": bucket.strips,
+        "SPLITS": 8,
+        "BIAS": False,
+        "WHOLE": True,
+        "STAGES": _STAGES,
+    }
+    pointer = {"bfloat16": "*bf16", "float16": "*fp16"}[operand]
+    signature = {key: pointer if value == "x" else value for key, value in _POINTERS.items()}
+    signature |= dict.fromkeys(_INTEGERS, "i32") | dict.fromkeys(constants, "constexpr")
+    aligned = [*_POINTERS, "shape_n", "shape_k", "x_stride"]
+    attributes = {(list(signature).index(key),): [["tt.divisibility", 16]] for key in aligned}
+    source = ASTSource(dense_kernel, signature, constants, attributes)
+    options = {"num_warps": bucket.warps, "num_stages": _STAGES}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return bytes(compiled.asm["cubin"])
+
+
+def longest_loop(code: str) -> list[str]:
+    """The instructions of the longest loop in disassembled code."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line)
+        if label:
+            labels[label.group(1)] = len(lines)
+        elif instruction:
+            lines.append(instruction.group(1))
+    loops = [
+        (i + 1 - labels[target], labels[target], i + 1)
+        for i, line in enumerate(lines)
+        for target in re.findall(r"\bBRA\b.*?(\.L_x_\d+)", line)
+        if labels.get(target, i) < i - 1
+    ]
+    if not loops:
+        raise SystemExit("the machine code has no loop")
+    _, first, stop = max(loops)
+    return lines[first:stop]
+
+
+def _run(tool: str, option: str, path: Path) -> str:
+    return subprocess.run([BINARIES / tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def counts(architectures: Sequence[int], formats: Sequence[str], tokens: Sequence[int]) -> Iterator[Count]:
+    """Counts of all combinations."""
+    for architecture in architectures:
+        for name in formats:
+            for number in tokens:
+                yield count(architecture, name, Bucket(number))
+
+
+def table(measured: Sequence[Count]) -> str:
+    """Instructions per weight and registers as a Markdown table: a row per format and tokens."""
+    shown = sorted({c.architecture for c in measured})
+    lines = ["| format, tokens | " + " | ".join(f"sm_{a}" for a in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for name in dict.fromkeys(c.format for c in measured):
+        for tokens in sorted({c.tokens for c in measured}):
+            row = {c.architecture: c for c in measured if (c.format, c.tokens) == (name, tokens)}
+            cells = [f"{row[a].per_weight:.2f} ({row[a].registers})" for a in shown]
+            lines.append(f"| `{name}`, {tokens} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def roofline(measured: Sequence[Count], name: str = "mixfp4") -> str:
+    """Microseconds of 8192 x 8192 weights and eight tokens: memory, issue, and their larger one against BF16."""
+    lines = [
+        "| GPU | BF16 memory µs | 4-bit memory µs | instructions per weight | issue µs | bound | speed-up at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    weights = 8192 * 8192
+    for gpu, (architecture, bandwidth, units, clock) in GPUS.items():
+        cost = next(c.per_weight for c in measured if (c.architecture, c.format, c.tokens) == (architecture, name, 8))
+        dense, packed = weights * 2 / bandwidth / 1e3, weights * 4.5 / 8 / bandwidth / 1e3
+        issue = weights * cost / (units * 128 * clock * 1e9) * 1e6
+        bound, slower = ("memory", packed) if packed > issue else ("issue", issue)
+        lines.append(
+            f"| {gpu} | {dense:.1f} | {packed:.1f} | {cost:.2f} | {issue:.1f} | {bound} | {dense / slower:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the arguments, compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
+    arguments = parser.parse_args()
+    measured = list(counts(arguments.architectures, arguments.formats, arguments.tokens))
+    if arguments.json:
+        document = {"triton": triton.__version__, "counts": [asdict(c) for c in measured]}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    if arguments.write:
+        write_page(measured)
+    if not arguments.json and not arguments.write:
+        print(table(measured))
+
+
+def write_page(measured: Sequence[Count]) -> None:
+    """Put table and roofline between their marks in docs/gpu.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    parts = {"counts": f"Triton {triton.__version__}:\n\n{table(measured)}", "roofline": roofline(measured)}
+    for mark, content in parts.items():
+        begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
