@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from halfbyte.formats import QuantizedTensor, get_format, list_formats
     from halfbyte.plugins import load_plugin
     from halfbyte.recipes import list_recipes, load_recipe
-    from halfbyte.train import export, prepare
+    from halfbyte.train import Distill, export, prepare
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Distill",
     "HalfbyteError",
     "Inventory",
     "QuantizedTensor",
@@ -55,7 +56,7 @@ _HOME = {
     **dict.fromkeys(("QuantizedTensor", "get_format", "list_formats"), "halfbyte.formats"),
     **dict.fromkeys(("list_recipes", "load_recipe"), "halfbyte.recipes"),
     "load_plugin": "halfbyte.plugins",
-    **dict.fromkeys(("export", "prepare"), "halfbyte.train"),
+    **dict.fromkeys(("Distill", "export", "prepare"), "halfbyte.train"),
 }
 # what plugins themselves import, and what does not depend on them
 _WITHOUT_PLUGINS = ("HalfbyteError", "Inventory", "QuantizedTensor", "load_plugin")

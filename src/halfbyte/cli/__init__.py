@@ -29,6 +29,7 @@ from halfbyte.cli import (
     recipes_command,
     report_command,
     sensitivity_command,
+    train_command,
     verify_command,
 )
 from halfbyte.cli.json_stdout import divert_the_rest, only_documents
@@ -67,6 +68,7 @@ COMMANDS: dict[str, Command] = {
     "card": card_command,
     "calibrate": calibrate_command,
     "allocate": allocate_command,
+    "train": train_command,
     "recipes": recipes_command,
     "formats": formats_command,
     "demo": demo_command,

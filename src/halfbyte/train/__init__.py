@@ -2,5 +2,6 @@
 
 from halfbyte.train.export_student import export
 from halfbyte.train.student import prepare
+from halfbyte.train.trainer_callback import Distill
 
-__all__ = ["export", "prepare"]
+__all__ = ["Distill", "export", "prepare"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from halfbyte.convert.encode_slice import encode_slice
 from halfbyte.formats import Format, QuantizedTensor
-from halfbyte.kernels import ErrorStats
+from halfbyte.kernels import ErrorStats, fake_quantize
 from halfbyte.kernels import amax as largest
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.resources import shares_amax
@@ -33,6 +33,11 @@ class Rounded:
 
 def round_given(tensor: QuantizedTensor, master: Floats) -> Rounded:
     """Round a master, which lies in the space of the blocks, to the scales of a tensor."""
+    native = fake_quantize.round_given(tensor.format.to_plain(tensor), master)
+    if native is not None:
+        rounded = replace(tensor, codes=native[0].codes)
+        values = native[1] if tensor.format.rotation is None else rounded.decode()
+        return Rounded(rounded, values, native[2])
     rounded = tensor.format.round_to(tensor, master)
     return Rounded(rounded, rounded.decode(), _between_the_ends(rounded, master))
 

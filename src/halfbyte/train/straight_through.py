@@ -59,7 +59,9 @@ class TrainedWeight(nn.Module):
         self.group: list[TrainedWeight] = [self]
         self.home: list[Any] = []  # where torch keeps the master; in a list, so that it is no part of this module
         self.enabled = True
-        self._kept: torch.Tensor | None = None
+        # rounded values that are used again; in lists, as they may be parameters of other modules
+        self.fixed: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
         self._keeps = False
         for part in ARRAYS:
             array = getattr(tensor, part)
@@ -99,13 +101,14 @@ class TrainedWeight(nn.Module):
 
     def forward(self, master: torch.Tensor) -> torch.Tensor:
         """The values that an engine decodes, in the model's dtype and layout; the master's own while switched off."""
-        if self._kept is not None:
-            return self._kept
+        known = self.fixed or self._kept
+        if known:
+            return known[0]
         values = _StraightThrough.apply(master, self) if self.enabled else master
         values = values.to(self.dtype)
         values = values.transpose(-1, -2) if self.transposed else values
         if self._keeps:
-            self._kept = values
+            self._kept = [values]
         return values
 
     def keep_while(self, module: nn.Module) -> None:
@@ -115,10 +118,10 @@ class TrainedWeight(nn.Module):
         module.register_forward_hook(self._end, always_call=True)
 
     def _begin(self, *_: Any) -> None:
-        self._keeps, self._kept = True, None
+        self._keeps, self._kept = True, []
 
     def _end(self, *_: Any) -> None:
-        self._keeps, self._kept = False, None
+        self._keeps, self._kept = False, []
 
     def final(self) -> QuantizedTensor:
         """Codes and scales of the master as it is now: what the next forward pass would see. Copies."""

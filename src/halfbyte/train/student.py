@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,20 @@ def student_of(model: Any) -> Student:
     if student is None:
         raise HalfbyteError("this model is no student; prepare it first (halfbyte.prepare)")
     return student
+
+
+@contextlib.contextmanager
+def rounded_once(model: Any) -> Iterator[None]:
+    """Within this context, for measurements, no gradients are kept and each weight is rounded only once."""
+    weights = student_of(model).weights.values() if hasattr(model, ATTRIBUTE) else ()
+    with torch.no_grad():
+        try:
+            for weight in weights:
+                weight.fixed = [weight(weight.master)]
+            yield
+        finally:
+            for weight in weights:
+                weight.fixed = []
 
 
 def prepare(
