@@ -1,9 +1,10 @@
 """Commands that are killed at the n-th call that writes, and run again: the result has the same bytes.
 
 ``python -m fuzz.crash_points --kills 150 --seed 0``; exit code 1 where it has not. Each command runs in a process of
-its own (a fork), in which the functions of ``os`` that write, sync, rename or remove are counted; at the drawn number
-the process either kills itself (SIGKILL) or, every fourth time, gets "no space left" from that call. Then the same
-command runs undisturbed into the same place, and all of its files are compared with those of an undisturbed run.
+its own (a fork), in which the functions of ``os`` that write, sync, rename or remove are counted. At the drawn number
+the process kills itself (SIGKILL), or gets "no space left" from that call, or is told to end (SIGTERM) right after it;
+then no unfinished file may be left. The same command runs undisturbed into the same place, and all of its files are
+compared with those of an undisturbed run; nothing may be left among the temporary files either.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ COUNTED = (
     "posix_fallocate",
 )
 WRITING = os.O_WRONLY | os.O_RDWR
-SHARES = {"quantize": 8, "convert": 8, "calibrate": 2, "allocate": 1, "evaluate": 1}
-"""Kills of each command in twenty: those that run models take much longer."""
+WAYS = ("kill", "end", "kill", "fail")
+UNFINISHED = (".partial", ".scratch")
+SHARES = {"quantize": 8, "convert": 8, "calibrate": 2, "allocate": 1, "evaluate": 1, "report": 1, "card": 1}
+"""Kills of each command in 22: those that run models take much longer."""
 # what says when and how long, not what was found
 VOLATILE = {"created", "seconds", "command", "environment", "memory", "time", "started"}
 
@@ -78,6 +81,10 @@ def _commands(base: Path) -> dict[str, Callable[[Path], list[str]]]:
     halfbyte.quantize(str(source), base / "quantized", "nvfp4", dialect="compressed-tensors")
     text = base / "text.txt"
     text.write_text((MODEL / "heldout.txt").read_text()[:6000])
+    results, quantized = base / "results.json", str(base / "demo")
+    halfbyte.quantize(str(MODEL), quantized, "mxfp4")
+    if cli(["evaluate", quantized, "-o", str(results), "--text", str(text), "--max-tokens", "128", "--length", "64"]):
+        raise SystemExit("the quantized demo model cannot be evaluated")
     converted, small = str(base / "quantized"), ("--max-shard-size", "20KB", "--threads", "1")
     measured = ("--text", str(text), "--max-tokens", "128", "--length", "64")
     calibrated = ("--text", str(text), "--samples", "4", "--length", "64")
@@ -87,14 +94,18 @@ def _commands(base: Path) -> dict[str, Callable[[Path], list[str]]]:
         "convert": lambda out: ["convert", converted, str(out / "o"), "--dialect", "modelopt", *small],
         "calibrate": lambda out: ["calibrate", demo, str(out / "o"), *calibrated],
         "allocate": lambda out: ["allocate", demo, "--bits", "9", "-o", str(out / "r.yaml"), *measured],
+        "report": lambda out: ["report", str(results), "-o", str(out / "report.html")],
+        "card": lambda out: ["card", quantized, "--results", str(results), "-o", str(out / "README.md")],
         "evaluate": lambda out: ["evaluate", demo, "--cache", str(out / "c"), "-o", str(out / "r.json"), *measured],
     }
 
 
 def _kill(name: str, arguments: Callable[[Path], list[str]], count: int, rng: random.Random, base: Path) -> list[str]:
     """Places of a command after which the rerun gave other bytes."""
-    whole = base / f"{name}-whole"
+    whole, temporary = base / f"{name}-whole", base / "temporary"
     whole.mkdir()
+    temporary.mkdir(exist_ok=True)
+    os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
     undisturbed = _child(arguments(whole), 0, "kill", base)
     calls = undisturbed.calls
     if undisturbed.code or not calls:
@@ -103,13 +114,14 @@ def _kill(name: str, arguments: Callable[[Path], list[str]], count: int, rng: ra
     for number in range(count):
         out = base / f"{name}-{number}"
         out.mkdir()
-        point, how = rng.randint(1, calls), "fail" if number % 4 == 3 else "kill"
+        point, how = rng.randint(1, calls), WAYS[number % len(WAYS)]
         ended = _child(arguments(out), point, how, base)
-        disturbed = ended.code == -signal.SIGKILL if how == "kill" else True
-        if not disturbed or "Traceback" in ended.errors:
-            missed.append(f"{how} at call {point} of {calls}: exit {ended.code} {ended.errors[-200:]!r}")
+        left = [path.name for path in (*out.rglob("*"), *temporary.iterdir()) if path.name.endswith(UNFINISHED)]
+        right = {"kill": ended.code == -signal.SIGKILL, "end": ended.code == 130 and not left, "fail": not left}[how]
+        if not right or "Traceback" in ended.errors:
+            missed.append(f"{how} at call {point} of {calls}: exit {ended.code} {ended.errors[-200:]!r}, left {left}")
         again = _child(arguments(out), 0, "kill", base)
-        if again.code or _hashes(out) != wanted:
+        if again.code or _hashes(out) != wanted or any(temporary.iterdir()):
             missed.append(f"{how} at call {point} of {calls}: exit {again.code} {again.errors[-200:]!r}")
         shutil.rmtree(out)
     return missed
@@ -174,9 +186,13 @@ def disturb(point: int, how: str) -> Callable[[], int]:
                 now = calls == point
             if now and how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if now and name not in ("unlink", "rmdir"):
+            if now and how == "fail" and name not in ("unlink", "rmdir"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return call(*args, **more)
+            try:
+                return call(*args, **more)
+            finally:
+                if now and how == "end":
+                    os.kill(os.getpid(), signal.SIGTERM)
 
         return wrapped
 

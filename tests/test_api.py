@@ -27,6 +27,7 @@ def test_import_brings_neither_torch_nor_transformers() -> None:
     assert python(code + "print([m for m in ('torch', 'transformers', 'safetensors') if m in sys.modules])") == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["encode", "evaluate", "inspect", "load", "plan", "quantize", "verify"])
 def test_words_are_functions_whatever_was_imported_before(word: str) -> None:
     before = "import halfbyte.plan, halfbyte.verify, halfbyte.search, halfbyte.convert, halfbyte.source.checkpoint; "

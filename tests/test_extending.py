@@ -90,6 +90,7 @@ def test_outputs_of_plugins_are_loaded(desk: Path) -> None:
         assert done.stdout.strip().endswith("True"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -178,6 +179,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install(tmp_path_factory.mktemp("package"), {name: FILES[name] for name in PLUGINS}, points)
 
 
+@pytest.mark.slow
 def test_an_installed_package_needs_no_option(desk: Path, package: Path) -> None:
     done = halfbyte(desk, "count", "model", "--json", target=package)
     assert json.loads(done.stdout)["roles"]["experts.down"] == 524288, done.stderr
@@ -194,6 +196,7 @@ def test_an_installed_package_needs_no_option(desk: Path, package: Path) -> None
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_installed_plugin_is_left_out_with_a_warning(desk: Path, tmp_path: Path) -> None:
     modules = {"bad.py": "raise ImportError('needs another library')\n", "squares.py": FILES["squares.py"]}
     points = {"recipes": {"bad": "acme_halfbyte.bad"}, "formats": {"squares": "acme_halfbyte.squares"}}

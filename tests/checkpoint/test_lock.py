@@ -64,7 +64,7 @@ def test_one_process_cannot_hold_it_twice(tmp_path: Path) -> None:
 
 
 def test_where_locks_are_unknown_a_living_process_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_lock", lambda _: False)
+    monkeypatch.setattr(lock, "lock", lambda _: False)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (tmp_path / ".halfbyte").mkdir()
     (tmp_path / ".halfbyte" / "lock").write_text(f"{child.pid} {platform.node()}\n")

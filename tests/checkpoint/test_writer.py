@@ -4,8 +4,12 @@ import errno
 import hashlib
 import os
 import stat
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -295,3 +299,43 @@ def test_the_safetensors_library_knows_every_dtype_as_we_do(tmp_path: Path) -> N
     for name, offset in zip(BITS, layout.offsets, strict=True):
         assert loaded[name]["dtype"] == name
         assert bytes(loaded[name]["data"]) == data[offset : offset + BITS[name]]
+
+
+def begin(path: Path) -> None:
+    with ShardWriter(path, LAYOUT) as w:
+        w.write_at(A, bytes(8))
+        w.commit()
+
+
+@pytest.mark.parametrize("write", [begin, lambda path: write_file_atomic(path, b"12345678")], ids=["shard", "small"])
+def test_an_interrupt_at_any_line_leaves_a_whole_file_or_none(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    lines, point = 0, 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != writer.__file__:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == point:
+                raise KeyboardInterrupt
+        return trace
+
+    finished = 0
+    while not finished:
+        lines, point = 0, point + 1
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            write(tmp_path / "x")
+            finished = point
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        writer.remove_unfinished()
+        assert {path.name for path in tmp_path.iterdir()} <= {"x"}, point
+        if (tmp_path / "x").exists():
+            assert (tmp_path / "x").read_bytes().endswith(bytes(8) if write is begin else b"12345678")
+            (tmp_path / "x").unlink()
+    assert finished > 30

@@ -112,6 +112,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_core_commands_import_neither_torch_nor_transformers(demo_model: str, tmp_path: Path) -> None:
     code = (
         "import sys; from halfbyte.cli import main; model, out = sys.argv[1:]; "

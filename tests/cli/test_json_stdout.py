@@ -47,6 +47,7 @@ def run_program(noise: str, **more: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", NOISE)
 def test_what_a_library_prints_goes_to_stderr(source: str) -> None:
     done = run_program(NOISE[source], stderr=subprocess.PIPE)
@@ -55,6 +56,7 @@ def test_what_a_library_prints_goes_to_stderr(source: str) -> None:
     assert done.stderr == "noise\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="descriptors are closed by a shell here")
 @pytest.mark.parametrize("closed", [(2,), (0, 2)], ids=str)
 def test_noise_is_dropped_where_stderr_is_closed(closed: tuple[int, ...]) -> None:

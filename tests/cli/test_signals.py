@@ -74,7 +74,9 @@ def uninterrupted(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return hashes(out)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_a_conversion_with_a_sentence_and_a_rerun_continues(
     moe: Path, tmp_path: Path, uninterrupted: dict[str, str], name: str
 ) -> None:
@@ -92,6 +94,7 @@ def test_a_signal_ends_a_conversion_with_a_sentence_and_a_rerun_continues(
     assert finished.returncode == 0 and "already complete" in finished.stdout
 
 
+@pytest.mark.slow
 def test_nohup_still_protects_from_the_terminal_that_closes(moe: Path, tmp_path: Path) -> None:
     child = start(moe, tmp_path / "out", lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     child.send_signal(signal.SIGHUP)

@@ -40,6 +40,7 @@ def halfbyte_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_made_converted_and_verified_without_any_extra(tmp_path: Path) -> None:
     out, other, demo = str(tmp_path / "out"), str(tmp_path / "other"), str(DEMO)
     for command in (
@@ -72,6 +73,7 @@ def test_importance_of_llama_cpp_is_read_without_its_library(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-600:]
 
 
+@pytest.mark.slow
 def test_a_command_that_needs_an_extra_names_it(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "text.txt").write_text("some text")

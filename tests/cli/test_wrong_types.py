@@ -17,6 +17,7 @@ SAMPLE = 60
 """Changes of each source, spread evenly over all files, places and values; every kind of value among them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=[name for name, *_ in SOURCES])
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_wrong_type_anywhere_is_refused_in_a_sentence_or_does_not_matter(source: Source, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_gate_and_up_with_different_tensor_scales(tmp_path: Path, dialect: str) 
         assert verify(tmp_path / f"out-{len(spelling)}", source).problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "prefix", "count"), [("mtp", "mtp.", 19), ("vision", "model.visual.", 333)])
 @pytest.mark.parametrize("name", sorted(set(DATA_FREE) - TEXT_ONLY))
 def test_mtp_or_vision_dropped_by_a_built_in_recipe(

@@ -235,6 +235,7 @@ FORMATS = [
 FOR_EXPERTS = {"makora-mixfp4", "nvfp4-fp8", "nvidia-nvfp4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("recipe", [*sorted({*DATA_FREE} - FOR_EXPERTS), *FORMATS])
 def test_extreme_weights_are_held_or_refused_without_a_warning(tmp_path: Path, recipe: str, extreme: str) -> None:
@@ -251,6 +252,7 @@ def test_extreme_weights_are_held_or_refused_without_a_warning(tmp_path: Path, r
     assert all(error.relmse <= (0.5 if recipe == "affine2_g128" else 0.1) for error in done.errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["compressed-tensors", "modelopt", "mlx", "gguf", "halfbyte"])
 def test_no_warning_reaches_a_user_of_the_command(tmp_path: Path, dialect: str) -> None:
     formats = {"mlx": "affine4_g32", "gguf": "q4_0"}

@@ -54,6 +54,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_expert", [False, True], ids=["fused", "per expert"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_library_decompresses_every_module_to_our_values(tmp_path: Path, fmt: str, per_expert: bool) -> None:

@@ -155,6 +155,7 @@ def test_random_words_decode_as_in_mlx(name: str) -> None:
     assert np.array_equal(dequantize(arrays, fmt), tensor.decode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", RECIPES)
 @pytest.mark.parametrize("model", [*MODELS, "Qwen3_5Moe"])
 def test_logits_of_mlx_lm_are_those_of_the_decoded_weights(

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,13 @@ def test_a_reference_under_another_key_is_not_found(tmp_path: Path) -> None:
 
 def test_what_killed_processes_left_is_removed_and_what_others_are_writing_is_not(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    for name in ("old", "new"):
-        (cache.folder / f"{name}.partial").mkdir(parents=True)
-        (cache.folder / f"{name}.partial" / "codes.u16").write_bytes(b"x")
-    week = time.time() - 7 * 24 * 3600
-    for path in (cache.folder / "old.partial" / "codes.u16", cache.folder / "old.partial"):
-        os.utime(path, (week, week))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for number in (ended.pid, os.getpid()):
+        (cache.folder / f"reference.{number}.x.scratch").mkdir(parents=True)
+        (cache.folder / f"reference.{number}.x.scratch" / "codes.u16").write_bytes(b"x")
     write(cache, log_probs())
-    assert not (cache.folder / "old.partial").exists() and (cache.folder / "new.partial").exists()
+    assert [path.name for path in cache.folder.glob("*.scratch")] == [f"reference.{os.getpid()}.x.scratch"]
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_the_model_runs(tmp_path: Path) -> None:

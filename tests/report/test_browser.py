@@ -63,6 +63,7 @@ def colour(browser: Any, selector: str, kind: str) -> str:
     return script(browser, f"getComputedStyle(document.querySelector('{selector}')).{kind}")
 
 
+@pytest.mark.slow
 def test_no_console_message_and_no_request_but_the_file(browser: Any, real_page: Path) -> None:
     show(browser, real_page)
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -164,6 +165,7 @@ def test_the_page_never_scrolls_sideways(browser: Any, real_page: Path, size: tu
     assert script(browser, "document.documentElement.scrollWidth") <= size[0]
 
 
+@pytest.mark.slow
 def test_it_prints(browser: Any, real_page: Path) -> None:
     show(browser, real_page)
     pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"])

@@ -49,6 +49,7 @@ def test_the_model_has_the_names_of_the_published_one(spelling: str, models: Mod
     assert sum(name.startswith("mtp.") for name in ours.inventory.tensors) == (19 if spelling == FUSED else 17 + 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_verify_finds_nothing_wrong_in_any_recipe_and_spelling(name: str, models: Models, quantized: Quantized) -> None:
     for spelling in SPELLINGS:
@@ -75,6 +76,7 @@ def test_mtp_and_vision_are_the_source_s_bytes(name: str, models: Models, quanti
         assert tensor not in out if name in TEXT_ONLY else source[tensor].tobytes() == out[tensor].tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_pictures_and_text_give_the_logits_of_the_decoded_weights(
     name: str, models: Models, quantized: Quantized, tmp_path: Path

@@ -63,6 +63,7 @@ def spelled(request: pytest.FixtureRequest, models: Models) -> str:
 every_spelled = pytest.mark.parametrize("spelled", DATA_FREE, indirect=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA_FREE)
 def test_a_recipe_is_refused_before_any_work_or_verified(name: str, models: Models, quantized: Quantized) -> None:
     if formats(name, models) <= SPELLED:
@@ -123,6 +124,7 @@ def test_the_library_decompresses_every_module_to_our_values(
     assert count >= 24  # at least the three projections of four experts in two layers
 
 
+@pytest.mark.slow
 @every_spelled
 def test_stock_transformers_reads_all_weights_right_but_nvfp4_experts(
     spelled: str, models: Models, quantized: Quantized

@@ -63,6 +63,7 @@ def copy_with(source: Path, target: Path, change: Callable[[dict[str, Any]], Any
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", list_formats())
 def test_a_model_in_any_format_gives_the_logits_of_its_decoded_weights(
     fmt: str, saved: Saved, quantized: Quantized

@@ -70,6 +70,7 @@ def test_checkpoints_of_every_dialect_run_packed(
     same(logits(model), logits(load(path, "float32", dequantize=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3-tiny-wiki", "qwen35moe-tiny-wiki"])
 @pytest.mark.parametrize("fmt", ["mixfp4", "mxfp4", "int4_g32"])
 def test_trained_models_lose_nothing_in_exact_mode_and_little_in_int8(
@@ -139,6 +140,7 @@ def test_results_do_not_depend_on_threads(qwen3: Path) -> None:
     assert torch.equal(before, logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
 def test_packed_models_compile(architecture: str, saved: Saved, quantized: Quantized) -> None:
     model = load(quantized(saved(architecture), linear("mxfp4", **KEEP)), "float32")

@@ -54,6 +54,7 @@ def test_an_error_of_the_template_stays_what_it_is() -> None:
         apply_template(Tokenizer("{{ raise_exception('no') }}"), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [

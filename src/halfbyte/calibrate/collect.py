@@ -98,7 +98,9 @@ def collect_statistics(
             finished = "complete already" if description.get("complete") else "continued"
             total = len(description["parts"])
             announce(f"{out} is {finished}: {description['done']} of {total} layers were calibrated before")
-        if not description.get("complete"):
+        if description.get("complete"):
+            shutil.rmtree(out / _WORK, ignore_errors=True)  # of a run that was killed after its last layer
+        else:
             _Run(model, samples, out, description, progress or (lambda done, total: None)).go()
     return Statistics(out)
 

@@ -5,7 +5,6 @@ Layouts: https://github.com/ggml-org/llama.cpp, tools/imatrix/imatrix.cpp.
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.calibration.importance import MAX_IMPORTANCE_BYTES, Importance, add_entry
-from halfbyte.checkpoint import write_file_atomic
+from halfbyte.checkpoint import copy_file_atomic, write_file_atomic
 from halfbyte.checkpoint.files import read_small
 from halfbyte.checkpoint.foreign import Fields
 from halfbyte.checkpoint.gguf_parser import GgufFile, parse_gguf
+from halfbyte.checkpoint.scratch import scratch_folder
 from halfbyte.errors import CheckpointError, HalfbyteError
 
 _LONGEST_NAME = 4096
@@ -152,8 +152,7 @@ def _add_sums(into: Importance, name: str, sums: NDArray[Any], counts: NDArray[A
 def write_gguf(importance: Importance, path: str | Path) -> None:
     """Write ``imatrix.gguf``; needs the extra ``gguf``. Flat stacks of legacy files must be matched first."""
     gguf = _library()
-    partial = Path(f"{path}.partial")
-    writer = gguf.GGUFWriter(partial, "imatrix")
+    writer = gguf.GGUFWriter(None, "imatrix")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", list(importance.datasets) or [""])
     writer.add_uint32("imatrix.chunk_count", importance.chunks)
@@ -163,11 +162,13 @@ def write_gguf(importance: Importance, path: str | Path) -> None:
         counts = np.broadcast_to(importance.counts[name].reshape(-1, 1), (len(rows), 1)).astype(np.float32)
         writer.add_tensor(name + _SUMS, np.ascontiguousarray(rows * counts))
         writer.add_tensor(name + _COUNTS, np.ascontiguousarray(counts))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(partial, path)
+    with scratch_folder("halfbyte") as folder:
+        whole = folder / "imatrix.gguf"
+        writer.write_header_to_file(whole)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        copy_file_atomic(whole, path)
 
 
 def _library() -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,23 +124,25 @@ class Journal:
         """Write the first line; where several processes start at once, the first one wins and none fails."""
         first = {"journal": VERSION, "fingerprint": self.fingerprint, "source": self.source, "recipe": self._recipe}
         line = json.dumps(first) + "\n"
+        temporary = self.path.with_name(f"{NAME}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(".partial", NAME, self.path.parent)
-            with os.fdopen(descriptor, "w") as file:
+            with open(temporary, "w", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
             try:
                 os.link(temporary, self.path)  # unlike a rename, never replaces a journal
-                os.unlink(temporary)
             except FileExistsError:
-                os.unlink(temporary)
+                pass
             except OSError:  # no hard links on this file system
                 os.replace(temporary, self.path)
             sync_folder(self.path.parent)
         except OSError as error:
             raise OutputError(f"the journal {self.path} cannot be written ({reason(error)})") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def _size(self, name: str) -> int | None:
         try:

@@ -61,7 +61,7 @@ class OutputLock:
         except FileNotFoundError:  # the folder vanished meanwhile
             return False
         try:
-            if not _lock(descriptor) and _alive(descriptor):
+            if not lock(descriptor) and _alive(descriptor):
                 raise self._busy(descriptor)
             if not _still_there(descriptor, self.path):
                 os.close(descriptor)
@@ -97,8 +97,8 @@ def remove_remains(folder: Path) -> None:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether the file is locked now; BlockingIOError if another process has it, False where locks are unknown."""
+def lock(descriptor: int) -> bool:
+    """Lock a file or folder; BlockingIOError if another process has it, False where locks are unknown."""
     if fcntl is None:
         return False
     try:
@@ -118,15 +118,30 @@ def _holder(descriptor: int) -> tuple[int, str]:
 def _alive(descriptor: int) -> bool:
     """Whether the process that the file names runs, as far as can be seen from here."""
     pid, host = _holder(descriptor)
-    if not pid or host != platform.node() or pid == os.getpid():
-        return False
+    return bool(pid) and host == platform.node() and pid != os.getpid() and is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine, as far as can be seen from here."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True
     return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file or folder; OSError where it cannot be opened."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        lock(descriptor)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _still_there(descriptor: int, path: Path) -> bool:

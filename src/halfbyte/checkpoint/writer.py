@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import os
 import shutil
@@ -21,6 +23,8 @@ _LARGEST_WRITE = 1 << 30
 _COPY_CHUNK = 1 << 24
 # the disk gets to work after so many bytes, and has little left to do at the end
 _WRITE_BACK_BYTES = 1 << 24
+# begun and neither finished nor given up: an interrupt may fall between any two steps of the code that would do so
+_unfinished: set[_AtomicFile] = set()
 
 
 class _AtomicFile:
@@ -34,15 +38,18 @@ class _AtomicFile:
         self._ours = False
         self._fresh = 0
         self._lock = threading.Lock()
+        self.process = os.getpid()
+        _unfinished.add(self)
         try:
             self.partial.unlink(missing_ok=True)  # left by a killed run
+            self._ours = True
             self._descriptor = os.open(
                 self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666
             )
-            self._ours = True
             _allocate(self._descriptor, total, path)
             self.hash = StreamHash(self._descriptor)
         except OSError as error:
+            self._ours = self._descriptor is not None  # else another process was quicker, or there is no file
             self.abort()
             raise self._error(error) from error
 
@@ -79,6 +86,7 @@ class _AtomicFile:
                 raise OutputError(f"another process is writing {self.path} too; run only one at a time")
             os.replace(self.partial, self.path)
             self._ours = False
+            _unfinished.discard(self)
             sync_folder(self.path.parent)
         except OSError as error:
             self.abort()
@@ -88,8 +96,9 @@ class _AtomicFile:
     def abort(self) -> None:
         self._close()
         if self._ours:
-            self._ours = False
             self.partial.unlink(missing_ok=True)
+            self._ours = False
+        _unfinished.discard(self)
 
     def _close(self) -> None:
         if self._descriptor is not None:
@@ -159,6 +168,15 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+
+@atexit.register
+def remove_unfinished() -> None:
+    """Remove the files that this process began and neither finished nor gave up; only once no thread writes."""
+    for file in list(_unfinished):
+        if file.process == os.getpid():  # a fork knows its parent's files too
+            with contextlib.suppress(OSError):
+                file.abort()
 
 
 def write_file_atomic(path: str | Path, data: bytes) -> None:

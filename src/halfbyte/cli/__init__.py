@@ -33,7 +33,7 @@ from halfbyte.cli import (
     verify_command,
 )
 from halfbyte.cli.json_stdout import divert_the_rest, only_documents
-from halfbyte.cli.signals import as_interrupt
+from halfbyte.cli.signals import as_interrupt, remove_unfinished
 from halfbyte.errors import HalfbyteError
 
 OK, FOUND_PROBLEMS, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -185,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HalfbyteError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
+        remove_unfinished()
         resume = getattr(args, "resume", "").format_map(vars(args))
         return _fail(f"interrupted{resume}", INTERRUPTED)
     except BrokenPipeError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,9 +34,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo in a temporary folder, or where the user wants to keep it."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     prepare_logs(logging.ERROR)
+    from halfbyte.checkpoint.scratch import scratch_folder
     from halfbyte.demo import run_demo
 
-    place = nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory(prefix="halfbyte-demo-")
+    place = nullcontext(args.keep) if args.keep else scratch_folder("halfbyte-demo")
     with place as folder:
         results = run_demo(Path(folder), args.threads, lambda label: status(label, args.json))
     if args.json:

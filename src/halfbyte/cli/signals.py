@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,3 +32,10 @@ def as_interrupt() -> Iterator[None]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def remove_unfinished() -> None:
+    """Remove files that an interrupted command began, where it has come to writing at all."""
+    writer = sys.modules.get("halfbyte.checkpoint.writer")
+    if writer is not None:
+        writer.remove_unfinished()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.checkpoint import Inventory, Layout, Reader, nbytes
+from halfbyte.checkpoint.scratch import scratch_folder
 from halfbyte.dialects.gguf_metadata import describe, general, rope_factors
 from halfbyte.dialects.gguf_models import Model, library
 from halfbyte.dialects.gguf_source import library_reads, read_tokenizer
@@ -92,8 +92,8 @@ class GgufContainer(Container):
         fresh = self._gguf.GGUFWriter(None, writer.arch)
         fresh.kv_data = [dict(writer.kv_data[0])]
         add_infos(fresh, infos)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "header"
+        with scratch_folder("halfbyte") as folder:
+            path = folder / "header"
             fresh.write_header_to_file(path)
             fresh.write_kv_data_to_file()
             fresh.write_ti_data_to_file()

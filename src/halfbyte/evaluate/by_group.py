@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from typing import Any, Literal
 
 import torch
 
-from halfbyte.checkpoint import Reader, nbytes
+from halfbyte.checkpoint import Reader, nbytes, write_file_atomic
+from halfbyte.checkpoint.scratch import scratch_folder
 from halfbyte.convert.conversion import convert
 from halfbyte.errors import MeasurementError, OutputError, PlanError
 from halfbyte.evaluate.divergence import TokenScores
@@ -120,7 +120,7 @@ def sensitivity(
     groups = _continue(path, header)
     folder = path.with_name(f"{path.name}.{plan.fingerprint[:12]}.work")
     done = {group["group"] for group in groups}
-    place = nullcontext(str(settings.cache)) if settings.cache else tempfile.TemporaryDirectory(prefix="halfbyte-")
+    place = nullcontext(settings.cache) if settings.cache else scratch_folder("halfbyte")
     if groups and announce:
         finished = "complete already" if ALL in done else "continued"
         announce(f"{path} is {finished}: {len(groups)} groups were measured before")
@@ -137,7 +137,7 @@ def sensitivity(
 def _continue(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     """The groups that an earlier run has measured; a new file where there is none."""
     if not path.exists():
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        write_file_atomic(path, (json.dumps(header) + "\n").encode())
         return []
     earlier = read_sensitivity(path)
     if earlier.get("key") != header["key"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.checkpoint.scratch import scratch_folder
 from halfbyte.errors import HalfbyteError, MeasurementError
 from halfbyte.evaluate import conversations as chat
 from halfbyte.evaluate.confidence import paired
@@ -74,7 +74,7 @@ def measure(
         raise HalfbyteError("there is no checkpoint to evaluate")
     if len({str(path) for path in every}) < len(every):
         raise HalfbyteError("a checkpoint is given twice; leave one out")
-    place = nullcontext(settings.cache) if settings.cache else tempfile.TemporaryDirectory(prefix="halfbyte-")
+    place = nullcontext(settings.cache) if settings.cache else scratch_folder("halfbyte")
     with place as folder:
         return _Run(every, against is not None, settings, Cache(str(folder)), progress, announce).document()
 

@@ -14,8 +14,6 @@ import io
 import json
 import os
 import shutil
-import tempfile
-import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,14 +26,15 @@ from numpy.typing import NDArray
 
 from halfbyte.checkpoint import write_file_atomic
 from halfbyte.checkpoint.files import reason
+from halfbyte.checkpoint.scratch import scratch_folder, sweep
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.divergence import TokenScores, divergence
 
 VERSION = 2  # 1 kept references of models whose logits are not finite
 RANGE = 32.0
 LEVELS = 65535
+_SCRATCH = "reference"
 _META, _CODES, _TOKENS = "meta.json", "codes.u16", "tokens.npz"
-_STALE = 24 * 3600  # seconds after which a partial that nobody writes to is the remains of a killed process
 
 
 def compress(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -158,31 +157,32 @@ class Cache:
         needed = tokens * (2 * vocabulary + 48)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            sweep(_SCRATCH, self.folder)  # which may free the room that is missing
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise HalfbyteError(
                     f"the reference log-probabilities take {needed:,} bytes, but {self.folder} has {free:,} free; "
                     "choose another place (--cache DIR), fewer tokens (--max-tokens) or conversations"
                 )
-            partial = Path(tempfile.mkdtemp(prefix=f"{self.path(key).name}.", suffix=".partial", dir=self.folder))
+            with scratch_folder(_SCRATCH, self.folder) as partial:
+                writer = Writer(partial, vocabulary)
+                try:
+                    yield writer
+                    self._keep(key, partial)
+                finally:
+                    writer.abort()
         except OSError as error:
             raise HalfbyteError(f"the cache {self.folder} cannot be written ({reason(error)})") from error
-        writer = Writer(partial, vocabulary)
+
+    def _keep(self, key: Mapping[str, Any], partial: Path) -> None:
+        """Give a complete reference its name."""
+        final = self.path(key)
+        shutil.rmtree(final, ignore_errors=True)  # damaged, or find would have given it
         try:
-            yield writer
-            final = self.path(key)
-            shutil.rmtree(final, ignore_errors=True)  # damaged, or find would have given it
-            try:
-                os.replace(partial, final)
-            except OSError:
-                if self.find(key) is None:  # else another process was quicker
-                    raise
-        except OSError as error:
-            raise HalfbyteError(f"the cache {self.folder} cannot be written ({reason(error)})") from error
-        finally:
-            writer.abort()
-            shutil.rmtree(partial, ignore_errors=True)
+            os.replace(partial, final)
+        except OSError:
+            if self.find(key) is None:  # else another process was quicker
+                raise
 
     def find_scores(self, key: Mapping[str, Any]) -> TokenScores | None:
         """Scores that were stored under this key."""
@@ -205,13 +205,6 @@ class Cache:
             write_file_atomic(Path(f"{self.path(key)}.npz"), content.getvalue())
         except OSError as error:
             raise HalfbyteError(f"the cache {self.folder} cannot be written ({reason(error)})") from error
-
-    def _sweep(self) -> None:
-        """Remove what killed processes left behind."""
-        for partial in self.folder.glob("*.partial"):
-            times = [path.stat().st_mtime for path in (partial, *partial.iterdir())]
-            if time.time() - max(times) > _STALE:
-                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync(file: IO[Any]) -> None:
