@@ -111,7 +111,7 @@ def audit(
         ours = Checkpoint(inventory)
     except CheckpointError as error:
         return Audit(name, None, source_name, [Finding("wrong", "unreadable", str(error))])
-    findings = [*_without_incomplete(ours), *check_structure(ours)]
+    findings = [*drop_incomplete(ours), *check_structure(ours)]
     compared: list[ComparedWeight] = []
     with Reader(inventory) as left:
         findings += check_scales(ours, left)
@@ -123,7 +123,7 @@ def audit(
     return Audit(name, overview(ours), source_name, ordered(findings), compared)
 
 
-def _without_incomplete(checkpoint: Checkpoint) -> Iterator[Finding]:
+def drop_incomplete(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Take weights out of a checkpoint whose tensors are missing or have wrong shapes, and say so."""
     broken = {}
     for weight in checkpoint.weights:
