@@ -32,9 +32,11 @@ from triton.compiler import ASTSource
 
 from halfbyte.formats import get_format
 from halfbyte.gpu.dense_kernel import dense_kernel
+from halfbyte.gpu.device_experts import _STRIPS
 from halfbyte.gpu.device_linear import _STAGES, Bucket
+from halfbyte.gpu.expert_kernel import down_kernel, gate_up_kernel
 from halfbyte.gpu.ptx_text import scale_text, word_text
-from halfbyte.gpu.table_layout import describe_tables
+from halfbyte.gpu.table_layout import Operand, describe_tables
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "gpu.md"
@@ -50,17 +52,35 @@ GPUS = {
     "B200": (100, 8000, 148, 1.85),
     "RTX 5090": (120, 1792, 170, 2.41),
 }
-_POINTERS = {
-    "x": "x", "words": "*i32", "scales": "*i32", "factor": "*fp32", "bias": "x", "y": "x", "parts": "*fp32",
-    "counters": "*i32", "tables": "*fp32", "scale_values": "*fp32",
+# the arguments of each kernel: "x" for activations, a type of Triton, or a whole number that 16 divides or does not
+_ABOUT = {"words": "*i32", "scales": "*i32"}
+_LOOKED_UP = {"tables": "*fp32", "scale_values": "*fp32"}
+_SORTED = {"places": "*i32", "tile_experts": "*i32", **_LOOKED_UP}
+_ARGUMENTS: dict[str, dict[str, str]] = {
+    "dense": {
+        "x": "x", **_ABOUT, "factor": "*fp32", "bias": "x", "y": "x", "parts": "*fp32", "counters": "*i32",
+        **_LOOKED_UP, "shape_m": "any", "shape_n": "16", "shape_k": "16", "x_stride": "16", "strips": "any",
+        "tiles": "any",
+    },
+    "gate_up": {
+        "x": "x", **_ABOUT, "factors": "*fp32", "bias": "x", "hidden": "x", **_SORTED, "slots": "any", "width": "16",
+        "shape_k": "16", "strips": "any", "tiles": "any", "experts": "any", "limit": "fp32", "alpha": "fp32",
+    },
+    "down": {
+        "hidden": "x", **_ABOUT, "factors": "*fp32", "bias": "x", "by_slot": "*fp32", **_SORTED, "shape_n": "16",
+        "width": "16", "strips": "any", "tiles": "any", "experts": "any",
+    },
 }  # fmt: skip
-_INTEGERS = ("shape_m", "shape_n", "shape_k", "x_stride", "strips", "tiles")
+_KERNELS = {"dense": dense_kernel, "gate_up": gate_up_kernel, "down": down_kernel}
+_OWN: dict[str, dict[str, Any]] = {"dense": {"SPLITS": 8}, "gate_up": {"ACTIVATION": "silu"}, "down": {}}
+EXPERTS = ("gate_up", "down")
 
 
 @dataclass(frozen=True)
 class Count:
     """What the loop of a kernel costs: instructions per weight and lane, registers, bytes of spills."""
 
+    kernel: str
     architecture: int
     format: str
     tokens: int
@@ -70,9 +90,9 @@ class Count:
     spills: int
 
 
-def count(architecture: int, name: str, bucket: Bucket, operand: str = "bfloat16") -> Count:
-    """Compile the dense kernel and count."""
-    cubin = compile_dense(architecture, name, bucket, operand)
+def count(kernel: str, architecture: int, name: str, bucket: Bucket, operand: Operand = "bfloat16") -> Count:
+    """Compile a kernel and count."""
+    cubin = compile_kernel(kernel, architecture, name, bucket, operand)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -83,11 +103,11 @@ def count(architecture: int, name: str, bucket: Bucket, operand: str = "bfloat16
     weights = products * 8 // max(bucket.tokens // 8, 1)
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code)) + sum(int(n) for n in re.findall(r"LOCAL:(\d+)", usage))
-    return Count(architecture, name, bucket.tokens, len(loop), round(len(loop) / weights, 2), registers, spills)
+    return Count(kernel, architecture, name, bucket.tokens, len(loop), round(len(loop) / weights, 2), registers, spills)
 
 
-def compile_dense(architecture: int, name: str, bucket: Bucket, operand: str) -> bytes:
-    """The machine code of the dense kernel for BF16 or FP16 activations, split along K."""
+def compile_kernel(kernel: str, architecture: int, name: str, bucket: Bucket, operand: Operand) -> bytes:
+    """The machine code of a kernel for BF16 or FP16 activations; the dense one is split along K."""
     layout = describe_tables(get_format(name))
     constants: dict[str, Any] = {
         "SCALE_TEXT": scale_text(layout, operand),
@@ -99,17 +119,19 @@ def compile_dense(architecture: int, name: str, bucket: Bucket, operand: str) ->
         "TYPE": getattr(tl, operand),
         "TOKENS": bucket.tokens,
         "STRIPS": bucket.strips,
-        "SPLITS": 8,
         "BIAS": False,
         "WHOLE": True,
         "STAGES": _STAGES,
+        **_OWN[kernel],
     }
-    pointer = {"bfloat16": "*bf16", "float16": "*fp16"}[operand]
-    signature = {key: pointer if value == "x" else value for key, value in _POINTERS.items()}
-    signature |= dict.fromkeys(_INTEGERS, "i32") | dict.fromkeys(constants, "constexpr")
-    aligned = [*_POINTERS, "shape_n", "shape_k", "x_stride"]
+    about, types = (
+        _ARGUMENTS[kernel],
+        {"x": {"bfloat16": "*bf16", "float16": "*fp16"}[operand], "any": "i32", "16": "i32"},
+    )
+    signature = {key: types.get(value, value) for key, value in about.items()} | dict.fromkeys(constants, "constexpr")
+    aligned = [key for key, value in about.items() if value[0] == "*" or value in ("x", "16")]
     attributes = {(list(signature).index(key),): [["tt.divisibility", 16]] for key in aligned}
-    source = ASTSource(dense_kernel, signature, constants, attributes)
+    source = ASTSource(_KERNELS[kernel], signature, constants, attributes)
     options = {"num_warps": bucket.warps, "num_stages": _STAGES}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return bytes(compiled.asm["cubin"])
@@ -143,22 +165,24 @@ def _run(tool: str, option: str, path: Path) -> str:
 
 
 def counts(architectures: Sequence[int], formats: Sequence[str], tokens: Sequence[int]) -> Iterator[Count]:
-    """Counts of all combinations."""
+    """Counts of the dense kernel for all combinations, and of the kernels of experts for MixFP4."""
     for architecture in architectures:
         for name in formats:
             for number in tokens:
-                yield count(architecture, name, Bucket(number))
+                yield count("dense", architecture, name, Bucket(number))
+        for kernel in EXPERTS:
+            yield count(kernel, architecture, "mixfp4", Bucket(8, _STRIPS))
 
 
 def table(measured: Sequence[Count]) -> str:
     """Instructions per weight and registers as a Markdown table: a row per format and tokens."""
     shown = sorted({c.architecture for c in measured})
     lines = ["| format, tokens | " + " | ".join(f"sm_{a}" for a in shown) + " |", "|---" * (len(shown) + 1) + "|"]
-    for name in dict.fromkeys(c.format for c in measured):
-        for tokens in sorted({c.tokens for c in measured}):
-            row = {c.architecture: c for c in measured if (c.format, c.tokens) == (name, tokens)}
-            cells = [f"{row[a].per_weight:.2f} ({row[a].registers})" for a in shown]
-            lines.append(f"| `{name}`, {tokens} | " + " | ".join(cells) + " |")
+    for kernel, name, tokens in dict.fromkeys((c.kernel, c.format, c.tokens) for c in measured):
+        row = {c.architecture: c for c in measured if (c.kernel, c.format, c.tokens) == (kernel, name, tokens)}
+        cells = [f"{row[a].per_weight:.2f} ({row[a].registers})" for a in shown]
+        of_experts = f", experts: {kernel.replace('_', ' and ')}" if kernel in EXPERTS else ""
+        lines.append(f"| `{name}`, {tokens}{of_experts} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -170,7 +194,8 @@ def roofline(measured: Sequence[Count], name: str = "mixfp4") -> str:
     ]
     weights = 8192 * 8192
     for gpu, (architecture, bandwidth, units, clock) in GPUS.items():
-        cost = next(c.per_weight for c in measured if (c.architecture, c.format, c.tokens) == (architecture, name, 8))
+        rows = [c for c in measured if (c.kernel, c.architecture, c.format) == ("dense", architecture, name)]
+        cost = next(c.per_weight for c in rows if c.tokens == 8)
         dense, packed = weights * 2 / bandwidth / 1e3, weights * 4.5 / 8 / bandwidth / 1e3
         issue = weights * cost / (units * 128 * clock * 1e9) * 1e6
         bound, slower = ("memory", packed) if packed > issue else ("issue", issue)
