@@ -1,6 +1,6 @@
 """Words of findings."""
 
-from halfbyte.audit.finding import Finding, count, ordered, some
+from halfbyte.audit.finding import Finding, count, ordered, some, verb
 
 
 def test_the_gravest_comes_first() -> None:
@@ -15,3 +15,9 @@ def test_a_note_is_no_problem() -> None:
 def test_names_are_shortened_and_numbers_get_their_noun() -> None:
     assert some("abcde") == "a, b, c and 2 more" and some("ab") == "a, b"
     assert (count(1, "matrix"), count(1200, "matrix"), count(2, "block")) == ("1 matrix", "1,200 matrices", "2 blocks")
+    assert (count(2, "entry"), verb(1, "have"), verb(1, "match"), verb(2, "are")) == (
+        "2 entries",
+        "has",
+        "matches",
+        "are",
+    )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.audit.finding import Finding, count, some
+from halfbyte.audit.finding import Finding, count, some, verb
 from halfbyte.checkpoint import Reader
 from halfbyte.checkpoint.files import read_small
 from halfbyte.errors import HalfbyteError
@@ -214,17 +214,23 @@ def _differs(
 
 def _missing(missing: dict[str, list[str]]) -> Iterator[Finding]:
     for kind, names in missing.items():
-        what = f"{count(len(names), 'weight')} of {kind} of the source are missing: {some(names)}"
+        what = f"{count(len(names), 'weight')} of {kind} of the source {verb(len(names), 'are')} missing: {some(names)}"
         advice = "`halfbyte repair` takes them from the source"
         yield Finding("missing", f"source-{kind}-missing", what, tuple(names), advice)
 
 
 def _changed(changed: list[str], shapes: list[str]) -> Iterator[Finding]:
     if shapes:
-        what = f"{count(len(shapes), 'weight')} have other shapes than in the source: {some(shapes)}"
+        what = (
+            f"{count(len(shapes), 'weight')} {verb(len(shapes), 'have')} other "
+            f"shapes than in the source: {some(shapes)}"
+        )
         yield Finding("wrong", "other-shapes", what, tuple(shapes), "is this the right source?")
     if changed:
-        what = f"{count(len(changed), 'weight')} that are not quantized differ from the source: {some(changed)}"
+        what = (
+            f"{count(len(changed), 'weight')} that {verb(len(changed), 'are')} not "
+            f"quantized differ from the source: {some(changed)}"
+        )
         yield Finding(
             "note",
             "kept-differ",
@@ -238,8 +244,8 @@ def _errors(compared: list[ComparedWeight]) -> Iterator[Finding]:
     other = [w for w in compared if not w.relmse <= OTHER]
     if other:
         what = (
-            f"{count(len(other), 'weight')} have nothing in common with the source: {some([w.name for w in other])} "
-            f"(relative error {other[0].relmse:.3g})"
+            f"{count(len(other), 'weight')} {verb(len(other), 'have')} nothing in common with the source: "
+            f"{some([w.name for w in other])} (relative error {other[0].relmse:.3g})"
         )
         yield Finding("wrong", "another-weight", what, tuple(w.name for w in other), "is this the right source?")
     worse = sorted((w for w in compared if w.relmse <= OTHER and w.worse_db > WORSE_DB), key=lambda w: -w.worse_db)
@@ -247,7 +253,9 @@ def _errors(compared: list[ComparedWeight]) -> Iterator[Finding]:
         first = worse[0]
         much = f"{first.worse_db:.0f} dB worse" if math.isfinite(first.worse_db) else "where rounding loses nothing"
         what = (
-            f"{count(len(worse), 'weight')} are worse than rounding to nearest in {first.format} would be; most of all "
-            f"{first.worst} ({much})"
+            f"{count(len(worse), 'weight')} {verb(len(worse), 'are')} worse than rounding to nearest in "
+            f"{first.format} would be; most of all {first.worst} ({much})"
         )
-        yield Finding("poor", "worse-than-nearest", what, tuple(w.name for w in worse), "quantize these weights again")
+        yield Finding(
+            "poor", "worse-than-nearest", what, tuple(w.name for w in worse), "`halfbyte repair` encodes them again"
+        )

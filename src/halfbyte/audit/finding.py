@@ -10,6 +10,8 @@ Severity = Literal["wrong", "missing", "poor", "note"]
 ORDER: tuple[Severity, ...] = ("wrong", "missing", "poor", "note")
 """The gravest first. wrong: an engine refuses it or computes other numbers; missing: something of the model is not
 there; poor: worse than the format can do; note: worth knowing, and no problem."""
+_SINGULAR = {"are": "is", "have": "has"}
+_PLURALS = (("ix", "ices"), ("ry", "ries"))
 
 
 @dataclass(frozen=True)
@@ -47,5 +49,10 @@ def some(names: Iterable[str], shown: int = 3) -> str:
 
 def count(number: int, thing: str) -> str:
     """A number with its noun: "1 matrix", "3 matrices"."""
-    plural = f"{thing[:-2]}ices" if thing.endswith("ix") else f"{thing}s"
+    plural = next((f"{thing.removesuffix(end)}{new}" for end, new in _PLURALS if thing.endswith(end)), f"{thing}s")
     return f"{number:,} {thing if number == 1 else plural}"
+
+
+def verb(number: int, plural: str) -> str:
+    """The form of a verb that goes with a number: "have" or "has"."""
+    return plural if number != 1 else _SINGULAR.get(plural, f"{plural}{'es' if plural.endswith('ch') else 's'}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from halfbyte.audit.declared import StaticInputs
-from halfbyte.audit.finding import Finding, count, some
+from halfbyte.audit.finding import Finding, count, some, verb
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import OutputTensor
 from halfbyte.dialects.modules import modules
@@ -100,19 +100,23 @@ def _smallest_normal(fmt: Format) -> float:
 
 def _described(counts: ScaleCounts) -> Iterator[Finding]:
     if counts.nan:
-        what = f"{count(len(counts.nan), 'tensor')} of scales hold NaN or infinity: {some(counts.nan)}"
+        what = (
+            f"{count(len(counts.nan), 'tensor')} of scales "
+            f"{verb(len(counts.nan), 'hold')} NaN or infinity: {some(counts.nan)}"
+        )
         yield Finding("wrong", "scale-not-finite", what, tuple(counts.nan), "quantize these weights again")
     if counts.bad_global:
         what = (
-            f"{count(len(counts.bad_global), 'global scale')} are zero, negative or "
+            f"{count(len(counts.bad_global), 'global scale')} {verb(len(counts.bad_global), 'are')} zero, negative or "
             f"not finite: {some(counts.bad_global)}"
         )
         yield Finding("wrong", "global-scale", what, tuple(counts.bad_global), "quantize these weights again")
     if counts.vanished:
         blocks = sum(counts.vanished.values())
         what = (
-            f"{count(blocks, 'block')} in {count(len(counts.vanished), 'tensor')} have a scale of zero and codes "
-            f"that are not: their scale was too small for its type and the weights are lost ({some(counts.vanished)})"
+            f"{count(blocks, 'block')} in {count(len(counts.vanished), 'tensor')} {verb(blocks, 'have')} a scale of "
+            f"zero and codes that are not: their scale was too small for its type "
+            f"and the weights are lost ({some(counts.vanished)})"
         )
         yield Finding(
             "poor",
@@ -125,13 +129,17 @@ def _described(counts: ScaleCounts) -> Iterator[Finding]:
     if counts.empty:
         experts = [name for name in counts.empty if "expert" in name]
         kind = "experts that can add nothing" if len(experts) == len(counts.empty) else "matrices of zeros"
-        what = f"{count(len(counts.empty), 'tensor')} of scales are all zero, {kind}: {some(counts.empty)}"
+        what = (
+            f"{count(len(counts.empty), 'tensor')} of scales "
+            f"{verb(len(counts.empty), 'are')} all zero, {kind}: {some(counts.empty)}"
+        )
         yield Finding("poor", "dead-matrix", what, tuple(counts.empty))
     if counts.subnormal:
         worst = max(counts.subnormal, key=lambda name: counts.subnormal[name])
         what = (
-            f"{count(len(counts.subnormal), 'tensor')} keep many block scales below the normal numbers of their "
-            f"type, with fewer bits of precision; most of all {worst} ({counts.subnormal[worst]:.0%} of its blocks)"
+            f"{count(len(counts.subnormal), 'tensor')} {verb(len(counts.subnormal), 'keep')} many block scales below "
+            f"the normal numbers of their type, with fewer bits of precision; most "
+            f"of all {worst} ({counts.subnormal[worst]:.0%} of its blocks)"
         )
         yield Finding("poor", "scale-subnormal", what, tuple(counts.subnormal), "a larger global scale would mend it")
 
@@ -156,8 +164,9 @@ def _unequal(checkpoint: Checkpoint, values: dict[str, float]) -> Iterator[Findi
     ratios = {key: max(members.values()) / min(members.values()) for key, members in unlike.items()}
     worst = max(ratios, key=lambda key: ratios[key])
     what = (
-        f"{count(len(unlike), 'group')} of projections that engines fuse have different global scales, and engines "
-        f"use one for all of them; the worst is {some(unlike[worst])}, by a factor of {ratios[worst]:.3g}"
+        f"{count(len(unlike), 'group')} of projections that engines fuse {verb(len(unlike), 'have')} different "
+        f"global scales, and engines use one for all of them; the worst is "
+        f"{some(unlike[worst])}, by a factor of {ratios[worst]:.3g}"
     )
     names = tuple(name for members in unlike.values() for name in members)
     yield Finding(
@@ -165,7 +174,7 @@ def _unequal(checkpoint: Checkpoint, values: dict[str, float]) -> Iterator[Findi
         "unequal-global-scales",
         what,
         names,
-        "`halfbyte repair` moves the difference into the block scales where these hold it",
+        "`halfbyte repair` encodes them again from the source, with one scale",
         ("vllm-project/vllm#54974", "vllm-project/llm-compressor#1869"),
     )
 
@@ -178,7 +187,7 @@ def _inputs(checkpoint: Checkpoint, reader: Reader) -> Iterator[Finding]:
     names = [name for name in inventory.tensors if name.endswith(dialect.activations.endings)]
     bad = tuple(n for n in names if not _all_positive(reader.read(n)))
     if bad:
-        what = f"{count(len(bad), 'scale')} of inputs are zero, negative or not finite: {some(bad)}"
+        what = f"{count(len(bad), 'scale')} of inputs {verb(len(bad), 'are')} zero, negative or not finite: {some(bad)}"
         yield Finding("wrong", "input-scale", what, bad, "calibrate again, with text that reaches these modules")
     inputs, missing, wanted, idle = StaticInputs(checkpoint), [], 0, 0
     for weight in checkpoint.weights:
@@ -200,14 +209,14 @@ def _inputs(checkpoint: Checkpoint, reader: Reader) -> Iterator[Finding]:
         yield Finding("wrong", "declared-w4a4", what, tuple(missing), "`halfbyte repair` corrects the configuration")
     elif missing:
         what = (
-            f"{count(len(missing), 'module')} of {wanted:,} lack the calibrated scale of their inputs; engines that "
-            f"start from zero divide by it: {some(missing)}"
+            f"{count(len(missing), 'module')} of {wanted:,} {verb(len(missing), 'lack')} the calibrated scale of "
+            f"their inputs; engines that start from zero divide by it: {some(missing)}"
         )
         advice = "calibrate with text that reaches these experts"
         yield Finding("wrong", "input-scale-missing", what, tuple(missing), advice, ("vllm-project/vllm#45212",))
     if idle:
         what = (
-            f"{count(idle, 'module')} have a calibrated scale of their inputs, which "
+            f"{count(idle, 'module')} {verb(idle, 'have')} a calibrated scale of their inputs, which "
             f"the configuration does not quantize"
         )
         yield Finding("note", "declared-w4a16", what, advice="engines run them as W4A16 and ignore the scales")
@@ -231,13 +240,16 @@ def _caches(checkpoint: Checkpoint, reader: Reader) -> Iterator[Finding]:
         ones = tuple(name for name in names if (reader.read(name).astype(np.float32) == 1).all())
         if ones:
             what = (
-                f"{len(ones)} of {count(len(names), 'scale')} of the KV cache are "
+                f"{len(ones)} of {count(len(names), 'scale')} of the KV cache {verb(len(names), 'are')} "
                 f"exactly 1, as if nobody calibrated them"
             )
             yield Finding("note", "cache-scale-one", what, ones, "calibrate the cache")
         bad = tuple(name for name in names if not _all_positive(reader.read(name)))
         if bad:
-            what = f"{count(len(bad), 'scale')} of the KV cache are zero, negative or not finite: {some(bad)}"
+            what = (
+                f"{count(len(bad), 'scale')} of the KV cache {verb(len(bad), 'are')} "
+                f"zero, negative or not finite: {some(bad)}"
+            )
             yield Finding("wrong", "cache-scale", what, bad)
 
 

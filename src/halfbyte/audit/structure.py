@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from halfbyte.audit.declared import Declared, declared
-from halfbyte.audit.finding import Finding, Severity, count, some
+from halfbyte.audit.finding import Finding, Severity, count, some, verb
 from halfbyte.checkpoint.config import parts_of, text_parts
 from halfbyte.dialects.modules import is_linear, modules
 from halfbyte.models import Weight
@@ -55,8 +55,8 @@ def _unread(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "wrong",
             "unmapped-codes",
-            f"{count(len(codes), 'tensor')} of codes and scales have names that no engine of {checkpoint.dialect.name} "
-            f"looks for: {some(codes)}",
+            f"{count(len(codes), 'tensor')} of codes and scales {verb(len(codes), 'have')} names that no engine of "
+            f"{checkpoint.dialect.name} looks for: {some(codes)}",
             codes,
             "quantize the model again with a tool that writes experts one by one" if fused else "",
             ("vllm-project/llm-compressor#2939",) if fused else (),
@@ -70,8 +70,8 @@ def _parts(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "missing",
             "mtp-missing",
-            f"config.json promises {count(promised, 'layer')} that predict further tokens (MTP) and the files hold "
-            "none, so engines cannot draft with this model",
+            f"config.json promises {count(promised, 'layer')} that {verb(promised, 'predict')} further tokens (MTP) "
+            "and the files hold none, so engines cannot draft with this model",
             advice="`halfbyte repair` takes them from the source",
             seen=("NVIDIA/Model-Optimizer#860",),
         )
@@ -142,7 +142,7 @@ def _unquantized(checkpoint: Checkpoint) -> Iterator[Finding]:
         if share >= _LARGE:
             what = (
                 f"{count(len(weights), 'matrix')} of {kind} ({share:.0%} of all "
-                f"parameters in matrices) are not quantized"
+                f"parameters in matrices) {verb(len(weights), 'are')} not quantized"
             )
             severity: Severity = "poor" if kind == "experts" else "note"
             seen = ("vllm-project/llm-compressor#2060",) if kind == "experts" else ()
@@ -162,8 +162,8 @@ def _claims(checkpoint: Checkpoint, claims: Declared) -> Iterator[Finding]:
         yield Finding(
             "wrong",
             "ignored-but-quantized",
-            f"{count(len(unexpected), 'module')} hold codes and the configuration says that they are not quantized, so "
-            f"engines do not load them: {some(unexpected)}",
+            f"{count(len(unexpected), 'module')} {verb(len(unexpected), 'hold')} codes and the configuration says "
+            f"that they are not quantized, so engines do not load them: {some(unexpected)}",
             unexpected,
             "`halfbyte repair` corrects the ignore list",
         )
@@ -177,8 +177,8 @@ def _claims(checkpoint: Checkpoint, claims: Declared) -> Iterator[Finding]:
             yield Finding(
                 "wrong",
                 code,
-                f"{count(len(waiting), 'module')} are not quantized and the ignore list does not name them, so {who} "
-                f"wait for codes and scales that are not there: {some(waiting)}",
+                f"{count(len(waiting), 'module')} {verb(len(waiting), 'are')} not quantized and the ignore list does "
+                f"not name them, so {who} wait for codes and scales that are not there: {some(waiting)}",
                 waiting,
                 "`halfbyte repair` corrects the ignore list",
                 ("vllm-project/vllm#41994",) if code == "mtp-not-ignored" else (),
@@ -191,9 +191,7 @@ def _entries(checkpoint: Checkpoint, claims: Declared, names: Sequence[str]) -> 
     every = [*names, *(w.name.removesuffix(".weight") for w in checkpoint.weights)]
     idle = tuple(e for e in claims.entries if not any(claims.entry_matches(e, name) for name in every))
     if idle:
-        what = (
-            f"{count(len(idle), 'entry').replace('entrys', 'entries')} of the ignore list match nothing: {some(idle)}"
-        )
+        what = f"{count(len(idle), 'entry')} of the ignore list {verb(len(idle), 'match')} nothing: {some(idle)}"
         yield Finding("note", "ignore-matches-nothing", what, idle)
     composite = any("text_config" in part for _, part in parts_of(checkpoint.inventory.config))
     fixed = tuple(
