@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # CONSTRAINTS= installs the newest versions instead
 CONSTRAINTS ?= constraints.txt
-# processes of make test-fast
+# processes of make test and make test-fast
 JOBS ?= 2
 # faults per room of make mutation
 EACH ?= 35
@@ -24,7 +24,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 .PHONY: help demo test test-fast test-engines fuzz mutation lint install clean
 help:
 	@echo "make demo          quantize the bundled model with six recipes and compare them, offline (about 2 minutes)"
-	@echo "make test          ruff, mypy and all tests"
+	@echo "make test          ruff, mypy and all tests, in two processes"
 	@echo "make test-fast     the tests without the slow ones, in two processes (about 2 minutes)"
 	@echo "make test-engines  each engine in an environment of its own, and the tests that need it"
 	@echo "make fuzz          mutated files of every kind for SECONDS=60, SEED=0: none may end in a traceback or a hang"
@@ -36,7 +36,7 @@ demo: $(VENV)/.demo
 	$(OFFLINE) $(VENV)/bin/halfbyte demo
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadscope
 
 test-fast: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m "not slow" -n $(JOBS)

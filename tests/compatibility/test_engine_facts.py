@@ -4,6 +4,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from halfbyte.checkpoint import Inventory
@@ -32,9 +33,21 @@ def test_a_fact_names_dialects_families_and_formats_that_exist(engine: Engine, f
 
 
 @pytest.mark.parametrize(("engine", "fact"), FACTS)
-def test_a_fact_that_was_seen_running_names_the_version(engine: Engine, fact: Fact) -> None:
-    assert fact.known == "read" or engine.version or engine.name == "halfbyte"
+def test_a_fact_names_the_version_that_it_was_checked_with(engine: Engine, fact: Fact) -> None:
+    assert fact.version or engine.name == "halfbyte"
     assert fact.what and not fact.what.endswith(".")
+
+
+def test_an_entry_without_a_version_is_refused() -> None:
+    fact = {"effect": "loses", "what": "MTP", "known": "ran"}
+    with pytest.raises(ValueError, match="names no version that it was checked with"):
+        Engine.model_validate({"name": "new", "reads": ["plain"], "facts": [fact]})
+    Engine.model_validate({"name": "new", "reads": ["plain"], "facts": [fact | {"version": "1.0"}]})
+
+
+def test_installed_versions_are_those_of_this_environment() -> None:
+    engine = Engine.model_validate({"name": "new", "reads": ["plain"], "packages": ["numpy", "no-such-package"]})
+    assert engine.installed() == {"numpy": np.__version__}
 
 
 def test_nvfp4_experts_are_wrong_in_transformers_and_dense_nvfp4_is_not(tmp_path: Path) -> None:

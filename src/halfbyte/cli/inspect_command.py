@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     summary = overview(options.open_checkpoint(args))
     if args.json:
-        print_json({**vars(summary), "bits_per_weight": summary.bits_per_weight})
+        print_json({**vars(summary), "bits_per_weight": summary.bits_per_weight, "installed": _installed(summary)})
         return 0
     _head(summary)
     _weights(summary, args.roles)
@@ -122,7 +122,7 @@ def _engines(summary: Overview) -> None:
     """What is lost where; engines that nothing is known of share a line."""
     each = summary.engines.items()
     if rows := [_row(f) for _, known in each for f in known if f.effect != "unknown"]:
-        table(("engine", "effect", "~what is known"), rows)
+        table(("engine", "effect", "checked with", "~what is known"), rows)
         say("")
     recognised = not summary.packed and (summary.dialect or _undeclared(summary) == _NOTHING)
     if recognised and (silent := [name for name, known in each if not known]):
@@ -134,18 +134,20 @@ def _engines(summary: Overview) -> None:
                 untried.setdefault(fact.what, []).append(name)
     for what, names in untried.items():
         say(f"{what}: {', '.join(names)}")
-    say("", "versions    " + "; ".join(f"{name} {version}" for name, version in _versions(summary)))
+    installed = [f"{name} {version}" for each in _installed(summary).values() for name, version in each.items()]
+    say("", f"installed   {'; '.join(installed) or 'none of these engines'}")
 
 
-def _row(note: CompatibilityNote) -> tuple[str, str, str]:
+def _row(note: CompatibilityNote) -> tuple[str, str, str, str]:
     where = f" on {note.hardware}" if note.hardware else ""
     much = f" [{note.tensors:,} tensors, {size(note.nbytes)}]" if note.tensors else ""
     source = " (only read in its source)" if note.known == "read" else ""
     link = f"; {note.link}" if note.link else ""
-    return f"{note.engine}{where}", EFFECTS[note.effect], f"{note.what}{much}{link}{source}"
+    return f"{note.engine}{where}", EFFECTS[note.effect], note.version, f"{note.what}{much}{link}{source}"
 
 
-def _versions(summary: Overview) -> list[tuple[str, str]]:
+def _installed(summary: Overview) -> dict[str, dict[str, str]]:
+    """By engine, the versions of its packages in this environment."""
     from halfbyte.compatibility.engine_facts import engines
 
-    return [(e.name, e.version) for e in engines() if e.version and e.name in summary.engines]
+    return {e.name: versions for e in engines() if e.name in summary.engines and (versions := e.installed())}

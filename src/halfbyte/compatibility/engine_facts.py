@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import resources
+from importlib import metadata, resources
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.roles import is_known, is_under
 from halfbyte.models.strict_yaml import load_yaml
 
 Effect = Literal["wrong", "refuses", "loses", "rounds", "needs"]
+OURS = "halfbyte"
 PLAIN = "plain"
 """Stands for the dialect of a checkpoint in which nothing is quantized."""
 
@@ -28,6 +30,7 @@ class Fact(BaseModel):
     effect: Effect
     what: str
     known: Literal["ran", "read"]
+    version: str = ""
     link: str = ""
     hardware: str = ""
     dialects: tuple[str, ...] = ()
@@ -54,6 +57,7 @@ class Load(BaseModel):
     dialect: str
     formats: tuple[str, ...] = Field(min_length=1)
     known: Literal["ran", "library", "read"]
+    version: str = ""
     where: str = ""
 
     def holds(self, dialect: str, fmt: str) -> bool:
@@ -62,20 +66,39 @@ class Load(BaseModel):
 
 
 class Engine(BaseModel):
-    """An engine, the version that the facts were found in ("": read or always true), and the dialects it reads.
+    """An engine, the version that was tried last ("": none), and the dialects it reads.
 
-    ``loads`` is what was found to load, ``facts`` what it loses, refuses or gets wrong. ``families`` are those whose
-    quantized checkpoints it was tried with, or whose names were read in its source; empty: it reads any.
+    Each entry of ``loads`` and ``facts`` has the version that it was checked with; halfbyte's own are tested in each.
+    ``packages`` are the distributions that bring the engine. ``loads`` is what was found to load, ``facts`` what it
+    loses, refuses or gets wrong. ``families`` are those whose quantized checkpoints it was tried with, or whose names
+    were read in its source; empty: it reads any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     version: str = ""
+    packages: tuple[str, ...] = ()
     reads: tuple[str, ...] = Field(min_length=1)
     families: tuple[str, ...] = ()
     loads: tuple[Load, ...] = ()
     facts: tuple[Fact, ...] = ()
+
+    @model_validator(mode="after")
+    def _every_entry_has_a_version(self) -> Engine:
+        entries: tuple[Load | Fact, ...] = (*self.loads, *self.facts)
+        for entry in entries:
+            if not entry.version and self.name != OURS:
+                raise ValueError(f"an entry of {self.name} names no version that it was checked with: {entry}")
+        return self
+
+    def installed(self) -> dict[str, str]:
+        """Return the versions of the engine's packages in this environment; {} where it is not installed."""
+        versions: dict[str, str] = {}
+        for package in self.packages:
+            with suppress(metadata.PackageNotFoundError):
+                versions[package] = metadata.version(package)
+        return versions
 
     def load(self, dialect: str, fmt: str) -> Load | None:
         """What is known of loading a format in a dialect; None: it does not, or nobody looked."""
@@ -162,7 +185,7 @@ def _apply(
     narrow = bool(fact.roles or fact.formats)
     return CompatibilityNote(
         engine.name,
-        engine.version,
+        fact.version,
         fact.effect,
         fact.what,
         fact.hardware,
