@@ -92,12 +92,8 @@ def collect_statistics(
     samples = make_samples(texts, load_tokenizer(source), options.samples, options.length, options.bos)
     with Reader(checkpoint.inventory) as reader, torch.inference_mode():
         model = LayerwiseModel(checkpoint, reader, options.torch_dtype, torch.device(options.device))
-        description = _new_description(checkpoint, samples, len(model.layers), options)
-        description["done"] = _resume(out, description)
-        if description["done"] and announce:
-            finished = "complete already" if description.get("complete") else "continued"
-            total = len(description["parts"])
-            announce(f"{out} is {finished}: {description['done']} of {total} layers were calibrated before")
+        description = describe_run(checkpoint, samples, len(model.layers), options)
+        begin(out, description, announce)
         if description.get("complete"):
             shutil.rmtree(out / _WORK, ignore_errors=True)  # of a run that was killed after its last layer
         else:
@@ -105,7 +101,7 @@ def collect_statistics(
     return Statistics(out)
 
 
-def _new_description(checkpoint: Checkpoint, samples: Samples, layers: int, options: CollectOptions) -> dict[str, Any]:
+def describe_run(checkpoint: Checkpoint, samples: Samples, layers: int, options: CollectOptions) -> dict[str, Any]:
     """Describe a calibration that has not begun."""
     source = checkpoint.inventory.source.rstrip("/").rsplit("/", 1)[-1]
     return new_description(
@@ -127,6 +123,18 @@ def _new_description(checkpoint: Checkpoint, samples: Samples, layers: int, opti
         parts=[*(f"layer-{i:05d}" for i in range(layers)), "head"],
         done=0,
     )
+
+
+def begin(out: Path, description: dict[str, Any], announce: Callable[[str], None] | None) -> None:
+    """Make the folder of a calibration, or note in ``description`` how much of it is there; OutputError for another's.
+
+    ``announce`` is called with a line where it is continued.
+    """
+    description["done"] = _resume(out, description)
+    if description["done"] and announce:
+        finished = "complete already" if description.get("complete") else "continued"
+        total = len(description["parts"])
+        announce(f"{out} is {finished}: {description['done']} of {total} layers were calibrated before")
 
 
 def _resume(out: Path, description: dict[str, Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,11 @@ class LayerwiseModel:
         """The name of a part in the whole model."""
         return self._names[id(module)]
 
+    def roles_of(self, targets: Iterable[str]) -> dict[str, str]:
+        """The roles of what parameters hold, by their names, where the checkpoint has it."""
+        held = {target: self.uses[target][0][0] for target in targets if target in self.uses}
+        return {target: self._weights[name].role for target, name in held.items()}
+
     def columns(self, target: str) -> int:
         """How wide the inputs of a matrix of the model are."""
         weight = self._weights[self.uses[target][0][0]]
@@ -140,6 +145,30 @@ class LayerwiseModel:
                 self._put(target, self._stack(target, wanted[target].shape))
             self._fill(module, {s.name for t in wanted.keys() - self._stacks.keys() for s in self._sources.get(t, ())})
             yield
+
+    def replace(self, module: nn.Module, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        """Give weights of the checkpoint other values [..., N, K], in the parameters of a filled part."""
+        before = dict(self._read)
+        names: set[str] = set()
+        for weight, values in weights.items():
+            stored = self._weights[weight]
+            turned = stored.transposed or (values.ndim > 2 and weight in self.checkpoint.formats and self._turned)
+            for piece in stored.pieces:
+                names.add(piece.source)
+                part = values if piece.expert is None else values[piece.expert][slice(*(piece.rows or (None,)))]
+                self._read[piece.source] = _held(np.swapaxes(part, -1, -2) if turned else part)
+        try:
+            touched = {t for t, sources in self._sources.items() if names & {s.name for s in sources}}
+            touched &= self.parameters_of(module).keys()
+            for target in touched & self._stacks.keys():
+                self._put(target, self._stack(target, self.model.get_parameter(target).shape))
+            self._fill(module, {s.name for t in touched - self._stacks.keys() for s in self._sources[t]})
+        finally:
+            self._read = before
+
+    @property
+    def _turned(self) -> bool:
+        return self.checkpoint.family.transposed
 
     def _stack(self, target: str, shape: torch.Size) -> torch.Tensor:
         plan, whole = self._stacks[target], self._sources[target][0].name
@@ -217,6 +246,15 @@ class LayerwiseModel:
         finally:
             for part, parameters in empty:
                 part._parameters.update(parameters)
+
+
+def _held(values: NDArray[Any]) -> Read:
+    """What reads an array that is in memory, or some of its leading indices."""
+
+    def read(first: int = 0, stop: int | None = None) -> NDArray[Any]:
+        return np.ascontiguousarray(values[first:stop])
+
+    return read
 
 
 class _Spy(nn.Module):

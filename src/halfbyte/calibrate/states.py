@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,20 @@ class States:
         with self.path.open("r+b") as file:
             file.seek(self._offset(rows))
             file.write(np.ascontiguousarray(states, np.float32).data.cast("B"))
+
+    def take(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows, in order or by their numbers."""
+        if isinstance(rows, slice):
+            return self.read(rows)
+        return np.array(self._mapped("r")[rows])
+
+    def add(self, rows: slice | NDArray[np.int64], change: NDArray[np.float32]) -> None:
+        """Add to rows; no number comes twice."""
+        mapped = self._mapped("r+")
+        mapped[rows] += change
+
+    def _mapped(self, mode: Literal["r", "r+"]) -> NDArray[np.float32]:
+        return np.memmap(self.path, np.float32, mode).reshape(-1, self.width)
 
     def sync(self) -> None:
         """Onto the disk, so that a layer which counts as done has its states even after a power failure."""

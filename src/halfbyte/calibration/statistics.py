@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.calibration.importance import Importance
-from halfbyte.checkpoint import ShardWriter, TensorInfo, build_header, numpy_dtype, write_file_atomic
+from halfbyte.calibration.rounded import KINDS, OBJECTIVE
+from halfbyte.checkpoint import ShardWriter, TensorInfo, build_header, numpy_dtype, safetensors_name, write_file_atomic
 from halfbyte.checkpoint.files import parse_object, read_small
 from halfbyte.checkpoint.header import read_header
 from halfbyte.checkpoint.identity import identities
@@ -27,6 +28,7 @@ _KIND = "halfbyte-statistics"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # of a file in the folder itself
 _MAXIMA = ("amax", "keys", "values")
 _TYPES = {"count": "I64", "routed": "I64", "squares": "F64", "hessian": "F32", **dict.fromkeys(_MAXIMA, "F32")}
+_TYPES[OBJECTIVE] = "F64"
 _EXACT = ("source", "hessians", "all_experts", "caches", "bos", "parts")
 
 
@@ -37,7 +39,8 @@ class Part:
 
     Kinds: ``count`` int64 [] or [E], tokens seen; ``squares`` FP64 [K] or [E, K], sum of x²; ``amax`` FP32 [] or
     [E], largest |x|; ``hessian`` FP32 [K, K] or [E, K, K], sum of xᵀx, or [K, K] over all experts of a stack
-    together; ``routed`` int64 [E], tokens that the router sent, where all experts were shown all tokens. By the name
+    together; ``routed`` int64 [E], tokens that the router sent, where all experts were shown all tokens. Of weights
+    that were rounded: see ``halfbyte.calibration.rounded``. By the name
     of an attention module: ``keys`` and ``values`` FP32 [], the largest magnitudes that its KV cache would hold.
     """
 
@@ -49,7 +52,9 @@ def write_part(folder: Path, name: str, part: Part) -> None:
     """Write a part to ``name``.safetensors, complete or not at all."""
     arrays = {f"{weight}.{kind}": a for weight, kinds in part.arrays.items() for kind, a in kinds.items()}
     order = sorted(arrays, key=lambda key: -arrays[key].dtype.itemsize)
-    entries = [(key, _TYPES[key.rpartition(".")[2]], arrays[key].shape) for key in order]
+    kinds = [key.rpartition(".")[2] for key in order]
+    types = [_TYPES.get(kind) or safetensors_name(arrays[key].dtype) for key, kind in zip(order, kinds, strict=True)]
+    entries = [(key, kind, arrays[key].shape) for key, kind in zip(order, types, strict=True)]
     layout = build_header(entries, {"format": _KIND, "version": str(VERSION), "same": json.dumps(part.same)})
     with ShardWriter(folder / f"{name}.safetensors", layout) as writer:
         for key, offset in zip(order, layout.offsets, strict=True):
@@ -123,7 +128,7 @@ class Statistics:
         """CheckpointError for an array of a kind, type or shape that statistics do not have."""
         for name, info in self._entries.items():
             weight, _, kind = name.rpartition(".")
-            if not weight or _TYPES.get(kind) != info.dtype:
+            if not weight or (_TYPES.get(kind) != info.dtype and kind not in KINDS):
                 raise CheckpointError(
                     f"{name} in {self.folder / info.file} is no array of statistics; collect them again"
                 )
@@ -191,6 +196,9 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> None:
     CheckpointError where they are of different models or were collected in different ways.
     """
     every = [Statistics(folder) for folder in folders]
+    rounded = next((s for s in every if s.description.get("rounded")), None)
+    if rounded is not None:
+        raise CheckpointError(f"{rounded.folder} holds weights that were rounded, which cannot be added up")
     if len({s.folder.resolve() for s in every}) < max(2, len(every)):
         raise CheckpointError("merging needs two or more different folders of statistics")
     first, out = every[0], Path(out)

@@ -13,6 +13,8 @@ from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
     from halfbyte.calibration.statistics import Statistics
+    from halfbyte.recipes import Recipe
+    from halfbyte.source.checkpoint import Checkpoint
 
 SUMMARY = "run text through a model, layer by layer, and save statistics of its matrices' inputs"
 EXAMPLES = """\
@@ -133,6 +135,29 @@ def collect(source: str, out: str, texts: list[str], silent: bool, **options: An
 
     with steps("calibrating", silent) as report:
         return collect_statistics(source, out, texts, CollectOptions(**options), report, warn)
+
+
+def round_layers(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    dialect: str | None,
+    folder: str,
+    texts: list[str],
+    silent: bool,
+    **options: Any,
+) -> Statistics:
+    """Calibrate and round weights layer by layer under a progress bar; ``options`` as of ``collect``."""
+    prepare_logs()
+    from halfbyte.runtime import need_torch
+
+    need_torch()
+    from halfbyte.calibrate.collect import CollectOptions
+    from halfbyte.calibrate.residual import round_layers as run_layers
+    from halfbyte.plan.build import plan_to_round
+
+    plan = plan_to_round(checkpoint, recipe, dialect)
+    with steps("calibrating and rounding", silent) as report:
+        return run_layers(plan, recipe, folder, texts, CollectOptions(**options), report, warn)
 
 
 def describe(statistics: Statistics) -> dict[str, Any]:

@@ -142,8 +142,11 @@ def add_calibration_of_base(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def activations_of(args: argparse.Namespace) -> str | None:
-    """The importance file or statistics that the options name, or those collected from the texts that they name."""
+def activations_of(args: argparse.Namespace, recipe: Recipe | None = None, dialect: str | None = None) -> str | None:
+    """The importance file or statistics that the options name, or those collected from the texts that they name.
+
+    Where the ``recipe`` refits weights, a text also rounds them, for the ``dialect``.
+    """
     from pathlib import Path
 
     from halfbyte.errors import HalfbyteError
@@ -161,7 +164,13 @@ def activations_of(args: argparse.Namespace) -> str | None:
     from halfbyte.cli.calibrate_command import collect
 
     folder = f"{out.rstrip('/')}.statistics"
-    collect(args.source, folder, given, args.json, samples=args.samples, length=args.length)
+    settings = {"samples": args.samples, "length": args.length}
+    if recipe is not None and recipe.refits:
+        from halfbyte.cli.calibrate_command import round_layers
+
+        round_layers(open_checkpoint(args), recipe, dialect, folder, given, args.json, **settings)
+    else:
+        collect(args.source, folder, given, args.json, **settings)
     return folder
 
 
@@ -195,6 +204,27 @@ def dialect_of(args: argparse.Namespace) -> str | None:
     return "halfbyte" if args.remote_code else best_dialect(recipe, args.engine)
 
 
+def _dialect_that_holds(
+    checkpoint: Checkpoint, recipe: Recipe, chosen: str | None, args: argparse.Namespace
+) -> str | None:
+    """The dialect in which weights are rounded: halfbyte's own where none was asked for and ``chosen`` has no place."""
+    from halfbyte.errors import FormatError, HalfbyteError, PlanError
+    from halfbyte.plan.build import plan_to_round
+    from halfbyte.plan.dialect_choice import OWN
+
+    try:
+        plan_to_round(checkpoint, recipe, chosen)
+    except (PlanError, FormatError):
+        if chosen == OWN or args.dialect or args.engine or recipe.dialect:
+            raise
+        try:
+            plan_to_round(checkpoint, recipe, OWN)
+        except HalfbyteError:
+            return chosen
+        return OWN
+    return chosen
+
+
 def plan_of(args: argparse.Namespace, recipe: Recipe | None = None, dialect: str | None = None) -> Plan:
     """The plan that the options describe; ``recipe``: by another recipe than they name, in this ``dialect``."""
     from halfbyte.api import plan
@@ -202,7 +232,11 @@ def plan_of(args: argparse.Namespace, recipe: Recipe | None = None, dialect: str
     from halfbyte.plan.dialect_choice import OWN
     from halfbyte.recipes import load_recipe
 
-    checkpoint, chosen, known = open_checkpoint(args), dialect or dialect_of(args), activations_of(args)
+    checkpoint, chosen = open_checkpoint(args), dialect or dialect_of(args)
+    wanted = recipe or load_recipe(args.recipe)
+    if wanted.refits and args.calibration and not dialect:
+        chosen = _dialect_that_holds(checkpoint, wanted, chosen, args)
+    known = activations_of(args, wanted, chosen)
 
     def make(dialect: str | None) -> Plan:
         return plan(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from halfbyte.errors import UnconvertibleError
 from halfbyte.formats import get_format
-from halfbyte.kernels.tensor_error import TensorError, largest_relmse
+from halfbyte.kernels.tensor_error import MAX_OBJECTIVE, TensorError, largest_relmse
+from halfbyte.recipes import Method
+from halfbyte.recipes.resolve import refits
 
 SHOWN = 3
 
@@ -19,12 +21,19 @@ class Refusals:
         self.collect = collect
         self.weights: dict[str, str] = {}
 
-    def judge(self, error: TensorError, fed_back: bool) -> None:
-        """Refuse a weight with too large an error; ``fed_back``: GPTQ rounded it, which moves weights further."""
-        bound = largest_relmse(get_format(error.format), fed_back)
+    def judge(self, error: TensorError, method: Method | None) -> None:
+        """Refuse a weight with too large an error; ``method``: how it was rounded, which may move weights further."""
+        bound = largest_relmse(get_format(error.format), method is not None, refitted=refits(method))
         relmse, where = error.relmse, ""
         if not error.worst_relmse <= max(relmse, bound):
             relmse, where = error.worst_relmse, f" in expert {error.worst_expert}"
+        objective = error.calibrated_relmse
+        if refits(method) and objective is not None and not objective <= MAX_OBJECTIVE:
+            reason = (
+                f"has outputs with a relative error of {objective:.3g} against those of its target, more than "
+                f"{MAX_OBJECTIVE:g}, in {error.format}"
+            )
+            self.take(UnconvertibleError(f"{error.name} {reason}", {error.name: reason}))
         if not relmse <= bound:
             reason = (
                 f"has a relative error of {relmse:.3g}{where} in {error.format}, whose scales cannot hold its values "

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.calibration.rounded import is_rounded, objective_of, read_rounded
 from halfbyte.checkpoint import nbytes, numpy_dtype
 from halfbyte.convert.calibrated_error import count_calibrated_error
 from halfbyte.convert.encode_slice import (
@@ -28,7 +29,7 @@ from halfbyte.convert.transcoder import Transcoder
 from halfbyte.dialects import OutputChunk, OutputTensor
 from halfbyte.errors import UnconvertibleError
 from halfbyte.formats import QuantizedTensor
-from halfbyte.kernels import ErrorStats
+from halfbyte.kernels import ErrorStats, compare
 from halfbyte.kernels import amax as largest
 from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.plan.resources import cuts, item_bytes, shares_amax, whole_rows
@@ -59,6 +60,10 @@ class WorkUnit:
         self.bytes = sum(map(item_bytes, items))
         self.small = self.bytes <= self.limits.slice_bytes
         self._chosen = [item for item in items if item.format is not None]
+        use = self.plan.calibration_use
+        self._statistics = use.calibration.statistics if use else None
+        # engines fuse them, so all members of a unit were rounded together
+        self._rounded = bool(self._chosen) and all(is_rounded(self._statistics, i.weight.name) for i in self._chosen)
         self._together = bool(self._chosen) and shares_amax(self._chosen)
         self._holds = self._together and (self.small or self.bytes <= self.limits.resident_bytes)
         self.resident = self._holds and not self.small
@@ -88,7 +93,7 @@ class WorkUnit:
         if self._given:
             return errors
         for item, error in zip(self._chosen, errors, strict=True):
-            self._common.refusals.judge(error, item.method is not None)
+            self._common.refusals.judge(error, item.method)
         return errors
 
     def run(self) -> None:
@@ -106,7 +111,7 @@ class WorkUnit:
         pieces = [(k, *cut) for k, item in enumerate(self._chosen) for cut in self._cuts(item)]
         if not self._given and any(item.action == "transcode" for item in self._chosen):
             yield [partial(self._prepare, pieces)]
-        if self._together and not (self._carrier and self._carrier.ready):
+        if self._together and not self._rounded and not (self._carrier and self._carrier.ready):
             yield [partial(self._look, *piece) for piece in pieces]
             self._shared = np.max(list(self._amax.values()))
             if self._chosen[0].fitted:
@@ -240,6 +245,8 @@ class WorkUnit:
 
     def _encoded(self, k: int, first: int, stop: int, error: TensorError) -> QuantizedTensor:
         item = self._chosen[k]
+        if self._rounded:
+            return self._stored(item, first, stop, error)
         array = self._held.pop((k, first), None)
         shared = self._shared
         if array is None:
@@ -256,6 +263,25 @@ class WorkUnit:
             error.count(stats[0])
         weighted = count_calibrated_error(self._common, item, first, stop, array, tensor)
         error.calibrated_error, error.calibrated_squares = weighted
+        error.requantized += array.size if error.source else 0
+        return tensor
+
+    def _stored(self, item: Item, first: int, stop: int, error: TensorError) -> QuantizedTensor:
+        """A slice that the calibration rounded, and its error against the source."""
+        assert item.format is not None and self._statistics is not None
+        name = item.weight.name
+        tensor = read_rounded(self._statistics, name, item.format, item.weight.shape, first, stop)
+        array, _ = read_values(self.plan, self.reader, item, first, stop)
+        stack = array.ndim > 2
+        for a in range(first, stop) if stack else [first]:
+            b = a + 1 if stack else stop
+            one, part = ErrorStats(), read_rounded(self._statistics, name, item.format, item.weight.shape, a, b)
+            compare(part, np.ascontiguousarray(array[a - first : b - first]), one)
+            if stack:
+                error.count_expert(a, one)
+            else:
+                error.count(one)
+        error.calibrated_error, error.calibrated_squares = objective_of(self._statistics, name, first, stop)
         error.requantized += array.size if error.source else 0
         return tensor
 

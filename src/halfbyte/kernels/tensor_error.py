@@ -17,17 +17,23 @@ MAX_RELMSE = 0.1
 """A quantized tensor further than this from its source is not the same tensor."""
 MAX_RELMSE_FEEDBACK = 0.5
 """The same where rounding fed errors back: weights move for the sake of outputs then, far where tokens are few."""
+MAX_RELMSE_REFITTED = 16.0
+"""The same where weights were refitted first: what they do to inputs that never come is free then."""
+MAX_OBJECTIVE = 0.25
+"""The largest error of outputs that is allowed to these instead, relative to those of what they were refitted to."""
 # formats with so few bits are further from heavy-tailed weights (0.33 and 0.09 at most in groups of 128)
 _COARSE = {2: 0.5, 3: 0.25}
 
 
-def largest_relmse(fmt: Format, fed_back: bool, stated: float = MAX_RELMSE) -> float:
+def largest_relmse(fmt: Format, fed_back: bool, stated: float = MAX_RELMSE, refitted: bool = False) -> float:
     """The largest relative error that a weight in a format may have; ``stated`` other than the default counts for all.
 
-    ``fed_back``: GPTQ rounded it.
+    ``fed_back``: GPTQ rounded it; ``refitted``: and what it rounded was not the weight itself.
     """
     if stated != MAX_RELMSE:
         return stated
+    if refitted:
+        return MAX_RELMSE_REFITTED
     return max(MAX_RELMSE_FEEDBACK if fed_back else MAX_RELMSE, _COARSE.get(fmt.bits, 0))
 
 

@@ -26,6 +26,7 @@ from halfbyte.plan.output_names import check_names
 from halfbyte.plan.refusal import enforce
 from halfbyte.plan.shards import Item, Shard, make_index, make_shards
 from halfbyte.plan.source_check import check_source
+from halfbyte.plan.target import check_rounded, without_calibration
 from halfbyte.plan.transcoding import respell_input_scales
 from halfbyte.plan.unrecognised import notes_on_reach
 from halfbyte.recipes import Decision, Recipe, load_recipe, resolve
@@ -95,6 +96,11 @@ def make_plan(
     return _finish(draft, shards, max_shard_bytes, extra_files or {}, extra_config)
 
 
+def plan_to_round(checkpoint: Checkpoint, recipe: Recipe, dialect: str | Dialect | None = None) -> Plan:
+    """Make the plan of a recipe whose calibration rounds weights, before that calibration: formats and places."""
+    return make_plan(checkpoint, without_calibration(recipe), dialect)
+
+
 def _begin(
     checkpoint: Checkpoint, recipe: str | Recipe, dialect: str | Dialect | None, calibration: Calibration | None
 ) -> Draft:
@@ -158,6 +164,7 @@ def _use_calibration(draft: Draft) -> Draft:
     if draft.calibration is None:
         enforce(check_calibration(draft.recipe, items, draft.decisions))
     else:
+        enforce(check_rounded(draft.recipe, draft.dialect, draft.calibration))
         items, use = use_calibration(
             draft.checkpoint, draft.recipe, items, draft.decisions, draft.calibration, scales=bool(draft.scales)
         )

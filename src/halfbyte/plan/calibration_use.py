@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from halfbyte.calibration import Calibration
+from halfbyte.calibration.rounded import is_rounded, method_of
 from halfbyte.calibration.token_counts import MIN_TOKENS, enough
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import CheckpointError, RecipeError
@@ -98,6 +99,7 @@ class CalibrationUse:
     def provenance(self) -> dict[str, Any]:
         """What halfbyte.json says of the calibration, and how much of what the recipe asks of it was done."""
         entry: dict[str, Any] = {"importance": {"name": self.calibration.name, "digest": self.calibration.digest}}
+        entry["importance"] |= self._refitted()
         entry["folds"] = SMOOTHING_FILE if self.smoothings else None
         if self.unrounded:
             entry["rounded_with_hessian"] = {
@@ -105,6 +107,15 @@ class CalibrationUse:
                 "of": len(self.rounded) + len(self.unrounded),
             }
         return entry
+
+    def _refitted(self) -> dict[str, Any]:
+        """What weights were refitted to, where the calibration did so."""
+        stated = self.calibration.statistics.description if self.calibration.statistics else {}
+        made = method_of(stated)
+        if made is None:
+            return {}
+        keys = ("texts", "tokens_sha256", "samples", "length", "bos")
+        return {"target": made.get("target"), **{key: stated.get(key) for key in keys}}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``notes`` says, as JSON holds it."""
@@ -158,7 +169,8 @@ def use_calibration(
     chosen = [(i, d) for i, d in zip(items, decisions, strict=True) if i.action == "quantize"]
     hessians = _rounded_with_hessians(recipe, chosen, calibration)
     rotations = _rotated_by_hessians(recipe, chosen, calibration)
-    weighted = {i.weight.name for i, d in chosen if _may_be_weighted(i, d, hessians)}
+    done = {i.weight.name for i, _ in chosen if is_rounded(calibration.statistics, i.weight.name)}
+    weighted = {i.weight.name for i, d in chosen if i.weight.name not in done and _may_be_weighted(i, d, hessians)}
     known = calibration.matched.values
     groups, refused = _smoothings(checkpoint, items, {i.weight.name for i, d in chosen if d.transform == "awq"}, known)
     use = CalibrationUse(
@@ -236,6 +248,9 @@ def _rounded_with_hessians(
                 f"rule {decision.rule} of recipe {recipe.name} says `{_wish(decision)}` for {name}, but "
                 f"{problem}; choose another format or leave it out"
             )
+        if is_rounded(calibration.statistics, name):
+            result.methods[name] = decision.method
+            continue
         reached = enough(calibration, name)
         if reached is None or not any(reached):
             result.missing.append(name)

@@ -55,7 +55,7 @@ def make_provenance(
             "fingerprint": inventory.fingerprint,
         },
         "dialect": dialect.name,
-        "recipe": _spelled_out(recipe),
+        "recipe": spelled_out(recipe),
     }
     if use:
         provenance |= use.provenance()
@@ -67,7 +67,7 @@ def json_bytes(content: Any) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _spelled_out(recipe: Recipe) -> dict[str, Any]:
+def spelled_out(recipe: Recipe) -> dict[str, Any]:
     """A recipe that can be parsed again, with the defaults of this release spelled out."""
     content = recipe.model_dump(mode="json", exclude_none=True)
     for rule in content["rules"]:

@@ -30,7 +30,7 @@ from halfbyte.recipes.old_keys import replace_old_keys
 
 ALIASES = ("linear", "all")
 _COMPARED = 200
-OF_GPTQ = frozenset({"static_groups", "order", "damping"})
+OF_GPTQ = frozenset({"static_groups", "order", "damping", "target"})
 OF_FORMATS = frozenset(
     {
         "scale_search",
@@ -53,6 +53,8 @@ class Rule(BaseModel):
     weighs the errors of the scale search; None: importance, where a file is given and holds it. `rounding`: each value
     to the nearest (`rtn`, also None) or with error feedback (`gptq`). `objective`: what the scale search minimises;
     None: the squared error, or for GPTQ its own loss. `static_groups`, `order` and `damping` are those of GPTQ.
+    `target`: what GPTQ comes close to, the weight itself (`weight`, also None) or the weight refitted to the inputs and
+    the error in the residual stream that the quantized layers before it leave (`residual`).
     `activations`: whether engines quantize what these weights are multiplied by, and how their scales are found; None:
     as is usual for the format in the dialect. Keys of before 0.2 are read, too (`halfbyte.recipes.old_keys`).
     """
@@ -72,6 +74,7 @@ class Rule(BaseModel):
     static_groups: bool | None = None
     order: Literal["none", "act"] | None = None
     damping: float | None = Field(default=None, ge=0, lt=1)
+    target: Literal["weight", "residual"] | None = None
     transform: Literal["awq", "hadamard", "duquant"] | None = None
     activations: Literal["none", "dynamic", "static"] | None = None
     optional: bool = False
@@ -127,6 +130,9 @@ class Rule(BaseModel):
             if useless:
                 raise ValueError(f"`{sorted(useless)[0]}` has no meaning without `format`")
             return self
+        if self.target == "residual" and (self.transform == "awq" or self.global_scale == "soar"):
+            key = "transform: awq" if self.transform == "awq" else "global_scale: soar"
+            raise ValueError(f"`target: residual` finds scales for weights that it refits; leave `{key}` out")
         if self.rotates and self.error_weight == "importance":
             raise ValueError(f"`transform: {self.transform}` mixes columns, so importance of single ones cannot weigh")
         return self._one_objective()
@@ -185,6 +191,11 @@ class Recipe(BaseModel):
             for rule in self.rules
         )
         return self.calibration == "required" and (self.kv_cache is not None or any(asks))
+
+    @property
+    def refits(self) -> bool:
+        """Whether weights are refitted while a calibration rounds them, so that it needs text."""
+        return any(rule.target == "residual" for rule in self.rules)
 
     @property
     def notes(self) -> list[str]:

@@ -21,6 +21,7 @@ from halfbyte.plan.kv_cache import check_caches, respelled_caches
 from halfbyte.plan.resources import SLICE_BYTES
 from halfbyte.plan.transcoding import INPUT_SCALE, LOSSLESS, check_shape, describe_transcoding, input_scales
 from halfbyte.recipes import Decision
+from halfbyte.recipes.resolve import refits
 from halfbyte.search.blocks import to_blocks
 from halfbyte.source.checkpoint import FLOATS, Checkpoint
 from halfbyte.source.smoothing import SMOOTHING_FILE, Smoothing, resmoothed
@@ -114,7 +115,8 @@ class CheckpointPair:
             self._kept(weight, [o.name for o in self.source.stored(weight)] if before else weight.sources)
         elif fmt is not None:
             fed_back = bool(self.training) or (decision is not None and decision.method is not None)
-            self._quantized(weight, twin, fmt, largest_relmse(fmt, fed_back, self.max_relmse))
+            refitted = decision is not None and refits(decision.method)
+            self._quantized(weight, twin, fmt, largest_relmse(fmt, fed_back, self.max_relmse, refitted))
 
     def _moved(self, weight: Weight, twin: Weight) -> None:
         """A kept weight that was trained: of the same shape, and finite."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from halfbyte.checkpoint import Inventory, Reader
 from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.dialects import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
-from halfbyte.kernels.tensor_error import MAX_RELMSE
+from halfbyte.kernels.tensor_error import MAX_OBJECTIVE, MAX_RELMSE, TensorError
 from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.plan.sealed_provenance import note_calibrated_errors
+from halfbyte.recipes import Decision
+from halfbyte.recipes.resolve import refits
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import SMOOTHING_FILE, Smoothing
 from halfbyte.verify.checkpoint_pair import CheckpointPair
@@ -89,12 +91,26 @@ def _against(
         pair = CheckpointPair(result, ours, source, left, right, max_relmse, smoothings, moved)
         pair.check_all(decisions, record, report)
         note_calibrated_errors(result.errors, record)
+        result.problems += beyond_objective(result.errors, decisions)
         plan = None if result.checksums.stated or result.problems else recorded_plan(record, source)
         if plan is not None:
             result.recomputed = True
             result.problems += differences(plan, folder, ours, left, right)
     if result.problems:
         result.wrong_source = _wrong_source(record, source, result)
+
+
+def beyond_objective(errors: Iterable[TensorError], decisions: Mapping[str, Decision]) -> Iterator[str]:
+    """Weights that were refitted, and whose noted error of outputs is beyond its bound: their own error says little."""
+    for error in errors:
+        decision, objective = decisions.get(error.name), error.calibrated_relmse
+        if decision is None or not refits(decision.method) or objective is None:
+            continue
+        if not objective <= MAX_OBJECTIVE:
+            yield (
+                f"{error.name} has outputs with a relative error of {objective:.3g} against those that it was "
+                f"refitted to (at most {MAX_OBJECTIVE:g} is allowed)"
+            )
 
 
 def _wrong_source(record: dict[str, Any], source: Checkpoint, result: Verification) -> str:
