@@ -21,7 +21,7 @@ CODES = {
 SCALES = {"compressed-tensors": "_scale", "modelopt": "_scale", "halfbyte": "_scales", "mlx": ".scales"}
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (-1,), (1, 1, 1, -1, 1)])
+@pytest.mark.parametrize("shape", [(), (0,), (-1,), (1, 1, 1, -1, 1), (1, 128, -1)])
 @pytest.mark.parametrize("dialect", CODES)
 def test_codes_and_scales_of_wrong_shapes(dialect: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     recipe = "mxfp4" if dialect == "mlx" else "nvfp4"
@@ -34,3 +34,12 @@ def test_codes_and_scales_of_wrong_shapes(dialect: str, shape: tuple[int, ...], 
         write_file(tmp_path / "q" / "model.safetensors", {**before, name: array})
         with pytest.raises(CheckpointError, match="q_proj"):
             overview(Checkpoint.open(tmp_path / "q"))
+
+
+@pytest.mark.parametrize("shape", [(1, 128, -1), (128, 1, -1)])
+def test_a_matrix_of_mlx_that_looks_like_a_stack(shape: tuple[int, ...], tmp_path: Path) -> None:
+    run(write_checkpoint(tmp_path / "m", dense_tensors(), DENSE_CONFIG), tmp_path / "q", "mxfp4", "mlx")
+    before = read_file(tmp_path / "q")
+    write_file(tmp_path / "q" / "model.safetensors", {**before, WEIGHT: before[WEIGHT].reshape(shape)})
+    with pytest.raises(CheckpointError, match="q_proj"):
+        overview(Checkpoint.open(tmp_path / "q"))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from halfbyte.errors import CheckpointError
 from halfbyte.models import Weight
 
 _TEXT = "_text"
@@ -70,7 +71,11 @@ class Model:
     def projections(self, weight: Weight) -> Iterator[tuple[str, tuple[int, int, int] | None, int]]:
         """Module, rows of the weight (first, stop, step) and their number, of each projection in a stack [E, N, K]."""
         match = _STACK.match(weight.name)
-        assert match
+        if match is None:
+            raise CheckpointError(
+                f"{weight.name} has the shape {list(weight.shape)} of a stack of experts and the name of a matrix; the "
+                "checkpoint is damaged"
+            )
         n = weight.shape[-2]
         where = f"{match[1]}.{'experts' if self.kind == 'gpt_oss' else 'switch_mlp'}"
         if match[2] == "down":

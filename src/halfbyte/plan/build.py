@@ -25,7 +25,7 @@ from halfbyte.plan.kv_cache import add_cache_scales, respell_caches
 from halfbyte.plan.output_names import check_names
 from halfbyte.plan.refusal import enforce
 from halfbyte.plan.shards import Item, Shard, make_index, make_shards
-from halfbyte.plan.source_check import check_source
+from halfbyte.plan.source_check import check_readable, check_source
 from halfbyte.plan.target import check_rounded, without_calibration
 from halfbyte.plan.transcoding import respell_input_scales
 from halfbyte.plan.unrecognised import notes_on_reach
@@ -210,6 +210,7 @@ def _finish(
         calibration_use=draft.use,
     )
     enforce(check_names(plan.file_bytes))
+    enforce(check_readable(checkpoint.inventory.root, plan.side_files))
     return plan
 
 

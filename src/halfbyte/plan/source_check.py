@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from halfbyte.checkpoint.files import open_regular
+from halfbyte.errors import CheckpointError
 from halfbyte.plan.refusal import Refusal
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.unread import likely_method, unread_codes, unread_method, without_language_model
+
+
+def check_readable(root: Path | None, names: Iterable[str]) -> Refusal | None:
+    """Refuse files that are to be copied and cannot be opened, before hours of work and not after them."""
+    if root is None:
+        return None
+    for name in names:
+        try:
+            os.close(open_regular(root / name)[0])
+        except CheckpointError as error:
+            return Refusal(f"{error}; make it readable or move it out of the folder", CheckpointError)
+    return None
 
 
 def check_source(checkpoint: Checkpoint) -> Refusal | None:
