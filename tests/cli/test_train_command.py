@@ -31,3 +31,13 @@ def test_a_training_is_described_on_the_terminal_and_as_json(
 def test_a_rate_is_a_positive_number(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "a", "b", "--start", "c", "--text", "d", "--rate", rate]) == 2
     assert "is no positive number" in capsys.readouterr().err
+
+
+def test_a_local_training_shows_every_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(MODEL, tmp_path / "start", "mxfp4")
+    common = ["train", str(MODEL), str(tmp_path / "out"), "--start", str(tmp_path / "start"), "--text", str(TEXT)]
+    common += ["--length", "32", "--steps", "3", "--method", "local"]
+    assert main([*common, "--top-k", "5"]) == 2 and "has no --top-k" in capsys.readouterr().err
+    assert main(common) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("layer 3: held-out error")]

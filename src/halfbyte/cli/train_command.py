@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.cli.human import positive
 from halfbyte.cli.logs import prepare_logs
 from halfbyte.cli.output import print_json, say, steps
+from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
     from halfbyte.train.run_training import Training
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 SUMMARY = "train a quantized model back towards its source and write it without a second quantization"
 EXAMPLES = """\
   halfbyte train MODEL OUT --start OUT-GPTQ --text train.txt
+  halfbyte train MODEL OUT --start OUT-GPTQ --text train.txt --method local          one decoder layer in memory
   halfbyte train MODEL OUT --start OUT-INT4 --text task.txt --method task --dialect compressed-tensors
   halfbyte train MODEL OUT --start OUT-GPTQ --text train.txt --resume                continue after an interruption
 
@@ -40,11 +42,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("distill", "task"),
+        choices=("distill", "local", "task"),
         default="distill",
-        help="divergence from the source, or the loss of the text itself (default distill)",
+        help="divergence from the source, one decoder layer at a time, or the text's own loss (default distill)",
     )
-    parser.add_argument("--steps", metavar="N", type=positive, default=300, help="updates (default 300)")
+    parser.add_argument(
+        "--steps", metavar="N", type=positive, default=300, help="updates; with local, of each layer (default 300)"
+    )
     parser.add_argument("--rate", metavar="R", type=_rate, help="learning rate (default: from the scales)")
     parser.add_argument("--length", metavar="L", type=positive, default=512, help="tokens per sequence (default 512)")
     parser.add_argument("--batch", metavar="B", type=positive, default=1, help="sequences per step (default 1)")
@@ -81,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.train.training_loop import TrainingOptions
 
     text = TextOptions(tuple(args.text), tuple(args.held_out), args.length, args.batch, args.seed)
+    if args.method == "local":
+        return _run_local(args, text)
     training = TrainingOptions(args.steps, args.rate)
     student = StudentOptions(
         args.master, args.activations, args.kept, args.top_k, args.teacher, args.dtype, args.device, args.dialect,
@@ -94,6 +100,30 @@ def run(args: argparse.Namespace) -> int:
         print_json(_document(done))
     else:
         _show(done)
+    return 0
+
+
+def _run_local(args: argparse.Namespace, text: Any) -> int:
+    """Train layer by layer."""
+    from halfbyte.train.local_training import LocalOptions
+    from halfbyte.train.run_training import train_locally
+
+    without = ("top_k", "teacher", "activations")
+    given = [name for name in without if getattr(args, name) is not None] + ["kept"] * (args.kept != "frozen")
+    if given:
+        raise HalfbyteError(f"--method local has no --{given[0].replace('_', '-')}; leave it out, or take distill")
+    options = LocalOptions(args.steps, rate=args.rate, master=args.master)
+    with steps("training layers", args.json) as report:
+        done = train_locally(args.model, args.out, args.start, text, options, args.dialect, args.resume, report)
+    if args.json:
+        print_json(
+            {"out": args.out, "method": "local", "tokens": done.tokens, "before": done.before, "after": done.after}
+        )
+        return 0
+    for number, (first, last) in enumerate(zip(done.before, done.after, strict=True)):
+        change = f" ({last / first - 1:+.1%})" if first else ""
+        say(f"layer {number}: held-out error {first:.3e} -> {last:.3e}{change}")
+    say(f"{done.tokens:,} tokens; written to {args.out}")
     return 0
 
 

@@ -76,7 +76,7 @@ def write(
         "kept_trained": sorted(dense),
         "sha256": digest(tensors, dense),
     }
-    given = GivenTensors({name: partial(_slice, tensor) for name, tensor in tensors.items()}, dense)
+    given = GivenTensors({name: partial(_slice, tensors, name) for name in tensors}, dense)
     return convert(with_training(plan, record), out, threads, given=given)
 
 
@@ -98,8 +98,9 @@ def digest(tensors: Mapping[str, QuantizedTensor], dense: Mapping[str, NDArray[A
     return total.hexdigest()
 
 
-def _slice(tensor: QuantizedTensor, first: int, stop: int) -> QuantizedTensor:
+def _slice(tensors: Mapping[str, QuantizedTensor], name: str, first: int, stop: int) -> QuantizedTensor:
     """Experts first..stop of a stack, or rows of a matrix."""
+    tensor = tensors[name]
     if len(tensor.shape) < 3:
         return tensor if (first, stop) == (0, tensor.shape[0]) else rows_of(tensor, first, stop)
     arrays = {part: getattr(tensor, part) for part in ARRAYS}

@@ -21,6 +21,7 @@ from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.train.answers import measure_answers
 from halfbyte.train.cached_teacher import CachedTeacher
 from halfbyte.train.export_student import export
+from halfbyte.train.local_training import LocalOptions, LocalOutcome, train_layers
 from halfbyte.train.masters import Start
 from halfbyte.train.objectives import Distillation, NextToken, Objective, SecondModel
 from halfbyte.train.student import Kept, prepare, student_of
@@ -126,6 +127,25 @@ def train_end_to_end(
     return Training(method, outcome, conversion, answers)
 
 
+def train_locally(
+    model: str,
+    out: str | Path,
+    start: str,
+    text: TextOptions,
+    options: LocalOptions,
+    dialect: str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> LocalOutcome:
+    """Train one decoder layer after the other (``halfbyte.train.local_training``) on these texts."""
+    vocabulary = Checkpoint.open(model).inventory.config
+    size = vocabulary.get("vocab_size") or vocabulary.get("text_config", {}).get("vocab_size")
+    batches = make_batches(
+        text.texts, load_tokenizer(model), text.length, text.batch_size, text.seed, text.held_out, size
+    )
+    return train_layers(model, start, out, batches, options, dialect, resume, progress)
+
+
 def describe(
     method: str,
     outcome: TrainingOutcome,
@@ -168,7 +188,7 @@ def _check_memory(checkpoint: Checkpoint, method: str) -> None:
     if needed > there:
         raise HalfbyteError(
             f"training {checkpoint.inventory.source} end to end needs about {needed / 1e9:.0f} GB of memory, and there "
-            f"are {there / 1e9:.0f}; use a larger machine or a smaller model"
+            f"are {there / 1e9:.0f}; use --method local, which holds one layer at a time"
         )
 
 
@@ -178,4 +198,4 @@ def _tidy(out: Path) -> None:
         out.rmdir()
 
 
-__all__ = ["StudentOptions", "TextOptions", "Training", "train_end_to_end", "work_folder"]
+__all__ = ["StudentOptions", "TextOptions", "Training", "train_end_to_end", "train_locally", "work_folder"]

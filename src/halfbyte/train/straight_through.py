@@ -63,6 +63,7 @@ class TrainedWeight(nn.Module):
         self.fixed: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
         self._keeps = False
+        self._hooks: list[Any] = []
         for part in ARRAYS:
             array = getattr(tensor, part)
             if array is not None:
@@ -114,8 +115,15 @@ class TrainedWeight(nn.Module):
     def keep_while(self, module: nn.Module) -> None:
         """Round once in each call of the module, which may ask for its weight once per expert."""
         # methods, which a copy of the model takes along
-        module.register_forward_pre_hook(self._begin)
-        module.register_forward_hook(self._end, always_call=True)
+        self._hooks = [
+            module.register_forward_pre_hook(self._begin),
+            module.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def forget(self) -> None:
+        """Undo ``keep_while``."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _begin(self, *_: Any) -> None:
         self._keeps, self._kept = True, []

@@ -105,7 +105,7 @@ def prepare(
             original = _original(model, place) if chosen != "decoded" else None
             start_of = master_of(name, tensors[name], original, chosen)
             how = (origin.export_plan, origin.searched(name, search)) if scales == "dynamic" else None
-            student.weights[name] = _install(model, place, tensors.pop(name), start_of, how)
+            student.weights[name] = install(model, place, tensors.pop(name), start_of, how)
     _share_scales(student)
     for parameter in model.parameters():
         if not any(parameter is trained for trained in student.masters):
@@ -178,7 +178,7 @@ def _original(model: Any, place: Place) -> Any:
     return as_array(values.transpose(-1, -2) if place.transposed else values)
 
 
-def _install(
+def install(
     model: Any, place: Place, tensor: QuantizedTensor, master: Any, search: tuple[Plan, Item] | None
 ) -> TrainedWeight:
     """Put a master in the place of a parameter; the module gets the rounded values whenever it asks for it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from halfbyte.errors import MeasurementError
 from halfbyte.formats import QuantizedTensor
 from halfbyte.train.objectives import Objective
+from halfbyte.train.straight_through import TrainedWeight
 from halfbyte.train.student import Student, rounded_once, student_of
 from halfbyte.train.token_batches import TokenBatches
 from halfbyte.train.training_state import TrainingState
@@ -57,7 +58,12 @@ class TrainingOutcome:
 
 def rate_of(student: Student, master: str) -> float:
     """A learning rate from the scales: the steps between two codes say how far a master has to go."""
-    steps = np.concatenate([_steps(weight.tensor) for weight in student.weights.values()])
+    return rate_of_weights(student.weights.values(), master)
+
+
+def rate_of_weights(weights: Iterable[TrainedWeight], master: str) -> float:
+    """The same for some weights."""
+    steps = np.concatenate([_steps(weight.tensor) for weight in weights])
     return float(np.median(steps[steps > 0])) * _RATE[master]
 
 
