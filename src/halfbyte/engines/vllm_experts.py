@@ -12,9 +12,11 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import UnequalScalesError
+from halfbyte.engines.vllm_device import experts_product, has_mixture
 from halfbyte.engines.vllm_linear import Part
 from halfbyte.engines.vllm_ops import mix, number_of
 from halfbyte.formats import QuantizedTensor
@@ -57,6 +59,7 @@ class HalfbyteMoEMethod(FusedMoEMethodBase):
             and moe.num_experts == moe.num_logical_experts
             and self.up.interleaved == interleaved
             and not layer.apply_router_weight_on_input
+            and has_mixture(_ACTIVATIONS[moe.activation], gated, width, current_platform.device_type)
         )
         if not plain:
             return []
@@ -100,10 +103,14 @@ class HalfbyteMoEMethod(FusedMoEMethodBase):
             return
         biases = {"gate_up_bias": None, "down_bias": None}
         if self.moe.has_bias:
-            biases = {"gate_up_bias": layer.w13_bias.float().numpy(), "down_bias": layer.w2_bias.float().numpy()}
-        self.product = packed.pack_experts(
+            biases = {
+                "gate_up_bias": layer.w13_bias.float().cpu().numpy(),
+                "down_bias": layer.w2_bias.float().cpu().numpy(),
+            }
+        self.product = experts_product(
             up,
             down,
+            torch.device(current_platform.device_type),
             activation=_ACTIVATIONS[self.moe.activation],
             gated=self.moe.activation.is_gated,
             interleaved=self.up.interleaved,

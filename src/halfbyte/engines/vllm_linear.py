@@ -17,8 +17,10 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
+from vllm.platforms import current_platform
 
 from halfbyte.checkpoint import Reader
+from halfbyte.engines.vllm_device import linear_product, multiplies
 from halfbyte.engines.vllm_ops import multiply, number_of
 from halfbyte.formats import QuantizedTensor
 from halfbyte.models import Weight
@@ -42,7 +44,11 @@ class Part:
         height, width = fmt.block
         upright = height <= 1 or (self.first % height == 0 and (self.stop % height == 0 or self.stop == rows))
         inner = [column for column in (self.left, self.right) if 0 < column < columns]
-        return upright and packed.has_kernel(fmt) and all(_is_border(column, width, fmt.bits) for column in inner)
+        return (
+            upright
+            and multiplies(fmt, current_platform.device_type)
+            and all(_is_border(column, width, fmt.bits) for column in inner)
+        )
 
     def read(self, checkpoint: Checkpoint, reader: Reader) -> QuantizedTensor:
         """Codes and scales of the part."""
@@ -98,7 +104,8 @@ class HalfbyteLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Read and pack the weights."""
         with Reader(self.checkpoint.inventory) as reader:
-            self.product = packed.pack_linear([part.read(self.checkpoint, reader) for part in self.parts])
+            tensors = [part.read(self.checkpoint, reader) for part in self.parts]
+        self.product = linear_product(tensors, torch.device(current_platform.device_type))
         layer.register_buffer("halfbyte_product", number_of(self.product), persistent=False)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

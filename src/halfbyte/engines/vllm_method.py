@@ -16,6 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 
 from halfbyte.engines.vllm_claims import METHOD, fp8_cache, takes_over
+from halfbyte.engines.vllm_device import keeps_packed_on
 from halfbyte.engines.vllm_experts import HalfbyteMoEMethod
 from halfbyte.engines.vllm_linear import HalfbyteLinearMethod
 from halfbyte.engines.vllm_names import QuantizedModules, open_checkpoint
@@ -23,7 +24,9 @@ from halfbyte.engines.vllm_vocabulary import HalfbyteVocabularyMethod, TiedHeadM
 
 
 class HalfbyteConfig(QuantizationConfig):
-    """Linear layers and experts keep the checkpoint's codes on a CPU; all other weights are decoded by the loader.
+    """Linear layers and experts keep the checkpoint's codes; all other weights are decoded by the loader.
+
+    They do so on CPUs, and on CUDA devices with Triton.
 
     ``kv_cache_scheme`` is where attention layers look whether a checkpoint wants its cache in FP8.
     """
@@ -111,7 +114,7 @@ class HalfbyteConfig(QuantizationConfig):
 
     def _packed(self, kind: type[HalfbyteLinearMethod], prefix: str) -> HalfbyteLinearMethod | None:
         """The method of a layer all of whose weights can stay packed."""
-        weights = self.modules.linear(prefix, self.packed_modules_mapping) if current_platform.is_cpu() else []
+        weights = self.modules.linear(prefix, self.packed_modules_mapping) if _keeps_packed() else []
         return kind(self.modules.checkpoint, weights, self.modules.mode) if weights else None
 
     def _vocabulary(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -122,8 +125,12 @@ class HalfbyteConfig(QuantizationConfig):
         return packed or (TiedHeadMethod() if isinstance(layer, ParallelLMHead) else None)
 
     def _experts(self, layer: torch.nn.Module, prefix: str) -> Any:
-        pair = self.modules.experts(prefix) if current_platform.is_cpu() else None
+        pair = self.modules.experts(prefix) if _keeps_packed() else None
         if pair is None:
             return None
         method = HalfbyteMoEMethod(layer, self.modules.checkpoint, *pair)
         return method if method.parts else None
+
+
+def _keeps_packed() -> bool:
+    return keeps_packed_on(current_platform.device_type)

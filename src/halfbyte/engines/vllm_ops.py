@@ -24,7 +24,8 @@ def number_of(product: Any) -> torch.Tensor:
     """Return the tensor that stands for a product, which somebody else keeps."""
     number = handle_of(product)
     _products[number] = product
-    return torch.tensor(number, dtype=torch.int64)
+    # on a GPU, too, the number stays where Python reads it without waiting for the device
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def multiply(x: torch.Tensor, number: torch.Tensor, product: Any, mode: str) -> torch.Tensor:
@@ -91,5 +92,6 @@ for _name, _run, _fake in (
     ("experts", _experts, _experts_fake),
     ("rows", _rows, _rows_fake),
 ):
-    _library.impl(_name, _run, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _device)
     torch.library.register_fake(f"halfbyte_vllm::{_name}", _fake, lib=_library)

@@ -105,6 +105,10 @@ class DeviceExperts:
         return self.gate_up.nbytes + self.down.nbytes
 
     def __call__(self, x: torch.Tensor, experts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """The same as ``run_on_device``."""
+        return self.run_on_device(x, experts, shares)
+
+    def run_on_device(self, x: torch.Tensor, experts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """Return the sums for x [T, K], numbers of experts [T, slots] and their shares [T, slots], as [T, N].
 
         Slots whose number is no expert's add nothing.

@@ -75,6 +75,10 @@ class DeviceLinear:
         return self.weight.unpack()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as ``run_on_device``."""
+        return self.run_on_device(x)
+
+    def run_on_device(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product with x [..., K] as [..., N] in the type of x.
 
         HalfbyteError for another width or device, NoKernelError for a type that the scales do not fit.

@@ -46,8 +46,11 @@ def handle_of(product: Any) -> int:
 def run_linear(x: torch.Tensor, product: Product, mode: str = "exact") -> torch.Tensor:
     """Return x W^T + bias in the type of x [..., K], as [..., N]; on as many threads as torch uses.
 
-    HalfbyteError for activations on another device than the CPU, or of another width.
+    HalfbyteError for activations on another device than the weight, or of another width. A product of
+    ``halfbyte.gpu`` runs on its device.
     """
+    if hasattr(product, "run_on_device"):
+        return product.run_on_device(x)
     x, dtype = _checked(x, product.k)
     y = torch.empty((*x.shape[:-1], product.n), dtype=x.dtype)
     rows = x.numel() // product.k
@@ -64,6 +67,8 @@ def run_experts(
 
     ``experts`` [T, slots] are numbers of experts (others than these add nothing), ``weights`` [T, slots] their shares.
     """
+    if hasattr(mixture, "run_on_device"):
+        return mixture.run_on_device(x, experts, weights)
     x, dtype = _checked(x, mixture.k)
     chosen = experts.to(torch.int64).contiguous()
     shares = weights.to(torch.float32).contiguous()
@@ -126,5 +131,6 @@ _library = torch.library.Library("halfbyte", "DEF")
 _library.define('linear(Tensor x, int product, int n, str mode="exact") -> Tensor')
 _library.define('experts(Tensor x, Tensor experts, Tensor weights, int mixture, int n, str mode="exact") -> Tensor')
 for _name, _run, _fake in (("linear", _linear, _linear_fake), ("experts", _experts, _experts_fake)):
-    _library.impl(_name, _run, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _device)
     torch.library.register_fake(f"halfbyte::{_name}", _fake, lib=_library)

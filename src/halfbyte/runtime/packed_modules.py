@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_map
 from halfbyte.dialects.halfbyte import stored_arrays
 from halfbyte.errors import HalfbyteError
 from halfbyte.runtime.decode import decode, to_torch
+from halfbyte.runtime.device_modules import DeviceMatrix, DeviceStack, is_placed, place_module, return_module
 from halfbyte.runtime.products import PackedMatrix, PackedStack
 from halfbyte.runtime.remote.halfbyte_modules import ExpertStack, QuantizedWeights, quantize_module
 
 logger = logging.getLogger("halfbyte")
-Packed = PackedMatrix | PackedStack
+Packed = PackedMatrix | PackedStack | DeviceMatrix | DeviceStack
 
 
 class PackedWeights(QuantizedWeights):
@@ -34,9 +35,10 @@ class PackedWeights(QuantizedWeights):
     def decoded(self, name: str, index: Any = None) -> torch.Tensor:
         """The parameter ``name``, or one expert of it, in the model's dtype."""
         packed = self._packed[name]
-        one = index is not None and isinstance(packed, PackedStack)
+        one = index is not None and isinstance(packed, PackedStack | DeviceStack)
         values = decode(packed.matrix(int(index)) if one else packed.tensor(), self._dtype)  # type: ignore[union-attr]
         values = values.transpose(-1, -2) if name in self._transposed else values
+        values = values.to(packed.product.weight.device) if isinstance(packed, DeviceMatrix) else values
         return values if index is None or one else values[index]
 
     def train(self, mode: bool = True) -> PackedWeights:
@@ -49,6 +51,11 @@ class PackedWeights(QuantizedWeights):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         example = fn(torch.empty(0, dtype=self._dtype))
+        if example.device.type == "cuda" and place_module(self, example.device, example.dtype):
+            self._dtype = example.dtype
+            return nn.Module._apply(self, fn, recurse)
+        if is_placed(self):
+            return_module(self)
         if example.device.type != "cpu":
             unpack_module(self)
             _say_moved(example.device.type)
@@ -70,10 +77,10 @@ class PackedParameter:
         self.module, self.name = module, name
 
     @property
-    def packed(self) -> PackedMatrix:
+    def packed(self) -> PackedMatrix | DeviceMatrix:
         """The matrix."""
         packed = self.module._packed[self.name]
-        assert isinstance(packed, PackedMatrix)
+        assert isinstance(packed, PackedMatrix | DeviceMatrix)
         return packed
 
     @property
@@ -84,7 +91,8 @@ class PackedParameter:
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return torch.device("cpu")
+        packed = self.module._packed[self.name]
+        return packed.product.weight.device if isinstance(packed, DeviceMatrix) else torch.device("cpu")
 
     @property
     def shape(self) -> torch.Size:
@@ -179,7 +187,7 @@ def pack_parameter(module: Any, name: str, packed: Packed) -> None:
     module.__dict__.pop(name, None)
     module.__dict__.setdefault("_packed", {})[name] = packed
     names = tuple(sorted(module._packed))
-    stacks = tuple(n for n in names if isinstance(module._packed[n], PackedStack))
+    stacks = tuple(n for n in names if isinstance(module._packed[n], PackedStack | DeviceStack))
     module.__class__ = _packed_class(module._dense_class, names, stacks)
 
 
