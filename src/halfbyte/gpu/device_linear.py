@@ -11,6 +11,7 @@ from halfbyte.formats import QuantizedTensor
 from halfbyte.gpu.decode_kernel import decode_kernel
 from halfbyte.gpu.dense_kernel import dense_kernel
 from halfbyte.gpu.device_weight import DeviceWeight
+from halfbyte.gpu.word_packing import PackedWords
 from halfbyte.kernels.linear import NoKernelError
 
 DECODE_ABOVE = 128
@@ -54,7 +55,10 @@ class DeviceLinear:
     """
 
     def __init__(
-        self, tensor: QuantizedTensor, bias: torch.Tensor | None = None, device: torch.device | str = "cuda"
+        self,
+        tensor: QuantizedTensor | PackedWords,
+        bias: torch.Tensor | None = None,
+        device: torch.device | str = "cuda",
     ) -> None:
         if len(tensor.shape) != 2:
             raise NoKernelError(f"a linear layer needs a matrix, not a weight of shape {list(tensor.shape)}")
