@@ -19,7 +19,8 @@ from halfbyte.calibration.statistics import Statistics, read_description
 from halfbyte.errors import PlanError
 from halfbyte.formats.rotation import Swaps
 from halfbyte.models import Weight
-from halfbyte.search.gptq import Prepared
+from halfbyte.search.output_metric import PreparedOutput
+from halfbyte.search.prepared import Prepared
 from halfbyte.source.checkpoint import Checkpoint
 
 
@@ -28,13 +29,15 @@ class Activations:
     """What the encoder may know of the inputs of a slice of a weight.
 
     ``importance``: FP32 [K], or [E, K] for a slice of E experts; the largest of each row is 1. ``prepared``: what
-    GPTQ or the local-Hessian search was given, one for a matrix or one for each expert, None for experts that too
-    few tokens reached. ``rotation``: steps of a rotation that was found from the inputs.
+    GPTQ or the local-Hessian search was given, one for a matrix or one for each expert, None for experts that too few
+    tokens reached. ``outputs``: the same of the gradients at the outputs, for row feedback. ``rotation``: steps of a
+    rotation that was found from the inputs.
     """
 
     importance: Floats | None = None
     prepared: Sequence[Prepared | None] | None = None
     rotation: Swaps | None = None
+    outputs: Sequence[PreparedOutput | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Calibration:
         hessian = self.statistics.hessian(weight, expert)
         assert hessian is not None
         return hessian if scale is None else np.asarray(hessian / np.outer(scale, scale), dtype=np.float32)
+
+    def output_hessian(self, weight: str, expert: int | None = None) -> Floats | None:
+        """Sum of gᵀg over the gradients at the outputs, FP32 [N, N]; None where none were collected."""
+        return self.statistics.output_hessian(weight, expert) if self.statistics else None
 
     def slice(self, weight: str, first: int, stop: int, scale: Floats | None = None) -> Activations:
         """What is known for leading indices first..stop of a stack, or for any rows of a matrix.

@@ -27,7 +27,8 @@ VERSION = 1
 _KIND = "halfbyte-statistics"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # of a file in the folder itself
 _MAXIMA = ("amax", "keys", "values")
-_TYPES = {"count": "I64", "routed": "I64", "squares": "F64", "hessian": "F32", **dict.fromkeys(_MAXIMA, "F32")}
+_TYPES = {"count": "I64", "routed": "I64", "squares": "F64", "hessian": "F32", "output_hessian": "F32"}
+_TYPES |= dict.fromkeys(_MAXIMA, "F32")
 _TYPES[OBJECTIVE] = "F64"
 _EXACT = ("source", "hessians", "all_experts", "caches", "bos", "parts")
 
@@ -37,11 +38,12 @@ class Part:
     """What was collected for some weights: ``arrays`` by weight name, then by kind; ``same``: weight -> the one
     whose inputs it shares.
 
-    Kinds: ``count`` int64 [] or [E], tokens seen; ``squares`` FP64 [K] or [E, K], sum of x²; ``amax`` FP32 [] or
-    [E], largest |x|; ``hessian`` FP32 [K, K] or [E, K, K], sum of xᵀx, or [K, K] over all experts of a stack
-    together; ``routed`` int64 [E], tokens that the router sent, where all experts were shown all tokens. Of weights
-    that were rounded: see ``halfbyte.calibration.rounded``. By the name
-    of an attention module: ``keys`` and ``values`` FP32 [], the largest magnitudes that its KV cache would hold.
+    Kinds: ``count`` int64 [] or [E], tokens seen; ``squares`` FP64 [K] or [E, K], sum of x²; ``amax`` FP32 [] or [E],
+    largest |x|; ``hessian`` FP32 [K, K] or [E, K, K], sum of xᵀx, or [K, K] over all experts of a stack together;
+    ``output_hessian`` FP32 [N, N] or [E, N, N], sum of gᵀg over the gradients g at the outputs; ``routed`` int64 [E],
+    tokens that the router sent, where all experts were shown all tokens. Of weights that were rounded: see
+    ``halfbyte.calibration.rounded``. By the name of an attention module: ``keys`` and ``values`` FP32 [], the largest
+    magnitudes that its KV cache would hold.
     """
 
     arrays: dict[str, dict[str, Array]] = field(default_factory=dict)
@@ -143,15 +145,20 @@ class Statistics:
 
     def array(self, weight: str, kind: str) -> Array | None:
         """An array of a weight (see ``Part``), mapped from its file, or None where it was not collected."""
-        info = self._entries.get(f"{self.same.get(weight, weight)}.{kind}")
-        if info is None:
+        values = self._read(f"{self.same.get(weight, weight)}.{kind}")
+        if values is None:
             return None
-        values = np.memmap(self.folder / info.file, numpy_dtype(info.dtype), "r", info.offset, info.shape)
         if kind in ("count", "squares", "amax") and not (np.isfinite(values).all() and (values >= 0).all()):
             raise MeasurementError(
                 f"{kind} of {weight} in {self.folder} is negative or not finite, so it says nothing; calibrate again"
             )
         return values
+
+    def _read(self, entry: str) -> Array | None:
+        info = self._entries.get(entry)
+        if info is None:
+            return None
+        return np.memmap(self.folder / info.file, numpy_dtype(info.dtype), "r", info.offset, info.shape)
 
     def hessian(self, weight: str, expert: int | None = None) -> NDArray[np.float32] | None:
         """Mean of xᵀx, FP32 [K, K], of one expert where a stack has one for each; None where there is no data."""
@@ -169,6 +176,14 @@ class Statistics:
         assert sums is not None and count is not None
         has_expert = expert is not None and sums.ndim == 3
         return (sums[expert], int(count[expert])) if has_expert else (sums, int(count.sum()))
+
+    def output_hessian(self, weight: str, expert: int | None = None) -> NDArray[np.float32] | None:
+        """Sum of gᵀg over the gradients at a weight's outputs, FP32 [N, N] mapped from its file; None without any.
+
+        Not that of weights which share the inputs of this one: outputs are a weight's own.
+        """
+        sums = self._read(f"{weight}.output_hessian")
+        return sums if sums is None or expert is None or sums.ndim < 3 else np.asarray(sums[expert])
 
     def importance(self) -> Importance:
         """Mean squared activations, as an importance file holds them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,10 @@ from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.resources import Limits
 from halfbyte.plan.shards import Item
 from halfbyte.search import encode, get_search, global_scale
-from halfbyte.search.gptq import Prepared, gptq
+from halfbyte.search.encode_options import GptqOptions, Refine
+from halfbyte.search.gptq import gptq
+from halfbyte.search.output_metric import PreparedOutput
+from halfbyte.search.prepared import Prepared
 from halfbyte.search.soar import soar_global_scale
 from halfbyte.source.smoothing import Smoothing
 
@@ -81,8 +84,9 @@ def known_of(context: Context, item: Item, first: int, stop: int) -> Activations
     prepared = None
     if item.method and context.hessians:
         prepared = context.hessians.slice(item, first, stop, columns_of(context, item))
+    outputs = context.hessians.outputs(item, first, stop) if prepared and context.hessians else None
     swaps = _rotation(context, item, first, stop) if rotated else None
-    return Activations(importance_of(context, item, first, stop), prepared, swaps)
+    return Activations(importance_of(context, item, first, stop), prepared, swaps, outputs)
 
 
 def importance_of(context: Context, item: Item, first: int, stop: int) -> Floats | None:
@@ -114,11 +118,14 @@ def encode_slice(
     fmt = item.format.plain
     weights = known.importance if known else None
     prepared = known.prepared if known else None
+    outputs = known.outputs if known and known.outputs else None
+    refine = item.method.refine if item.method else None
     rotation = known.rotation if known else None
     try:
         scales = _scales(plan, item, array, amax, weights, fitted)
         if len(array.shape) < 3:
-            tensor = _encode(fmt, item.search, array, weights, prepared[0] if prepared else None, scales, stats[0])
+            rounding = _Rounding(prepared[0] if prepared else None, outputs[0] if outputs else None, refine)
+            tensor = _encode(fmt, item.search, array, weights, rounding, scales, stats[0])
             return item.format.from_plain(tensor, rotation)
         each = [
             _encode(
@@ -126,7 +133,7 @@ def encode_slice(
                 item.search,
                 array[i : i + 1],
                 weights if weights is None or weights.ndim == 1 else weights[i : i + 1],
-                prepared[i] if prepared else None,
+                _Rounding(prepared[i] if prepared else None, outputs[i] if outputs else None, refine),
                 {name: value if np.ndim(value) == 0 else value[i : i + 1] for name, value in scales.items()},
                 expert_stats,
             )
@@ -174,18 +181,27 @@ def _smoothed(plan: Plan, reader: Reader, item: Item, first: int, stop: int, smo
     return array
 
 
+class _Rounding(NamedTuple):
+    """What rounds a matrix with Hessians; to nearest without ``prepared``."""
+
+    prepared: Prepared | None
+    output: PreparedOutput | None
+    refine: Refine | None
+
+
 def _encode(
     fmt: Format,
     search: str,
     array: Array,
     weights: Floats | None,
-    prepared: Prepared | None,
+    rounding: _Rounding,
     scales: dict[str, Any],
     stats: ErrorStats,
 ) -> QuantizedTensor:
-    if prepared is None:
+    if rounding.prepared is None:
         return encode(array, fmt, search, weights, stats=stats, **scales)
-    return gptq(array, fmt, search, prepared, stats=stats, **scales)
+    how = GptqOptions(output=rounding.output, refine=rounding.refine, stats=stats)
+    return gptq(array, fmt, search, rounding.prepared, options=how, **scales)
 
 
 def columns_of(context: Context, item: Item) -> Floats | None:

@@ -16,12 +16,15 @@ from halfbyte.calibration.token_counts import enough
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats.rotation import Swaps, plain_swaps
 from halfbyte.plan.shards import Item
-from halfbyte.search.gptq import Prepared, prepare
 from halfbyte.search.local_hessian import prepare_local
+from halfbyte.search.output_metric import PreparedOutput, prepare_output
+from halfbyte.search.prepared import Prepared, prepare
 from halfbyte.search.rotated_space import duquant_swaps, rotated_hessian
 
 # what is kept of a factored Hessian, per column squared
 _KEPT_BYTES = 5
+# and beside it, where codes are refined
+_REFINED_BYTES = 4
 
 
 class Hessians:
@@ -83,6 +86,23 @@ class Hessians:
             prepared.append(self._one(item, expert, scale_here) if reached[expert] else None)
         return prepared
 
+    def outputs(self, item: Item, first: int, stop: int) -> Sequence[PreparedOutput | None] | None:
+        """The metrics of the outputs, as ``slice`` gives those of the inputs; None where the method has none.
+
+        They are not kept: every weight has its own.
+        """
+        if item.method is None or item.method.output is None:
+            return None
+        stack = len(item.weight.shape) > 2
+        return [self._output(item, expert) for expert in (range(first, stop) if stack else [None])]
+
+    def _output(self, item: Item, expert: int | None) -> PreparedOutput | None:
+        hessian = self.calibration.output_hessian(item.weight.name, expert)
+        if hessian is None or item.method is None:
+            return None
+        with _named(item, expert):
+            return prepare_output(hessian, refine=item.method.refine is not None)
+
     def _key(self, item: Item, expert: int | None, scale: Floats | None) -> tuple[object, ...]:
         """What a Hessian and what is made of it depend on."""
         statistics, name = self.calibration.statistics, item.weight.name
@@ -106,7 +126,8 @@ class Hessians:
                 future = known[1]
             else:
                 future = Future()
-                self._found[key] = _KEPT_BYTES * item.weight.shape[-1] ** 2, future
+                kept = _KEPT_BYTES + (_REFINED_BYTES if item.method and item.method.refine else 0)
+                self._found[key] = kept * item.weight.shape[-1] ** 2, future
                 self._forget()
         if known is None:
             try:
@@ -128,7 +149,8 @@ class Hessians:
             hessian, fmt = rotated_hessian(hessian, fmt, steps), fmt.plain
             if method.name == "local_hessian":
                 return prepare_local(hessian, fmt, damping=method.damping)
-            return prepare(hessian, fmt, mode=method.mode, order=method.order, damping=method.damping)
+            refine = method.refine is not None
+            return prepare(hessian, fmt, mode=method.mode, order=method.order, damping=method.damping, refine=refine)
 
 
 @contextlib.contextmanager

@@ -170,6 +170,31 @@ def gptq_into(
     _native.gptq(backend(), codec, x, judge_feedback, arrays)
 
 
+def round_rows_into(
+    x: NDArray[np.float32],
+    out: QuantizedTensor,
+    search: ScaleSearch,
+    how: Any,
+    coupling: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    error: NDArray[np.float32],
+) -> bool:
+    """``halfbyte.search.row_feedback.round_group`` by compiled code; False without any."""
+    return False
+
+
+def subtract_products(out: NDArray[np.float32], left: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
+    """``halfbyte.search.row_feedback.subtract_products`` by compiled code; False without any."""
+    return False
+
+
+def descend_into(
+    group: Any, hessian: NDArray[np.float32], moved: NDArray[np.float32], margin: float, limit: int
+) -> int | None:
+    """A group of ``halfbyte.search.descent`` by compiled code: how many moves there were; None without any."""
+    return None
+
+
 def factor_into(matrices: NDArray[np.float64], inverse: NDArray[np.float64], gain: NDArray[np.float64]) -> bool | None:
     """Factor symmetric matrices [L, K, K] (K a multiple of 8) as L L^T, each L column over its diagonal, in place.
 

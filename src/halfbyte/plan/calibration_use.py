@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,8 @@ class CalibrationUse:
     of the weights that were to be smoothed and are not. ``rounded``: names of the weights that are rounded with a
     Hessian, ``unrounded`` of those that should have been and have none, ``starved`` experts with too few tokens for
     one: weight -> expert numbers. ``rotated_by_inputs``: names of the weights whose rotation is found from their
-    Hessian, ``rotated_by_hadamard`` of those that have none.
+    Hessian, ``rotated_by_hadamard`` of those that have none. ``output_weighed``: names of the weights whose rows are
+    weighed by gradients at their outputs, ``output_unweighed`` of those that should be and for which there are none.
     """
 
     calibration: Calibration
@@ -54,6 +55,8 @@ class CalibrationUse:
     starved: dict[str, list[int]]
     rotated_by_inputs: list[str]
     rotated_by_hadamard: list[str]
+    output_weighed: list[str] = field(default_factory=list)
+    output_unweighed: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """Say what a user should know, in one sentence each."""
@@ -61,6 +64,10 @@ class CalibrationUse:
         notes = list(self.calibration.notes)
         if self.rounded:
             notes.append(f"{len(self.rounded)} weights are rounded with Hessians")
+        if self.output_weighed:
+            notes.append(f"gradients at the outputs weigh the errors of {len(self.output_weighed)} weights")
+        if self.output_unweighed:
+            notes.append(f"no gradients at the outputs of {_some(self.output_unweighed)}: all rows weigh the same")
         if total:
             notes.append(f"importance weights the errors of {len(self.weighted)} of {total} searches")
         elif not (self.rounded or self.rotated_by_inputs):
@@ -133,6 +140,8 @@ class CalibrationUse:
             "experts_without_hessian": self.starved,
             "rotated_by_inputs": len(self.rotated_by_inputs),
             "rotated_by_hadamard": self.rotated_by_hadamard,
+            "output_weighed": len(self.output_weighed),
+            "without_output_hessian": self.output_unweighed,
             "folds": [group.name for group in self.smoothings],
             "not_folded": [{"reason": why, "weights": names} for why, names in self.refused.items()],
         }
@@ -169,6 +178,7 @@ def use_calibration(
     chosen = [(i, d) for i, d in zip(items, decisions, strict=True) if i.action == "quantize"]
     hessians = _rounded_with_hessians(recipe, chosen, calibration)
     rotations = _rotated_by_hessians(recipe, chosen, calibration)
+    outputs = _weighed_by_outputs(recipe, hessians, calibration)
     done = {i.weight.name for i, _ in chosen if is_rounded(calibration.statistics, i.weight.name)}
     weighted = {i.weight.name for i, d in chosen if i.weight.name not in done and _may_be_weighted(i, d, hessians)}
     known = calibration.matched.values
@@ -184,6 +194,8 @@ def use_calibration(
         starved=hessians.starved,
         rotated_by_inputs=rotations.known,
         rotated_by_hadamard=rotations.unknown,
+        output_weighed=outputs[True],
+        output_unweighed=outputs[False],
     )
     enforce(check_useful(recipe, use, scales))
     informed = set(use.weighted)
@@ -263,6 +275,20 @@ def _rounded_with_hessians(
         raise RecipeError(
             f"rule {first.rule} of recipe {recipe.name} says `{_wish(first)}`, but {calibration.name} holds no "
             "Hessians for its weights; collect them with `halfbyte calibrate`"
+        )
+    return result
+
+
+def _weighed_by_outputs(recipe: Recipe, hessians: _Hessians, calibration: Calibration) -> dict[bool, list[str]]:
+    """Weights whose rows are to be weighed, by whether there are gradients; RecipeError where there are none at all."""
+    result: dict[bool, list[str]] = {True: [], False: []}
+    for name, method in hessians.methods.items():
+        if method.output:
+            result[calibration.output_hessian(name) is not None].append(name)
+    if result[False] and not result[True] and recipe.calibration == "required":
+        raise RecipeError(
+            f"recipe {recipe.name} says `output: fisher`, but {calibration.name} holds no gradients at the outputs; "
+            "collect them with `halfbyte calibrate --output-hessians`"
         )
     return result
 

@@ -26,6 +26,8 @@ _TENSOR_BYTES = 1500
 _REFERENCE_BYTES = 20
 # a Hessian in FP32, its factors in FP64 while they are found, and what is kept of them; per column squared
 _HESSIAN_BYTES = 48
+# targets, values, errors times H, their copies in another order and codes while rows are coupled; per weight
+_REFINED_BYTES = 24
 WEIGHED_BYTES = 4 << 20
 """Of rows in FP64 that are weighted by activations at a time, and their products."""
 
@@ -71,9 +73,11 @@ def item_bytes(item: Item) -> int:
 
 def cuts(item: Item, whole: int, limit: int) -> list[tuple[int, int]]:
     """Ranges of leading indices of at most ``limit`` bytes of BF16 where that is possible; rows in multiples of
-    ``whole`` for a matrix."""
+    ``whole`` for a matrix, and all of one whose rows take each other's errors."""
     weight, todo = item.weight, item.indices
     step = max(1, limit // max(nbytes("BF16", weight.shape[1:]), 1))
+    if len(weight.shape) == 2 and item.method is not None and item.method.output:
+        return [(todo.start, todo.stop)]  # every row takes the errors of others
     if len(weight.shape) == 2:
         step = max(whole, step // whole * whole)
     return [(i, min(i + step, todo.stop)) for i in range(todo.start, todo.stop, step)]
@@ -112,6 +116,10 @@ def need(item: Item, count: int, quantized: bool, smoothed: bool = False) -> int
         total += working_bytes(weight.shape[-1])
     if item.method is not None:
         total += _HESSIAN_BYTES * weight.shape[-1] ** 2
+        if item.method.output:
+            total += _HESSIAN_BYTES * weight.shape[-2] ** 2
+        if item.method.output or item.method.refine:
+            total += _REFINED_BYTES * math.prod(weight.shape[-2:])
     if item.calibrated:
         total += wide + 2 * WEIGHED_BYTES
     return total + 2 * item.nbytes * count // max(len(item.indices), 1)

@@ -30,7 +30,7 @@ from halfbyte.recipes.old_keys import replace_old_keys
 
 ALIASES = ("linear", "all")
 _COMPARED = 200
-OF_GPTQ = frozenset({"static_groups", "order", "damping", "target"})
+OF_GPTQ = frozenset({"static_groups", "order", "damping", "target", "output", "refine"})
 OF_FORMATS = frozenset(
     {
         "scale_search",
@@ -55,6 +55,7 @@ class Rule(BaseModel):
     None: the squared error, or for GPTQ its own loss. `static_groups`, `order` and `damping` are those of GPTQ.
     `target`: what GPTQ comes close to, the weight itself (`weight`, also None) or the weight refitted to the inputs and
     the error in the residual stream that the quantized layers before it leave (`residual`).
+    `output: fisher` weighs its error by the gradients at the outputs, `refine: descent` moves single codes afterwards.
     `activations`: whether engines quantize what these weights are multiplied by, and how their scales are found; None:
     as is usual for the format in the dialect. Keys of before 0.2 are read, too (`halfbyte.recipes.old_keys`).
     """
@@ -75,6 +76,8 @@ class Rule(BaseModel):
     order: Literal["none", "act"] | None = None
     damping: float | None = Field(default=None, ge=0, lt=1)
     target: Literal["weight", "residual"] | None = None
+    output: Literal["fisher"] | None = None
+    refine: Literal["descent"] | None = None
     transform: Literal["awq", "hadamard", "duquant"] | None = None
     activations: Literal["none", "dynamic", "static"] | None = None
     optional: bool = False
@@ -135,6 +138,8 @@ class Rule(BaseModel):
             raise ValueError(f"`target: residual` finds scales for weights that it refits; leave `{key}` out")
         if self.rotates and self.error_weight == "importance":
             raise ValueError(f"`transform: {self.transform}` mixes columns, so importance of single ones cannot weigh")
+        if self.output and self.transform == "awq":
+            raise ValueError("`output: fisher` weighs rows that `transform: awq` rescales; leave one of them out")
         return self._one_objective()
 
     def _one_objective(self) -> Rule:
@@ -196,6 +201,11 @@ class Recipe(BaseModel):
     def refits(self) -> bool:
         """Whether weights are refitted while a calibration rounds them, so that it needs text."""
         return any(rule.target == "residual" for rule in self.rules)
+
+    @property
+    def needs_output_hessians(self) -> bool:
+        """Whether a rule asks for gradients at the outputs."""
+        return any(rule.output == "fisher" for rule in self.rules)
 
     @property
     def notes(self) -> list[str]:

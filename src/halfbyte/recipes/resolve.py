@@ -17,14 +17,16 @@ from halfbyte.search import get_search
 
 
 class Method(NamedTuple):
-    """How a weight is rounded with a Hessian: `gptq` or `local_hessian`; `target` as in a rule, the rest as in
-    `halfbyte.search.gptq`."""
+    """How a weight is rounded with a Hessian: `gptq` or `local_hessian`; `target`, `output` and `refine` as in a rule,
+    the rest as in `halfbyte.search.gptq`."""
 
     name: str
     mode: Literal["in_loop", "local_hessian", "compensated", "static"] = "in_loop"
     order: Literal["none", "act"] = "none"
     damping: float = 0.01
     target: Literal["weight", "residual"] = "weight"
+    output: Literal["fisher"] | None = None
+    refine: Literal["descent"] | None = None
 
 
 def refits(method: Method | None) -> bool:
@@ -117,6 +119,7 @@ def _method(rule: Rule) -> Method | None:
         mode = "static" if rule.static_groups else _MODES[rule.objective or "gptq_loss"]
         given: dict[str, Any] = {"mode": mode, "order": rule.order, "damping": rule.damping}
         given["target"] = rule.target
+        given |= {"output": rule.output, "refine": rule.refine}
         return Method("gptq", **{key: value for key, value in given.items() if value is not None})
     return Method("local_hessian") if rule.objective == "local_hessian" else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -9,12 +10,14 @@ from numpy.typing import ArrayLike
 
 from halfbyte.formats import QuantizedTensor
 from halfbyte.kernels import ErrorStats
+from halfbyte.search.output_metric import PreparedOutput
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
 
 Mode = Literal["in_loop", "local_hessian", "compensated", "static"]
 Order = Literal["none", "act"]
+Refine = Literal["descent"]
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,19 @@ class EncodeOptions(ScaleOptions):
 class GptqOptions(ScaleOptions):
     """``mode``, ``order`` and ``damping`` as ``halfbyte.search.gptq.gptq`` explains them.
 
-    ``given``: a tensor of the format whose scales are taken as they are, in mode ``static``.
+    ``given``: a tensor of the format whose scales are taken as they are, in mode ``static``. ``output``: the mean or
+    sum of g gᵀ over the gradients at the outputs, [N, N] or one for each leading index, or what
+    ``halfbyte.search.output_metric.prepare_output`` made of it (a sequence of them for a stack, None where a matrix has
+    none); rows then take the errors of earlier rows. ``refine`` "descent": afterwards codes move, with their scales
+    fixed, as long as the weighted error falls.
     """
 
     mode: Mode = "in_loop"
     order: Order = "none"
     damping: float = 0.01
     given: QuantizedTensor | None = None
+    output: ArrayLike | PreparedOutput | Sequence[PreparedOutput | None] | None = None
+    refine: Refine | None = None
 
 
 class ScaleKeywords(TypedDict, total=False):
@@ -81,3 +90,5 @@ class GptqKeywords(ScaleKeywords, total=False):
     order: Order
     damping: float
     given: QuantizedTensor | None
+    output: ArrayLike | PreparedOutput | Sequence[PreparedOutput | None] | None
+    refine: Refine | None

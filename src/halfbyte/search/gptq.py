@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,36 +17,25 @@ from numpy.typing import ArrayLike, NDArray
 from halfbyte import kernels
 from halfbyte.errors import FormatError
 from halfbyte.formats import Format, QuantizedTensor, get_format
-from halfbyte.formats.arrays import Array, Doubles
+from halfbyte.formats.arrays import Array, Codes
 from halfbyte.formats.format import check_finite
 from halfbyte.formats.packing import pack_codes
+from halfbyte.search.descent import descend
 from halfbyte.search.encode import as_weight, empty, encode, set_scales
-from halfbyte.search.encode_options import EncodeOptions, GptqKeywords, GptqOptions, Mode, Order
-from halfbyte.search.gptq_reference import Rounding, round_reference
-from halfbyte.search.hessian import Factors, checked, diagonal_blocks, factor
+from halfbyte.search.encode_options import EncodeOptions, GptqKeywords, GptqOptions
+from halfbyte.search.gptq_reference import round_reference
+from halfbyte.search.output_metric import PreparedOutput, prepare_output
+from halfbyte.search.prepared import Prepared, check, prepare, problem
 from halfbyte.search.rotated_space import hessian_in_block_space
+from halfbyte.search.row_feedback import round_rows
 from halfbyte.search.searches import Search, get_search
 
 if TYPE_CHECKING:
     from halfbyte.search.encode_options import Unpack
 
+__all__ = ["Prepared", "check", "gptq", "prepare", "problem"]
+
 _LARGEST = 1e30  # errors of larger weights would overflow FP32
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A Hessian, made ready for one format, mode and order; good for all weights that read the same input.
-
-    ``columns`` are the columns in the order in which they are rounded, None for their own order. ``damping`` is the
-    one that the factorization needed.
-    """
-
-    format: Format
-    mode: Mode
-    order: Order
-    rounding: Rounding
-    columns: NDArray[np.int64] | None
-    damping: float
 
 
 def gptq(
@@ -74,9 +62,10 @@ def gptq(
     ``order`` "act" rounds the columns with the largest activations first: single columns in mode ``static``, whole
     blocks otherwise, since a block's scale is chosen once. ``damping``: see ``halfbyte.search.hessian.factor``. The
     other fields are those of ``encode``. For formats in rotated space the Hessian, which must not be prepared, is
-    rotated too, and DuQuant's rotation is found from it. Rows are independent, so slices of rows (with the ``amax`` or
-    ``global_scale`` of the whole) give the bytes of the whole. FormatError for what the format, the Hessian or the
-    arguments do not allow.
+    rotated too, and DuQuant's rotation is found from it. Without ``output`` rows are independent, so slices of rows
+    (with the ``amax`` or ``global_scale`` of the whole) give the bytes of the whole; with it, give whole matrices.
+    The weight may be any target, also one that was corrected for errors elsewhere in the model. FormatError for what
+    the format, the Hessians or the arguments do not allow.
     """
     fmt = get_format(format)
     scale_search = get_search(search, fmt)
@@ -100,144 +89,123 @@ def _gptq_plain(array: Array, fmt: Format, search: Search, hessian: Any, options
         check_finite(array)
     if float(np.max(largest, initial=0)) > _LARGEST:
         raise FormatError(f"the weight holds {np.max(largest):.3g}; GPTQ needs magnitudes up to {_LARGEST:g}")
-    if mode != "static":
+    outputs = _outputs(options, array.shape)
+    chooses = mode == "static" and given is None
+    if given is not None:
+        out = _fresh(given, fmt, array.shape)
+    elif not chooses or outputs is not None:
         out = empty(fmt, array.shape)
         set_scales(out, search, array, options)
-    elif given is not None:
-        out = _fresh(given, fmt, array.shape)
     else:
         names = ("global_scale", "global_scale_inv", "amax", "power_of_two")
         out = encode(array, fmt, search, options=EncodeOptions(**{name: getattr(options, name) for name in names}))
-    _round(array, out, search, prepared)
+    _round(array, out, search, prepared, outputs, options.refine is not None, chooses)
     if options.stats is not None:
         kernels.compare(out, array, options.stats)
     return out
 
 
-def prepare(
-    hessian: ArrayLike,
-    format: str | Format,
-    *,
-    mode: Mode = "in_loop",
-    order: Order = "none",
-    damping: float = 0.01,
-) -> Prepared:
-    """Factor a Hessian [K, K] for ``gptq``: the costly part that weights with the same input share."""
-    fmt = get_format(format)
-    check(fmt, mode, order)
-    columns = np.shape(hessian)[-1] if np.ndim(hessian) else 0
-    fmt.check((1, columns))
-    h = checked(hessian, columns)
-    size = fmt.block[1]
-    permutation = _permutation(np.diagonal(h), size, mode) if order == "act" else None
-    if permutation is not None:
-        h = h[np.ix_(permutation, permutation)]
-    factors = factor(h, damping)
-    if mode == "static":
-        place = np.arange(columns) if permutation is None else permutation
-        given = np.asarray(place // size, dtype=np.int32)
-        return Prepared(fmt, mode, order, _rounding(factors, 16, block_of=given), permutation, factors.damping)
-    if mode == "in_loop":
-        rounding = _rounding(factors, size, judge_feedback=True)
-    elif mode == "local_hessian":
-        rounding = _rounding(factors, size, judge=local_factors(h, size, damping))
-    else:
-        rounding = _rounding(factors, size)
-    return Prepared(fmt, mode, order, rounding, permutation, factors.damping)
-
-
-def local_factors(hessian: Doubles, size: int, damping: float) -> Factors:
-    """Factors of the blocks [K/size, size, size] along the diagonal of a Hessian [K, K]."""
-    mean = float(np.trace(hessian)) / len(hessian)
-    # damped as the whole is: relative to the mean of all columns
-    blocks = diagonal_blocks(hessian, size) + damping * mean * np.eye(size)
-    factors = factor(blocks, 0.0)
-    share = np.trace(blocks, axis1=-2, axis2=-1)[:, None] / size
-    return Factors(factors.feedback, factors.unfold, factors.gain * np.where(share > 0, share, 1), damping)
-
-
-def lower(matrices: Doubles) -> NDArray[np.float32]:
-    """Coefficients for the kernels: row j holds those of the columns before it."""
-    return np.ascontiguousarray(np.tril(np.swapaxes(matrices, -1, -2), -1), dtype=np.float32)
-
-
-def _rounding(
-    factors: Factors,
-    size: int,
-    *,
-    judge: Factors | None = None,
-    judge_feedback: bool = False,
-    block_of: NDArray[np.int32] | None = None,
-) -> Rounding:
-    k = len(factors.gain)
-    inner = lower(diagonal_blocks(factors.feedback, size))
-    narrow = factors.feedback.astype(np.float32)
-    outer = np.ascontiguousarray(narrow.reshape(k, k // 16, 16).transpose(1, 0, 2))
-    gain = np.ones(k, dtype=np.float32)
-    if judge_feedback:
-        gain = (factors.gain / factors.gain.mean()).astype(np.float32)
-    if judge is not None:
-        gain = (judge.gain / judge.gain.mean()).astype(np.float32).reshape(-1)
-    # a diagonal Hessian needs no feedback
-    alone = np.count_nonzero(narrow) == k
-    return Rounding(
-        gain,
-        lower(judge.unfold) if judge is not None else inner if judge_feedback and not alone else None,
-        judge_feedback,
-        None if alone else inner,
-        None if alone else outer,
-        block_of,
-    )
-
-
-def _permutation(diagonal: Doubles, size: int, mode: Mode) -> NDArray[np.int64]:
-    """Columns by falling activation; blocks stay together where their scale is chosen at their turn."""
-    if mode == "static":
-        return np.argsort(-diagonal, kind="stable")
-    blocks = diagonal.reshape(-1, size)
-    first = np.argsort(-blocks.sum(axis=1), kind="stable")
-    within = np.argsort(-blocks, axis=1, kind="stable")
-    return np.asarray((first[:, None] * size + within[first]).reshape(-1))
-
-
-def _round(array: NDArray[Any], out: QuantizedTensor, how: Search, prepared: Sequence[Prepared]) -> None:
+def _round(
+    array: NDArray[Any],
+    out: QuantizedTensor,
+    how: Search,
+    prepared: Sequence[Prepared],
+    outputs: Sequence[PreparedOutput | None] | None,
+    refine: bool,
+    chooses: bool,
+) -> None:
     """Fill the codes of ``out``, and its scales where they are not given."""
     flat = array.reshape((-1, *array.shape[-2:]) if array.ndim > 1 else (1, 1, -1))
     shared = len(prepared) == 1
-    for i, one in enumerate(prepared):
-        part = slice(None) if shared else slice(i, i + 1)
-        _one(flat[part], _part(out, part, flat.shape), how, one)
+    if outputs is None and not refine:
+        for i, one in enumerate(prepared):
+            part = slice(None) if shared else slice(i, i + 1)
+            _one(flat[part], _part(out, part, flat.shape), how, one)
+        return
+    for i in range(len(flat)):
+        part = slice(i, i + 1)
+        output = None if outputs is None else outputs[0 if len(outputs) == 1 else i]
+        matrix = _part(out, part, flat.shape)
+        _weighed(flat[i], matrix, how, prepared[0 if shared else i], output, refine, chooses and outputs is not None)
 
 
 def _one(x: NDArray[Any], out: QuantizedTensor, how: Search, prepared: Prepared) -> None:
-    fmt, rounding, columns = out.format, prepared.rounding, prepared.columns
+    """Round the columns of matrices x [L, N, K]."""
+    target = _in_order(out, prepared)
+    if prepared.columns is not None:
+        x = np.ascontiguousarray(x[..., prepared.columns])
+    _store(out, target, _columns(x, target, how, prepared), prepared)
+
+
+def _columns(x: NDArray[Any], target: QuantizedTensor, how: Search, prepared: Prepared) -> Codes:
+    """Codes of x [L, N, K], whose columns are in the order in which they are rounded."""
     codes = np.empty(x.shape, dtype=np.uint8)
-    given = rounding.block_of is not None
-    # scales of a permuted weight are in the order of its blocks; given ones are looked up by their own place
-    target = out if columns is None or given else empty(fmt, x.shape)
-    target.global_scale = out.global_scale
-    if columns is not None:
-        x = np.ascontiguousarray(x[..., columns])
-    if kernels.supports_gptq(fmt, how):
+    rounding = prepared.rounding
+    if kernels.supports_gptq(target.format, how):
         arrays: dict[str, NDArray[Any] | None] = {
             name: getattr(rounding, name) for name in ("judge", "gain", "inner", "outer", "block_of")
         }
         arrays |= {"codes": codes, "scales": target.scales, "offsets": target.offsets}
         arrays["global_scale"] = target.global_scale
-        kernels.gptq_into(x, fmt, how, rounding.judge_feedback, arrays)
+        kernels.gptq_into(x, target.format, how, rounding.judge_feedback, arrays)
     else:
         with np.errstate(over="ignore", under="ignore"):
             round_reference(x.astype(np.float32, copy=False), target, how, rounding, codes)
+    return codes
+
+
+def _weighed(
+    x: NDArray[Any],
+    out: QuantizedTensor,
+    how: Search,
+    prepared: Prepared,
+    output: PreparedOutput | None,
+    refine: bool,
+    chooses: bool,
+) -> None:
+    """Round a matrix x [N, K] with row feedback, by descent, or both."""
+    if output is not None and len(output.rows) != len(x):
+        raise FormatError(f"the output Hessian is of {len(output.rows)} rows, but the weight has {len(x)}")
+    wide = x.astype(np.float32)
+    if out.global_scale is not None:
+        wide *= np.float32(1) / out.global_scale[0]
+    if prepared.columns is not None:
+        wide = np.ascontiguousarray(wide[:, prepared.columns])
+    # given scales, and those that a group gets from its rows, have the places of the file
+    target = _in_order(out, prepared)
+    if output is None:
+        unit = dataclasses.replace(target, global_scale=None)
+        codes = _columns(wide[None], unit, how, prepared)[0]
+    else:
+        codes = np.empty(wide.shape, dtype=np.uint8)
+        round_rows(wide, target, how, prepared, output, codes, chooses)
+    if refine:
+        descend(wide, target, prepared, output, codes)
+    _store(out, target, codes[None], prepared)
+
+
+def _in_order(out: QuantizedTensor, prepared: Prepared) -> QuantizedTensor:
+    """Where scales go: those of a permuted weight are in the order of its blocks; given ones keep their own place."""
+    if prepared.columns is None or prepared.rounding.block_of is not None:
+        return out
+    target = empty(out.format, out.shape)
+    target.global_scale = out.global_scale
+    return target
+
+
+def _store(out: QuantizedTensor, target: QuantizedTensor, codes: Codes, prepared: Prepared) -> None:
+    """Codes and scales back into the order of the weight's columns."""
+    columns = prepared.columns
     if columns is not None:
         ordered = np.empty_like(codes)
         ordered[..., columns] = codes
         codes = ordered
-        if not given:
-            blocks = columns[:: fmt.block[1]] // fmt.block[1]
+        if target is not out:
+            blocks = columns[:: out.format.block[1]] // out.format.block[1]
             out.scales[..., blocks] = target.scales
             if out.offsets is not None:
                 out.offsets[..., blocks] = target.offsets
-    out.codes[...] = pack_codes(codes, 8 * out.codes.shape[-1] // x.shape[-1])
+    out.codes[...] = pack_codes(codes, 8 * out.codes.shape[-1] // codes.shape[-1])
 
 
 def _part(out: QuantizedTensor, part: slice, shape: tuple[int, ...]) -> QuantizedTensor:
@@ -257,6 +225,29 @@ def _fresh(given: QuantizedTensor, fmt: Format, shape: tuple[int, ...]) -> Quant
     return dataclasses.replace(given, codes=np.empty_like(given.codes))
 
 
+def _outputs(options: GptqOptions, shape: tuple[int, ...]) -> Sequence[PreparedOutput | None] | None:
+    """One output metric for all matrices of the weight, or one for each; None where there is none."""
+    given, count = options.output, int(np.prod(shape[:-2], dtype=np.int64))
+    if given is None:
+        return None
+    outputs: Sequence[PreparedOutput | None]
+    if isinstance(given, PreparedOutput):
+        outputs = [given]
+    elif isinstance(given, list | tuple) and all(one is None or isinstance(one, PreparedOutput) for one in given):
+        outputs = given
+    else:
+        array = np.asarray(given)
+        n = shape[-2] if len(shape) > 1 else 1
+        if array.shape not in ((n, n), (*shape[:-2], n, n)):
+            raise FormatError(f"the output Hessian has shape {list(array.shape)}, but the weight {list(shape)}")
+        outputs = [prepare_output(one, refine=options.refine is not None) for one in array.reshape(-1, n, n)]
+    if len(outputs) not in (1, count):
+        raise FormatError(f"{len(outputs)} output Hessians do not fit a stack of {count} matrices")
+    if options.refine is not None and any(one is not None and one.metric is None for one in outputs):
+        raise FormatError("the output Hessian was prepared without `refine`, which descent needs")
+    return outputs
+
+
 def _prepared(hessian: Any, fmt: Format, options: GptqOptions, shape: tuple[int, ...]) -> Sequence[Prepared]:
     """One for all matrices of the weight, or one for each."""
     count = int(np.prod(shape[:-2], dtype=np.int64))
@@ -273,7 +264,8 @@ def _prepared(hessian: Any, fmt: Format, options: GptqOptions, shape: tuple[int,
             given = given.reshape(-1, k, k)
         each = [given] if given.ndim == 2 else given
         mode, order, damping = options.mode, options.order, options.damping
-        prepared = [prepare(one, fmt, mode=mode, order=order, damping=damping) for one in each]
+        refine = options.refine is not None
+        prepared = [prepare(one, fmt, mode=mode, order=order, damping=damping, refine=refine) for one in each]
     if len(prepared) not in (1, count):
         raise FormatError(f"{len(prepared)} Hessians do not fit a stack of {count} matrices")
     for one in prepared:
@@ -284,21 +276,6 @@ def _prepared(hessian: Any, fmt: Format, options: GptqOptions, shape: tuple[int,
             )
         if one.mode != prepared[0].mode:
             raise FormatError("the Hessians of a stack were prepared for different modes")
+        if options.refine is not None and one.hessian is None:
+            raise FormatError("the Hessian was prepared without `refine`, which descent needs")
     return prepared
-
-
-def problem(fmt: Format) -> str | None:
-    """Why GPTQ does not apply to a format, or None."""
-    if fmt.rounds_columns and fmt.block[0] == 1 and 16 <= fmt.block[1] <= 128:
-        return None if fmt.block[1] % 16 == 0 else f"{fmt.name} has blocks of {fmt.block[1]} columns"
-    return f"{fmt.name} has no plain blocks of 16 to 128 columns along K"
-
-
-def check(fmt: Format, mode: str, order: str) -> None:
-    """FormatError for a format, mode or order that GPTQ does not have."""
-    refusal = problem(fmt)
-    if refusal:
-        raise FormatError(f"GPTQ does not apply: {refusal}; use a search with importance instead")
-    for name, value, known in (("mode", mode, get_args(Mode)), ("order", order, get_args(Order))):
-        if value not in known:
-            raise FormatError(f"unknown {name} {value!r}: known are {', '.join(known)}")

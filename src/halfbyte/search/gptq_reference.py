@@ -11,6 +11,7 @@ loss wins; a single candidate is not judged.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,38 +42,71 @@ class Rounding:
 
 def round_reference(x: Floats, out: QuantizedTensor, search: Search, how: Rounding, codes: Codes) -> None:
     """Round x [L, N, K] into unpacked ``codes`` [L, N, K] and the scales and offsets of ``out``."""
-    fmt = out.format
-    lead, n, k = x.shape
-    y = x.reshape(-1, k).T.copy()  # [K, rows]
+    rows = Rows.of(x.reshape(-1, x.shape[-1]), out, codes.reshape(-1, x.shape[-1]))
     if out.global_scale is not None:
-        y *= np.repeat(np.float32(1) / out.global_scale.reshape(-1), n)[None]
-    scales = out.scales.reshape(lead * n, -1)
-    offsets = None if out.offsets is None else out.offsets.reshape(lead * n, -1)
-    columns = codes.reshape(-1, k)
-    error = np.zeros_like(y)
-    size = fmt.block[1] if how.block_of is None else 16
-    for start in range(0, k, size):
+        np.multiply(rows.y, np.repeat(np.float32(1) / out.global_scale.reshape(-1), x.shape[1]), out=rows.y)
+    for start in range(0, len(rows.y), rows.size(how)):
+        rows.compensate(start, how)
+        rows.round_block(start, search, how)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows while they are rounded: ``y``, ``error`` and ``values`` FP32 [K, rows]; ``part`` shows some rows."""
+
+    format: Format
+    y: Floats
+    error: Floats
+    values: Floats
+    codes: Codes
+    scales: NDArray[Any]
+    offsets: NDArray[Any] | None
+
+    @classmethod
+    def of(cls, x: Floats, out: QuantizedTensor, codes: Codes) -> Rows:
+        """Rows x [N, K], which are copied, and where their results go."""
+        y = x.T.copy()
+        offsets = None if out.offsets is None else out.offsets.reshape(len(x), -1)
+        return cls(out.format, y, np.zeros_like(y), np.zeros_like(y), codes, out.scales.reshape(len(x), -1), offsets)
+
+    def part(self, rows: slice) -> Rows:
+        """Views of some rows."""
+        offsets = None if self.offsets is None else self.offsets[rows]
+        y, error, values = self.y[:, rows], self.error[:, rows], self.values[:, rows]
+        return Rows(self.format, y, error, values, self.codes[rows], self.scales[rows], offsets)
+
+    def size(self, how: Rounding) -> int:
+        """Columns that are worked on together."""
+        return self.format.block[1] if how.block_of is None else 16
+
+    def compensate(self, start: int, how: Rounding) -> None:
+        """Take from the columns of a block what the errors of all earlier blocks ask for."""
+        size = self.size(how)
+        for i in range(start) if how.outer is not None else ():
+            assert how.outer is not None
+            coefficients = how.outer[start // 16 : (start + size) // 16, i].reshape(-1)
+            self.y[start : start + size] -= self.error[i] * coefficients[:, None]
+
+    def round_block(self, start: int, search: Search, how: Rounding) -> None:
+        """Choose the scales of a block where they are not given, and round its columns."""
+        size, fmt = self.size(how), self.format
         block = start // size
-        if how.outer is not None:
-            for i in range(start):
-                coefficients = how.outer[start // 16 : (start + size) // 16, i].reshape(-1)
-                y[start : start + size] -= error[i] * coefficients[:, None]
         if how.block_of is None:
-            choice = _choose(y[start : start + size], fmt, search, how, block)
-            scales[:, block] = choice.stored
-            if offsets is not None:
-                offsets[:, block] = choice.offset
+            choice = _choose(self.y[start : start + size], fmt, search, how, block)
+            self.scales[:, block] = choice.stored
+            if self.offsets is not None:
+                self.offsets[:, block] = choice.offset
         inner = None if how.inner is None else how.inner[block]
         for j in range(start, start + size):
             if how.block_of is not None:
                 b = int(how.block_of[j])
-                choice = fmt.stored_choice(scales[:, b], None if offsets is None else offsets[:, b])
-            v = y[j]
+                choice = fmt.stored_choice(self.scales[:, b], None if self.offsets is None else self.offsets[:, b])
+            v = self.y[j]
             for i in range(start, j) if inner is not None else ():
                 assert inner is not None
-                v = v - error[i] * inner[j - start, i - start]
-            columns[:, j], value = fmt.round_column(v, choice)
-            error[j] = v - value
+                v = v - self.error[i] * inner[j - start, i - start]
+            self.codes[:, j], value = fmt.round_column(v, choice)
+            self.values[j], self.error[j] = value, v - value
 
 
 def _choose(y: Floats, fmt: Format, search: Search, how: Rounding, block: int) -> ColumnChoice:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from halfbyte.formats import Format, get_format
-from halfbyte.search.gptq import Prepared, check, local_factors, lower
 from halfbyte.search.gptq_reference import Rounding
 from halfbyte.search.hessian import checked
+from halfbyte.search.prepared import Prepared, check, local_factors, lower
 
 Codes = Literal["nearest", "feedback"]
 
