@@ -83,6 +83,25 @@ int hb_gptq(int isa, const hb_codec* codec, const hb_gptq_task* task) {
   return k ? k->gptq(codec, task) : 2;
 }
 
+int hb_round_rows(int isa, const hb_codec* codec, const hb_rows_task* task) {
+  const StandardArithmetic guard;
+  const hb_kernels* k = kernels(isa);
+  return k ? k->round_rows(codec, task) : 2;
+}
+
+int hb_descend(int isa, const hb_codec* codec, const hb_descent_task* task) {
+  const StandardArithmetic guard;
+  const hb_kernels* k = kernels(isa);
+  return k ? k->descend(codec, task) : 2;
+}
+
+int hb_subtract_products(int isa, float* out, const float* left, const float* right, int64_t count, int64_t rows,
+                         int64_t k) {
+  const StandardArithmetic guard;
+  const hb_kernels* kernel = kernels(isa);
+  return kernel ? kernel->subtract_products(out, left, right, count, rows, k) : 2;
+}
+
 int hb_rotate(int isa, float* x, int64_t lead, int64_t rows, int64_t k, int size, float norm, const uint8_t* swaps,
               int steps, int inverse) {
   const StandardArithmetic guard;

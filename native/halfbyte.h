@@ -115,6 +115,40 @@ typedef struct {
   void* offsets;
 } hb_gptq_task;
 
+// A group of rows that are rounded one after the other, each taking the errors of earlier ones. Arrays as above.
+typedef struct {
+  const float* x;  // [n, k], over the global scale
+  int64_t n, k;
+  int32_t judge_feedback;
+  const float* judge;
+  const float* gain;
+  const float* inner;
+  const float* outer;
+  const int32_t* block_of;
+  const float* coupling;  // [n, n]: the share of row i's error that row j takes, at [i, j]
+  uint8_t* codes;         // [n, k]
+  void* scales;           // [n, k / block]
+  void* offsets;
+  float* error;  // [n, k]: the target of each row minus its values
+} hb_rows_task;
+
+// A group of rows whose codes move as long as the weighted error falls; scales stay.
+typedef struct {
+  int64_t n, k;
+  float* values;       // [n, k] of the codes, over the global scale
+  uint8_t* codes;      // [n, k]
+  const void* scales;  // [n, k / block]
+  const void* offsets;
+  const int32_t* places;  // [k]: the block of each column
+  float* gradient;        // [n, k]: half the derivative of the error by each value
+  const float* coupling;  // [n, n]: the metric of these rows
+  const float* hessian;   // [k, k]
+  float* moved;           // [n, k]: zeros; becomes the changes times the Hessian
+  float margin;           // a move gains at least this share of its own cost
+  int64_t limit;          // moves of a row
+  int64_t* moves;         // how many there were
+} hb_descent_task;
+
 HB_EXPORT int hb_interface(void);
 HB_EXPORT int hb_has_isa(int isa);
 // Largest magnitude of each of `lead` runs of `count` elements; returns 1 where a NaN or infinity is among them.
@@ -127,6 +161,13 @@ HB_EXPORT int hb_decode(int isa, const hb_codec* codec, const hb_task* task);
 HB_EXPORT int hb_compare(int isa, const hb_codec* codec, const hb_task* task);
 // Rounds with error feedback. Weights must be finite. Returns 0, 2 for a codec it does not know, 3 without memory.
 HB_EXPORT int hb_gptq(int isa, const hb_codec* codec, const hb_gptq_task* task);
+// Rounds a group of rows with feedback between them. Returns 0, 2 for a codec it does not know, 3 without memory.
+HB_EXPORT int hb_round_rows(int isa, const hb_codec* codec, const hb_rows_task* task);
+// Moves codes of a group of rows. Returns 0, 2 for a codec it does not know, 3 without memory.
+HB_EXPORT int hb_descend(int isa, const hb_codec* codec, const hb_descent_task* task);
+// Takes left [count, rows] transposed times right [count, k] from out [rows, k], one product after the other. Returns 0.
+HB_EXPORT int hb_subtract_products(int isa, float* out, const float* left, const float* right, int64_t count,
+                                   int64_t rows, int64_t k);
 // Rotates x FP32 [lead, rows, k] in place, in blocks of `size` (16, 32, 64, 128) columns: by the Hadamard matrix times
 // `norm`, or, with swaps [lead, k / size, steps], by steps that first exchange a channel (< size) with the block's first;
 // `inverse` undoes it. Returns 0, 2 for another size.

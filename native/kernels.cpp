@@ -3,10 +3,12 @@
 
 #include "affine.h"
 #include "decode.h"
+#include "descent.h"
 #include "factor.h"
 #include "gptq.h"
 #include "hif4.h"
 #include "rotate.h"
+#include "row_feedback.h"
 #include "wide.h"
 
 namespace {
@@ -91,6 +93,21 @@ int gptq(const hb_codec* codec, const hb_gptq_task* task) {
   return Gptq(*codec, *task).run();
 }
 
+bool has_columns(const hb_codec& c) { return is_known(c) && !is_wide(c) && c.family != HB_HIF4; }
+
+int round_rows(const hb_codec* codec, const hb_rows_task* task) {
+  return has_columns(*codec) ? RowGroup(*codec, *task).run() : 2;
+}
+
+int descend(const hb_codec* codec, const hb_descent_task* task) {
+  return has_columns(*codec) ? Descent(*codec, *task).run() : 2;
+}
+
+int subtract_products(float* out, const float* left, const float* right, int64_t count, int64_t rows, int64_t k) {
+  Products::subtract(out, left, right, count, rows, k);
+  return 0;
+}
+
 int rotate(float* x, int64_t lead, int64_t rows, int64_t k, int size, float norm, const uint8_t* swaps, int steps,
            int inverse) {
   if (k % size) return 2;
@@ -117,5 +134,6 @@ int factor(int64_t count, int64_t k, double* m, double* inverse, double* gain) {
 
 extern "C" {
 extern const hb_kernels HB_NAME;
-const hb_kernels HB_NAME = {amax, encode, decode, compare, gptq, rotate, factor};
+const hb_kernels HB_NAME = {amax, encode, decode, compare, gptq, round_rows, descend,
+                            subtract_products, rotate, factor};
 }

@@ -25,27 +25,25 @@ def test_descent_lowers_the_weighted_error_and_keeps_the_scales(name: str, metri
     assert weighted_error(after.decode() - w, *objective) < weighted_error(before.decode() - w, *objective)
 
 
-@pytest.mark.parametrize("metric", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_single_move_lowers_the_error(mode, metric: bool) -> None:
-    w, h, g = weight(18, 64), hessian(64), outputs(18)
-    output = g if metric else None
-    before = gptq(w, "mixfp4", "sweep", h, mode=mode, output=output).decode()
-    after = gptq(w, "mixfp4", "sweep", h, mode=mode, output=output, refine="descent").decode()
-    objective = damped(checked(h, 64), 0.01), damped(checked(g, 18), DAMPING) if metric else np.eye(18)
-    reached = weighted_error(after - w, *objective)
+def test_no_move_that_was_made_can_be_taken_back_with_gain(mode) -> None:
+    w, h = weight(18, 64), hessian(64)
+    before = gptq(w, "mixfp4", "sweep", h, mode=mode).decode()
+    after = gptq(w, "mixfp4", "sweep", h, mode=mode, refine="descent").decode()
+    objective = damped(checked(h, 64), 0.01)
+    reached = weighted_error(after - w, objective)
     assert (before != after).any()
     for place in np.argwhere(before != after):
         back = after.copy()
         back[tuple(place)] = before[tuple(place)]
-        assert weighted_error(back - w, *objective) > reached
+        assert weighted_error(back - w, objective) > reached
 
 
 @pytest.mark.parametrize("metric", [False, True])
 @pytest.mark.parametrize("mode", ["in_loop", "static"])
 @pytest.mark.parametrize("name", ["mixfp4", "razer", "mxfp4", "int4_g32", "affine4_g64", "int4_asym_g32"])
 def test_every_backend_moves_the_same_codes(name: str, mode, metric: bool) -> None:
-    w, h, g = weight(37, 128), hessian(128), outputs(37)
+    w, h, g = weight(21, 128), hessian(128), outputs(21)
     w[3, 32:64] = 0
     found = []
     for backend in backends():

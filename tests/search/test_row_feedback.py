@@ -35,10 +35,10 @@ def test_row_feedback_lowers_the_weighted_error_of_every_format(name: str) -> No
     assert weighted_error(gptq(w, name, "sweep", h, output=g).decode() - w, h, g) < 0.8 * plain
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["mixfp4", "razer", "mxfp4", "int4_g32", "affine4_g64", "int4_asym_g32"])
+@pytest.mark.parametrize("mode", ["in_loop", "local_hessian", "static"])
+@pytest.mark.parametrize("name", ["mixfp4", "mxfp4", "int4_asym_g32"])
 def test_every_backend_gives_the_same_bits(name: str, mode) -> None:
-    w, h, g = weight(37, 128), hessian(128), outputs(37)
+    w, h, g = weight(18, 128), hessian(128), outputs(18)
     w[3, 32:64] = 0
     found = []
     for backend in backends():
@@ -49,7 +49,7 @@ def test_every_backend_gives_the_same_bits(name: str, mode) -> None:
 
 @pytest.mark.parametrize("search", ["absmax", "four_over_six", "sweep"])
 def test_every_search_gives_the_same_bits_on_every_backend(search: str) -> None:
-    w, h, g = weight(19, 128), hessian(128), outputs(19)
+    w, h, g = weight(17, 64), hessian(64), outputs(17)
     found = []
     for backend in backends():
         with use_backend(backend):

@@ -171,28 +171,38 @@ def gptq_into(
 
 
 def round_rows_into(
-    x: NDArray[np.float32],
-    out: QuantizedTensor,
-    search: ScaleSearch,
-    how: Any,
-    coupling: NDArray[np.float32],
-    codes: NDArray[np.uint8],
-    error: NDArray[np.float32],
+    fmt: Format, search: ScaleSearch, judge_feedback: bool, arrays: dict[str, NDArray[Any] | None]
 ) -> bool:
-    """``halfbyte.search.row_feedback.round_group`` by compiled code; False without any."""
-    return False
+    """Round a group of rows as ``halfbyte.search.row_feedback.round_group`` does; False where NumPy must do it.
+
+    ``arrays``: those of ``gptq_into`` without a global scale, ``x``, ``codes`` and ``error`` [R, K], ``coupling``.
+    """
+    if _native is None or not _native.couples_rows or not supports_gptq(fmt, search):
+        return False
+    codec, x = describe(fmt, search), arrays["x"]
+    assert codec is not None and x is not None
+    _native.group("round_rows", backend(), codec, arrays, n=len(x), k=x.shape[1], judge_feedback=judge_feedback)
+    return True
 
 
 def subtract_products(out: NDArray[np.float32], left: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
-    """``halfbyte.search.row_feedback.subtract_products`` by compiled code; False without any."""
-    return False
+    """Take left [S, M] transposed times right [S, K] from out [M, K]; False where NumPy must do it."""
+    if backend() == _REFERENCE or _native is None or not _native.couples_rows:
+        return False
+    _native.subtract_products(backend(), out, left, right)
+    return True
 
 
-def descend_into(
-    group: Any, hessian: NDArray[np.float32], moved: NDArray[np.float32], margin: float, limit: int
-) -> int | None:
-    """A group of ``halfbyte.search.descent`` by compiled code: how many moves there were; None without any."""
-    return None
+def descend_into(fmt: Format, arrays: dict[str, NDArray[Any] | None], margin: float, limit: int) -> int | None:
+    """Move the codes of a group of ``halfbyte.search.descent``: how many moves; None where NumPy must do it."""
+    codec = describe(fmt, None) if backend() != _REFERENCE and fmt.block[0] == 1 < fmt.block[1] else None
+    if _native is None or codec is None or not _native.couples_rows:
+        return None
+    moves, values = np.zeros(1, np.int64), arrays["values"]
+    assert values is not None
+    n, k = values.shape
+    _native.group("descend", backend(), codec, arrays | {"moves": moves}, n=n, k=k, margin=margin, limit=limit)
+    return int(moves[0])
 
 
 def factor_into(matrices: NDArray[np.float64], inverse: NDArray[np.float64], gain: NDArray[np.float64]) -> bool | None:

@@ -200,6 +200,33 @@ class NativeGptq(ctypes.Structure):
     )
 
 
+class NativeRows(ctypes.Structure):
+    """``hb_rows_task`` of the native interface: a group of rows that take each other's errors."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("judge_feedback", c_int32),
+        *((name, c_void_p) for name in ("judge", "gain", "inner", "outer", "block_of", "coupling")),
+        *((name, c_void_p) for name in ("codes", "scales", "offsets", "error")),
+    )
+
+
+class NativeDescent(ctypes.Structure):
+    """``hb_descent_task`` of the native interface: a group of rows whose codes move."""
+
+    _fields_ = (
+        ("n", c_int64),
+        ("k", c_int64),
+        *((name, c_void_p) for name in ("values", "codes", "scales", "offsets", "places", "gradient")),
+        *((name, c_void_p) for name in ("coupling", "hessian", "moved")),
+        ("margin", c_float),
+        ("limit", c_int64),
+        ("moves", c_void_p),
+    )
+
+
 def describe(fmt: Format, search: ScaleSearch | None) -> NativeCodec | None:
     """The structure for a format and a search (None: for decoding), or None where native code does not know one."""
     if not understands(fmt) or not (search is None or _is_known(search)):

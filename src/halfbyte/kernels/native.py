@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.kernels.codec import NativeCodec, NativeGptq, NativeStats, NativeTask
+from halfbyte.kernels.codec import NativeCodec, NativeDescent, NativeGptq, NativeRows, NativeStats, NativeTask
 
 _INTERFACE = 3
 _ISAS = {"avx512": 2, "avx2": 1, "baseline": 0}
@@ -37,6 +37,11 @@ class Native:
         library.hb_rotate.argtypes = (c_int, c_void_p, *sizes_of_rotation, c_void_p, c_int, c_int)
         library.hb_factor.argtypes = (c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
         self._library = library
+        # libraries that were built before row feedback lack these functions; NumPy does their work then
+        self.couples_rows = hasattr(library, "hb_round_rows")
+        if self.couples_rows:
+            library.hb_round_rows.argtypes = library.hb_descend.argtypes = (c_int, c_void_p, c_void_p)
+            library.hb_subtract_products.argtypes = (c_int, *(c_void_p,) * 3, *(c_int64,) * 3)
         self.isas = tuple(name for name, number in _ISAS.items() if library.hb_has_isa(number))
 
     def amax(self, isa: str, x: NDArray[Any], out: NDArray[np.float32]) -> bool:
@@ -112,6 +117,29 @@ class Native:
             raise MemoryError(f"no memory to round rows of {k} columns")
         if status:
             raise RuntimeError(f"the native kernel hb_gptq refused its arguments (status {status})")
+
+    def group(
+        self, name: str, isa: str, codec: NativeCodec, arrays: dict[str, NDArray[Any] | None], **facts: Any
+    ) -> None:
+        """Run hb_round_rows or hb_descend on the arrays of a task; MemoryError where there is no room."""
+        task = (NativeRows if name == "round_rows" else NativeDescent)(**facts)
+        for field, array in arrays.items():
+            if array is not None:
+                assert array.flags.c_contiguous
+                setattr(task, field, array.ctypes.data)
+        status = getattr(self._library, f"hb_{name}")(_ISAS[isa], ctypes.byref(codec), ctypes.byref(task))
+        if status == 3:
+            raise MemoryError(f"no memory to round {facts['n']} rows of {facts['k']} columns")
+        if status:
+            raise RuntimeError(f"the native kernel hb_{name} refused its arguments (status {status})")
+
+    def subtract_products(
+        self, isa: str, out: NDArray[np.float32], left: NDArray[np.float32], right: NDArray[np.float32]
+    ) -> None:
+        """Run hb_subtract_products on out [M, K], left [S, M] and right [S, K]."""
+        assert all(array.flags.c_contiguous for array in (out, left, right))
+        pointers = (array.ctypes.data for array in (out, left, right))
+        self._library.hb_subtract_products(_ISAS[isa], *pointers, len(left), *out.shape)
 
 
 def find(folders: Iterable[str]) -> Path | None:

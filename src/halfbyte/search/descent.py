@@ -8,6 +8,8 @@ the cost, so descent never raises it. All in FP32, in the order of operations of
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -93,7 +95,12 @@ class Group:
     def descend(self, hessian: Floats) -> tuple[Floats, int]:
         """Move codes and values; return what became of E H [R, K], and how many moves there were."""
         moved = np.zeros_like(self.values)
-        count = kernels.descend_into(self, hessian, moved, float(MARGIN), _MOVES * len(hessian))
+        arrays: dict[str, NDArray[Any] | None] = {
+            name: getattr(self, name) for name in ("values", "codes", "places", "gradient", "coupling")
+        }
+        arrays |= {"hessian": hessian, "moved": moved}
+        arrays |= {"scales": self.scales.scales, "offsets": self.scales.offsets}
+        count = kernels.descend_into(self.scales.format, arrays, float(MARGIN), _MOVES * len(hessian))
         if count is None:
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 count = self._reference(hessian, moved)

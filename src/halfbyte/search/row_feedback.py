@@ -71,7 +71,12 @@ def round_group(
 ) -> None:
     """Round the rows x [R, K] of a group; ``coupling`` [R, R] holds the share of row i's error that row j takes at
     [i, j]. ``error`` [R, K] becomes what was left of each row."""
-    if kernels.round_rows_into(x, out, search, how, coupling, codes, error):
+    arrays: dict[str, NDArray[Any] | None] = {
+        name: getattr(how, name) for name in ("judge", "gain", "inner", "outer", "block_of")
+    }
+    arrays |= {"x": x, "coupling": coupling, "codes": codes, "error": error}
+    arrays |= {"scales": out.scales, "offsets": out.offsets}
+    if kernels.round_rows_into(out.format, search, how.judge_feedback, arrays):
         return
     with np.errstate(over="ignore", under="ignore"):
         rows = Rows.of(x, out, codes)
