@@ -22,6 +22,7 @@ from halfbyte.calibrate.caches import arrays_of, watch_caches
 from halfbyte.calibrate.experts import show_all_tokens
 from halfbyte.calibrate.layerwise import Arguments, LayerwiseModel, as_numpy, enter, run_layer
 from halfbyte.calibrate.observe import Observer, Sums
+from halfbyte.calibrate.reverse_pass import ReversePass
 from halfbyte.calibrate.samples import Samples, make_samples
 from halfbyte.calibrate.states import States, release_memory
 from halfbyte.calibration.model_identity import identity_of
@@ -52,8 +53,9 @@ class CollectOptions:
     ``samples`` pieces of ``length`` tokens are taken evenly from all texts. With ``hessians``, sums of xᵀx are
     collected beside those of x²; a stack of experts whose own would need more than ``hessian_bytes`` gets one for
     all. ``all_experts`` shows every token to every expert, whoever the router chooses: slower, but no expert is left
-    without data. ``bos``: whether every piece begins with the token that begins a text (auto, yes, no). Layers are
-    computed in ``dtype`` (its name, or torch's) on ``device``.
+    without data. ``output_hessians``: a second pass, from the head back to the first layer, sums up gradients at the
+    outputs; the states of all layers stay on the disk until then. ``bos``: whether every piece begins with the token
+    that begins a text (auto, yes, no). Layers are computed in ``dtype`` (its name, or torch's) on ``device``.
     """
 
     samples: int = 128
@@ -62,6 +64,7 @@ class CollectOptions:
     all_experts: bool = False
     hessian_bytes: int = HESSIAN_BYTES
     bos: str = "auto"
+    output_hessians: bool = False
     dtype: torch.dtype | str = "float32"
     device: torch.device | str = "cpu"
 
@@ -90,20 +93,24 @@ def collect_statistics(
     out = Path(out)
     checkpoint = Checkpoint.open(source)
     samples = make_samples(texts, load_tokenizer(source), options.samples, options.length, options.bos)
-    with Reader(checkpoint.inventory) as reader, torch.inference_mode():
+    mode = torch.no_grad() if options.output_hessians else torch.inference_mode()
+    with Reader(checkpoint.inventory) as reader, mode:
         model = LayerwiseModel(checkpoint, reader, options.torch_dtype, torch.device(options.device))
         description = describe_run(checkpoint, samples, len(model.layers), options)
         begin(out, description, announce)
         if description.get("complete"):
             shutil.rmtree(out / _WORK, ignore_errors=True)  # of a run that was killed after its last layer
         else:
-            _Run(model, samples, out, description, progress or (lambda done, total: None)).go()
+            run = _Run(model, samples, out, description, progress or (lambda done, total: None))
+            run.announce = announce or run.announce
+            run.go()
     return Statistics(out)
 
 
 def describe_run(checkpoint: Checkpoint, samples: Samples, layers: int, options: CollectOptions) -> dict[str, Any]:
     """Describe a calibration that has not begun."""
     source = checkpoint.inventory.source.rstrip("/").rsplit("/", 1)[-1]
+    back = [f"outputs-{i:05d}" for i in reversed(range(layers))]
     return new_description(
         source={
             "name": source,
@@ -120,7 +127,8 @@ def describe_run(checkpoint: Checkpoint, samples: Samples, layers: int, options:
         all_experts=options.all_experts,
         bos=samples.bos,
         caches=True,
-        parts=[*(f"layer-{i:05d}" for i in range(layers)), "head"],
+        **({"output_hessians": True} if options.output_hessians else {}),
+        parts=[*(f"layer-{i:05d}" for i in range(layers)), "head", *(back if options.output_hessians else [])],
         done=0,
     )
 
@@ -170,8 +178,12 @@ class _Run:
         width = blocks.decoder.config.hidden_size
         self.work = out / _WORK
         self.work.mkdir(exist_ok=True)
-        # one file is read while the other is written, so that a killed run finds the states it needs
-        self.states = [States(self.work / f"states-{number}.f32", width) for number in (0, 1)]
+        self.announce: Callable[[str], None] = lambda line: None
+        # one file is read while the other is written, so that a killed run finds the states it needs; the way back
+        # needs those before every layer
+        self.back = bool(description.get("output_hessians"))
+        files = len(blocks.layers) + 1 if self.back else 2
+        self.states = [States(self.work / f"states-{number}.f32", width) for number in range(files)]
 
     @property
     def _name(self) -> str:
@@ -188,18 +200,41 @@ class _Run:
             self._finish(number, self._layer(layer, calls, number))
             # else the C library keeps what a layer no longer needs, in pieces that the next cannot use
             release_memory()
-        self.progress(total - 1, total)
-        self._finish(total - 1, self._head())
+        layers = len(self.blocks.layers)
+        if self.description["done"] <= layers:
+            self.progress(layers, total)
+            self._finish(layers, self._head())
+        if self.back:
+            self._go_back(calls)
         self.description["complete"] = True
         write_description(self.out, self.description)
         shutil.rmtree(self.work)
         self.progress(total, total)
 
+    def _go_back(self, calls: dict[tuple[int, int], Any]) -> None:
+        """Gradients, from the head to the first layer."""
+        layers, total = len(self.blocks.layers), len(self.description["parts"])
+        limit = self.description["hessians"] or HESSIAN_BYTES
+        back = ReversePass(self.blocks, self.states, self.work, self._batches, limit, self.announce)
+        if self.description["done"] == layers + 1:
+            back.begin()
+        for number in reversed(range(layers)):
+            place = total - 1 - number
+            if place < self.description["done"]:
+                continue
+            self.progress(place, total)
+            self._finish(place, back.layer(number, calls))
+            release_memory()
+
     def _finish(self, number: int, part: Part) -> None:
         write_part(self.out, self.description["parts"][number], part)
-        self.states[(number + 1) % 2].sync()
+        self._state(number + 1).sync()
         self.description["done"] = number + 1
         write_description(self.out, self.description)
+
+    def _state(self, number: int) -> States:
+        """The file of the states before a layer, or after the last one."""
+        return self.states[number % len(self.states)]
 
     def _batches(self) -> Iterator[tuple[slice, tuple[int, int]]]:
         """Rows of the state files and the shape [batch, length] of the samples that lie there."""
@@ -229,7 +264,7 @@ class _Run:
         return calls
 
     def _layer(self, layer: nn.Module, calls: dict[tuple[int, int], Any], number: int) -> Part:
-        before, after = self.states[number % 2], self.states[(number + 1) % 2]
+        before, after = self._state(number), self._state(number + 1)
         with self.blocks.filled(layer):
             observer = Observer(self.blocks.parameters_of(layer), self._mode, self.blocks.dtype)
             every = show_all_tokens(layer, observer) if self.description["all_experts"] else contextlib.nullcontext()
@@ -248,7 +283,7 @@ class _Run:
 
     def _head(self) -> Part:
         """What the output matrix sees: the last states after the final norm."""
-        states = self.states[len(self.blocks.layers) % 2]
+        states = self._state(len(self.blocks.layers))
         head = self.blocks.model.get_output_embeddings()
         norm = getattr(self.blocks.decoder, "norm", None)
         if head is None or norm is None:

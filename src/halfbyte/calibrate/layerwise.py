@@ -117,6 +117,34 @@ class LayerwiseModel:
         weight = self._weights[self.uses[target][0][0]]
         return weight.shape[-2 if weight.transposed else -1]
 
+    def rows(self, target: str) -> int:
+        """How wide the outputs of a matrix of the model are."""
+        weights = [self._weights[name] for name, expert in self.uses[target] if expert is None]
+        weights = weights or [self._weights[self.uses[target][0][0]]]
+        return sum(weight.shape[-1 if weight.transposed else -2] for weight in weights)
+
+    def has(self, target: str) -> bool:
+        """Whether a parameter has values of its own in the checkpoint."""
+        return target in self._sources
+
+    def outputs_of(
+        self, target: str, sums: NDArray[Any]
+    ) -> Iterator[tuple[str, NDArray[Any] | tuple[int, int, NDArray[Any]]]]:
+        """The part of sums [..., N, N] over a parameter's outputs that belongs to each weight of the checkpoint.
+
+        For an expert that is a module of its own: its number, how many the stack has, and its sums.
+        """
+        first = 0
+        for name, expert in self.uses.get(target, ()):
+            if expert is not None:
+                yield name, (expert, self.experts_of(name), sums)
+                continue
+            weight = self._weights[name]
+            stop = first + weight.shape[-1 if weight.transposed else -2]
+            if stop <= sums.shape[-1]:
+                yield name, sums[..., first:stop, first:stop]
+            first = stop
+
     def experts_of(self, weight: str) -> int:
         """How many experts a stack of the checkpoint has."""
         return self._weights[weight].shape[0]

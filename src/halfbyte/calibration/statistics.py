@@ -30,7 +30,7 @@ _MAXIMA = ("amax", "keys", "values")
 _TYPES = {"count": "I64", "routed": "I64", "squares": "F64", "hessian": "F32", "output_hessian": "F32"}
 _TYPES |= dict.fromkeys(_MAXIMA, "F32")
 _TYPES[OBJECTIVE] = "F64"
-_EXACT = ("source", "hessians", "all_experts", "caches", "bos", "parts")
+_EXACT = ("source", "hessians", "output_hessians", "all_experts", "caches", "bos", "parts")
 
 
 @dataclass
@@ -145,7 +145,9 @@ class Statistics:
 
     def array(self, weight: str, kind: str) -> Array | None:
         """An array of a weight (see ``Part``), mapped from its file, or None where it was not collected."""
-        values = self._read(f"{self.same.get(weight, weight)}.{kind}")
+        # inputs may be shared, outputs are a weight's own
+        owner = weight if kind == "output_hessian" else self.same.get(weight, weight)
+        values = self._read(f"{owner}.{kind}")
         if values is None:
             return None
         if kind in ("count", "squares", "amax") and not (np.isfinite(values).all() and (values >= 0).all()):

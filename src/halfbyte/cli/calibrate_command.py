@@ -45,6 +45,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--no-hessians", action="store_true", help="collect only importance and maxima, no products xᵀx"
     )
     parser.add_argument(
+        "--output-hessians",
+        action="store_true",
+        help="also sum up gradients at the outputs, for `output: fisher`: a second pass, back from the head",
+    )
+    parser.add_argument(
         "--hessian-memory",
         metavar="SIZE",
         type=parse_size,
@@ -118,6 +123,7 @@ def _collect(args: argparse.Namespace) -> Statistics:
         length=args.length,
         hessians=not args.no_hessians,
         all_experts=args.all_experts,
+        output_hessians=args.output_hessians,
         hessian_bytes=args.hessian_memory,
         bos=args.bos,
         dtype=args.dtype,
