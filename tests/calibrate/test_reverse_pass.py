@@ -71,7 +71,7 @@ def test_the_other_statistics_are_those_of_a_run_without_gradients(
     collected: Statistics, demo_text: str, tmp_path: Path
 ) -> None:
     plain = collect_statistics(MODEL, tmp_path / "plain", [demo_text], CollectOptions(samples=4, length=32))
-    for part in plain.about["parts"] if hasattr(plain, "about") else plain.description["parts"]:
+    for part in plain.description["parts"]:
         file = f"{part}.safetensors"
         assert (plain.folder / file).read_bytes() == (collected.folder / file).read_bytes()
 
