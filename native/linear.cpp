@@ -176,7 +176,8 @@ int hb_linear(int isa, const hb_weight* weight, int64_t lead, const hb_product* 
   const StandardArithmetic guard;
   const hb_linear_kernels* kernels = linear_kernels(isa);
   if (!kernels || !is_known(*weight) || lead < 0 || lead >= weight->lead) return 2;
-  return run_linear(*kernels, *weight, lead, decided(*product, product->rows <= HB_FEW_ROWS));
+  const bool cheap = kernels->dense_bf16 && product->x_type == HB_BF16 && product->rows <= HB_FEW_ROWS;
+  return run_linear(*kernels, *weight, lead, decided(*product, cheap));
 }
 
 int hb_linear_dense(int isa, const hb_dense* weight, const hb_product* product) {

@@ -20,7 +20,8 @@ enum { HB_CODE_TABLE = 0, HB_CODE_HIF4 = 1, HB_CODE_INT8 = 2, HB_CODE_UINT8 = 3,
 // How a stored scale becomes a number, beside those of the codec (HB_SCALE_...).
 enum { HB_SCALE_FP16 = 6 };
 enum { HB_NO_OFFSET = 0, HB_BIAS = 1, HB_ZERO_POINT = 2 };
-// HB_AUTO: exact for mixtures of experts and up to HB_FEW_ROWS rows of activations, else int8.
+// HB_AUTO: exact for mixtures of experts, and where it costs little: up to HB_FEW_ROWS rows of BF16 activations on
+// processors with products of BF16; else int8.
 enum { HB_EXACT = 0, HB_INT8 = 1, HB_AUTO = 2, HB_FEW_ROWS = 8 };
 enum { HB_SILU = 0, HB_GELU_TANH = 1, HB_CLAMPED_SWIGLU = 2, HB_RELU2 = 3, HB_IDENTITY = 4 };
 

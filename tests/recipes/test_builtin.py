@@ -75,7 +75,8 @@ def test_a_plain_builtin_applies_to_dense_models(name: str, model: str, shared: 
     checkpoint = Inventory.from_json(shared / "inventories" / f"{model}.json")
     weights = family_for(checkpoint.config).weights(checkpoint)
     counts = Counter(d.action for d in resolve(load_recipe(name), weights))
-    assert counts["quantize"] == 7 * max(w.layer + 1 for w in weights if w.layer is not None)
+    heads = sum(w.role == "lm_head" for w in weights) if "-head" in name else 0
+    assert counts["quantize"] == 7 * max(w.layer + 1 for w in weights if w.layer is not None) + heads
 
 
 @pytest.mark.parametrize("name", sorted(set(list_recipes()) - UD))
@@ -108,6 +109,14 @@ def test_nvidias_recipe_covers_the_published_classes(qwen36: list[Weight]) -> No
     counts = parameters(qwen36, "nvidia-nvfp4")
     assert counts["nvfp4"] == 32_212_254_720 + 125_829_120 + 508_559_360
     assert counts["fp8_tensor"] == 503_316_480 + 2 * 251_658_240 + 188_743_680 + 83_886_080
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mixfp4"])
+def test_head_recipes_add_lm_head_and_nothing_else(name: str, qwen36: list[Weight]) -> None:
+    head, plain = 508_559_360, parameters(qwen36, name)
+    kept = plain["keep"] - head
+    assert parameters(qwen36, f"{name}-head4") == plain | {"keep": kept, name: plain[name] + head}
+    assert parameters(qwen36, f"{name}-head8") == plain | {"keep": kept, "q8_0": head}
 
 
 def test_the_mixed_recipe_has_fp8_in_attention_and_shared_experts(qwen36: list[Weight]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,30 @@ def test_without_compiled_kernels_models_run_as_before(qwen3: Path) -> None:
 def test_an_unknown_mode_is_refused(qwen3: Path) -> None:
     with pytest.raises(HalfbyteError, match="unknown mode 'fast'; there are exact, int8, auto"):
         load(qwen3, mode="fast")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "fmt", "architecture"),
+    [("fp8", "fp8_block128", "qwen3"), ("gpt-oss", "mxfp4", "gpt_oss")],
+)
+def test_checkpoints_of_models_own_dialects_run_packed(
+    dialect: str, fmt: str, architecture: str, saved: Saved, quantized: Quantized
+) -> None:
+    match = "experts" if dialect == "gpt-oss" else "linear"
+    path = quantized(saved(architecture), recipe({"match": match, "format": fmt, **KEEP}), dialect)
+    model = load(path, "float32")
+    assert any(name.endswith("experts" if architecture != "qwen3" else "q_proj") for name in packed(model))
+    same(logits(model), logits(load(path, "float32", dequantize=True)))
+
+
+@pytest.mark.parametrize("fmt", ["q4_0", "q8_0", "mxfp4"])
+def test_gguf_files_beside_a_configuration_run_packed(
+    fmt: str, shared: Path, quantized: Quantized, tmp_path: Path
+) -> None:
+    source = shared / "data" / "models" / "qwen3-tiny-wiki"
+    path = quantized(source, linear(fmt, **KEEP), "gguf")
+    for file in (*path.glob("*.gguf"), source / "config.json"):
+        shutil.copy(file, tmp_path)
+    model = load(tmp_path, "float32")
+    assert any(name.endswith("q_proj") for name in packed(model))
+    same(logits(model), logits(load(tmp_path, "float32", dequantize=True)))
