@@ -18,7 +18,8 @@ PROGRAM = """
 import sys
 
 EXTRAS = {"torch", "transformers", "safetensors", "accelerate", "tokenizers", "compressed_tensors", "gguf", "lm_eval",
-          "datasets", "highspy", "altair", "vl_convert", "jinja2", "mlx", "mlx_lm", "matplotlib", "vllm"}
+          "datasets", "highspy", "altair", "vl_convert", "jinja2", "mlx", "mlx_lm", "matplotlib", "vllm",
+          "starlette", "uvicorn", "httpx", "prometheus_client", "openai", "fastapi"}
 
 
 class Missing:

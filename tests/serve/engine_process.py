@@ -59,7 +59,7 @@ async def answer(request: Request) -> Response:
 
 
 async def state(request: Request) -> JSONResponse:
-    return JSONResponse({"cancelled": cancelled, **seen})
+    return JSONResponse({"pid": os.getpid(), "cancelled": cancelled, **seen})
 
 
 async def health(request: Request) -> Response:

@@ -30,6 +30,7 @@ from halfbyte.cli import (
     repair_command,
     report_command,
     sensitivity_command,
+    serve_command,
     train_command,
     verify_command,
 )
@@ -63,6 +64,7 @@ COMMANDS: dict[str, Command] = {
     "repair": repair_command,
     "chat": chat_command,
     "generate": generate_command,
+    "serve": serve_command,
     "errors": errors_command,
     "evaluate": evaluate_command,
     "sensitivity": sensitivity_command,

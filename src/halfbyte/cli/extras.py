@@ -7,6 +7,7 @@ _EXTRAS = {
     "gguf": ("gguf",),
     "eval": ("lm_eval", "datasets"),
     "allocate": ("highspy",),
+    "serve": ("starlette", "uvicorn", "httpx", "prometheus_client"),
     "report": ("altair", "vl_convert", "jinja2"),
     "gpu": ("triton",),
 }
