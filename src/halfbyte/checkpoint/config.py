@@ -10,8 +10,8 @@ from halfbyte.checkpoint.files import check_link, parse_object, read_small
 from halfbyte.checkpoint.foreign import Fields, check_plain
 
 CONFIG = "config.json"
-#: Where config.json says how a checkpoint is quantized: the usual key, an older one, MLX's.
-QUANTIZATION = ("quantization_config", "compression_config", "quantization")
+#: Where config.json says how a checkpoint is quantized: the usual key, an older one, MLX's, those of other tools.
+QUANTIZATION = ("quantization_config", "compression_config", "quantization", "quant_config", "quantize_config")
 
 # the configuration of a composite model's language model
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "llm", "language_model_config")

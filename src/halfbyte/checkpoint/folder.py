@@ -73,9 +73,15 @@ def scan(root: Path, only: str | None = None) -> Contents:
     return contents
 
 
+OTHERS_SETTINGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+"""Where GPTQ, AWQ and others say how they quantized; beside weights of another format, engines believe them."""
+
+
 def belongs(name: str, size: int) -> bool:
     """Tell whether a file that holds no weights belongs to a checkpoint: configuration, tokenizer, code, documents."""
     base = name.rpartition("/")[2].lower()
+    if base in OTHERS_SETTINGS:
+        return False
     if base.endswith((".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)):
         return False
     # licences and notices often have no ending

@@ -10,6 +10,7 @@ from typing import Any
 from halfbyte.calibration import Calibration
 from halfbyte.checkpoint.files import collector_paused
 from halfbyte.dialects import Dialect
+from halfbyte.dialects.modelopt_config import FILE as MODELOPT_FILE
 from halfbyte.errors import PlanError
 from halfbyte.formats import Format
 from halfbyte.models import Weight
@@ -219,6 +220,8 @@ def _file_notes(draft: Draft, shards: list[Shard], limit: int) -> list[str]:
     if ignored:
         more = f" and {len(ignored) - _SHOWN} more (`inspect` lists all)" if len(ignored) > _SHOWN else ""
         notes.append(f"not part of the checkpoint, not copied: {', '.join(ignored[:_SHOWN])}{more}")
+    if MODELOPT_FILE in draft.checkpoint.inventory.side_files and draft.checkpoint.dialect is None:
+        notes.append(f"{MODELOPT_FILE} is not copied: engines would believe it, and the source is not quantized so")
     large = [shard.name for shard in shards if shard.layout.total > limit]
     if large:
         notes.append(f"larger than {limit} bytes, as what it holds cannot be divided: {', '.join(large[:5])}")

@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from halfbyte.dialects import Dialect
+from halfbyte.dialects.modelopt_config import FILE as MODELOPT_FILE
 from halfbyte.models.smoothing_groups import SmoothingGroup
 from halfbyte.plan import sealed_provenance
 from halfbyte.plan.calibration_use import CalibrationUse
@@ -116,7 +117,13 @@ class Plan:
         if self.dialect.package.standalone:
             return []
         source = self.checkpoint.dialect
-        replaced = {PROVENANCE, SMOOTHING_FILE, *self.extra_files, *(source.package.files if source else ())}
+        replaced = {
+            PROVENANCE,
+            SMOOTHING_FILE,
+            MODELOPT_FILE,
+            *self.extra_files,
+            *(source.package.files if source else ()),
+        }
         return [name for name in self.checkpoint.inventory.side_files if name not in replaced]
 
     @property

@@ -16,6 +16,8 @@ PACKED = frozenset(
     }
 )
 """Types of codes and their scales; unquantized weights have none of them."""
+WIDE = frozenset({"I64", "U64", "BOOL"})
+"""Types that indices and masks have too, so that only a matrix's name tells codes."""
 # integers that are indices, whatever their shape
 _INDICES = ("tid2eid", "position_ids", "relative_position_index", "relative_coords_table", "d2t", "token_type_ids")
 _UNKNOWN = ("other", "vision.other", "mtp.other")
@@ -43,9 +45,15 @@ _SIGNS = (
 def unread_codes(checkpoint: Checkpoint) -> Iterator[Weight]:
     """Give the tensors that hold codes of which nothing says how they are quantized."""
     for weight in checkpoint.weights:
-        if weight.dtype not in PACKED or weight.name in checkpoint.formats:
+        if weight.dtype not in PACKED | WIDE or weight.name in checkpoint.formats:
             continue
-        if weight.role.startswith("quantized.") or (weight.role in _UNKNOWN and not _is_index(weight)):
+        if weight.dtype in WIDE and not weight.name.endswith((".weight", *(sign for sign, _ in _SIGNS))):
+            continue
+        if (
+            weight.dtype in WIDE
+            or weight.role.startswith("quantized.")
+            or (weight.role in _UNKNOWN and not _is_index(weight))
+        ):
             yield weight
 
 
@@ -54,8 +62,8 @@ def unread_method(checkpoint: Checkpoint) -> str:
     settings = quantization_fields(checkpoint.inventory)
     if checkpoint.dialect is not None or not settings:
         return ""
-    if "quant_method" in settings:
-        return settings.text("quant_method")
+    if method := settings.text("quant_method"):
+        return method
     if any(key.startswith(("load_in_", "bnb_")) for key in settings.values):
         return "bitsandbytes"
     return f"a method without a name ({', '.join(sorted(map(str, settings.values))[:4])})"

@@ -11,6 +11,7 @@ from halfbyte.checkpoint.journal import NAME
 from halfbyte.checkpoint.lock import FOLDER
 from halfbyte.checkpoint.stream_hash import hash_path
 from halfbyte.dialects import unquantized_config
+from halfbyte.dialects.modelopt_config import FILE as MODELOPT_FILE
 from halfbyte.errors import HalfbyteError, VerifyError
 from halfbyte.plan.conversion_plan import INDEX, PROVENANCE
 from halfbyte.recipes import Decision, parse_recipe, resolve
@@ -45,7 +46,12 @@ def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> li
     ours, source = output.inventory, checkpoint.inventory
     if output.dialect and output.dialect.package.standalone:
         return output.dialect.package.differences(source)
-    replaced = {PROVENANCE, SMOOTHING_FILE, *(checkpoint.dialect.package.files if checkpoint.dialect else ())}
+    replaced = {
+        PROVENANCE,
+        SMOOTHING_FILE,
+        MODELOPT_FILE,
+        *(checkpoint.dialect.package.files if checkpoint.dialect else ()),
+    }
     problems = []
     for name, size in source.side_files.items():
         if name in replaced or source.root is None or ours.root is None:
