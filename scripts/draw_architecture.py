@@ -29,6 +29,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {
         "verify": "files against source",
         "audit": "what is wrong with a file",
+        "patch": "differences of checkpoints",
         "evaluate": "measurements",
         "transformers": "a name to import",
     },

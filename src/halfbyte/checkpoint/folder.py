@@ -96,6 +96,19 @@ def find_index(names: Iterable[str]) -> str | None:
     return indexes[0] if len(indexes) == 1 else None
 
 
+def is_plain_path(name: str) -> bool:
+    """Whether a file that another file names stays inside its folder, on every system."""
+    pure = PurePosixPath(name)
+    return not (
+        name in ("", ".")
+        or name != str(pure)
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or set(name) & {"\\", ":", "\0"}
+        or is_too_long(name)
+    )
+
+
 def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """(tensor -> shard, metadata) of an index file, with shard names that stay inside the folder."""
     table = parse_object(read_small(path), path.name)
@@ -108,15 +121,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     files = set(weight_map.values())
     check_unicode([*weight_map, *files], path.name)
     for file in files:
-        pure = PurePosixPath(file)
-        if (
-            file in ("", ".")
-            or file != str(pure)
-            or pure.is_absolute()
-            or ".." in pure.parts
-            or set(file) & {"\\", ":", "\0"}
-            or is_too_long(file)
-        ):
+        if not is_plain_path(file):
             raise CheckpointError(
                 f"{path.name} names the file {file[:200]!r}, which is no plain path inside its folder"
             )

@@ -13,12 +13,14 @@ from typing import NoReturn, Protocol
 from halfbyte import __version__, plugins
 from halfbyte.cli import (
     allocate_command,
+    apply_command,
     audit_command,
     calibrate_command,
     card_command,
     chat_command,
     convert_command,
     demo_command,
+    diff_command,
     errors_command,
     evaluate_command,
     formats_command,
@@ -62,6 +64,8 @@ COMMANDS: dict[str, Command] = {
     "verify": verify_command,
     "audit": audit_command,
     "repair": repair_command,
+    "diff": diff_command,
+    "apply": apply_command,
     "chat": chat_command,
     "generate": generate_command,
     "serve": serve_command,

@@ -8,6 +8,7 @@ _EXTRAS = {
     "eval": ("lm_eval", "datasets"),
     "allocate": ("highspy",),
     "serve": ("starlette", "uvicorn", "httpx", "prometheus_client"),
+    "patch": ("zstandard",),
     "report": ("altair", "vl_convert", "jinja2"),
     "gpu": ("triton",),
 }
