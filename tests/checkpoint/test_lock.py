@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,31 @@ def test_the_lock_waits_for_no_file_that_was_removed(tmp_path: Path) -> None:
         assert time.monotonic() - begun < 5
     child.kill()
     child.communicate()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "999999999 here", "9" * 299, "\u00b2 host", "1 another-host", "\0\0\0", "a b c d"]
+)
+def test_a_lock_that_no_process_holds_is_taken_whatever_it_says(tmp_path: Path, content: str) -> None:
+    (tmp_path / ".halfbyte").mkdir()
+    (tmp_path / ".halfbyte" / "lock").write_text(content)
+    with OutputLock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "out" / ".halfbyte").mkdir(parents=True)
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out" / ".halfbyte" / "lock").symlink_to("../../precious")
+    with pytest.raises(OutputError, match="lock cannot be written"), OutputLock(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_in_place_of_the_lock_does_not_hang(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / ".halfbyte").mkdir()
+    make(tmp_path / ".halfbyte" / "lock")
+    with contextlib.suppress(OutputError), OutputLock(tmp_path):
+        pass

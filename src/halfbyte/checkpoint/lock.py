@@ -20,6 +20,8 @@ except ImportError:  # no such locks on this system: the process number alone ha
 
 FOLDER = ".halfbyte"
 LOCK = "lock"
+# a link could lead to any file, which would be emptied
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
@@ -57,7 +59,7 @@ class OutputLock:
     def _acquire(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
         except FileNotFoundError:  # the folder vanished meanwhile
             return False
         try:
