@@ -32,8 +32,10 @@ from triton.compiler import ASTSource
 
 from halfbyte.formats import get_format
 from halfbyte.gpu.dense_kernel import dense_kernel
+from halfbyte.gpu.device_encode import _LANES
 from halfbyte.gpu.device_experts import _STRIPS
 from halfbyte.gpu.device_linear import _STAGES, Bucket
+from halfbyte.gpu.encode_kernel import encode_kernel
 from halfbyte.gpu.expert_kernel import down_kernel, gate_up_kernel
 from halfbyte.gpu.ptx_text import scale_text, word_text
 from halfbyte.gpu.table_layout import Operand, describe_tables
@@ -74,6 +76,7 @@ _ARGUMENTS: dict[str, dict[str, str]] = {
 _KERNELS = {"dense": dense_kernel, "gate_up": gate_up_kernel, "down": down_kernel}
 _OWN: dict[str, dict[str, Any]] = {"dense": {"SPLITS": 8}, "gate_up": {"ACTIVATION": "silu"}, "down": {}}
 EXPERTS = ("gate_up", "down")
+SEARCHES = ("sweep", "four_over_six")
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,10 @@ def count(kernel: str, architecture: int, name: str, bucket: Bucket, operand: Op
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         code = _run("nvdisasm", "-c", path)
-        usage = _run("cuobjdump", "-res-usage", path)
+        registers, spills = usage_of(path, code)
     loop = longest_loop(code)
     products = sum("HMMA" in line for line in loop)
     weights = products * 8 // max(bucket.tokens // 8, 1)
-    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", code)) + sum(int(n) for n in re.findall(r"LOCAL:(\d+)", usage))
     return Count(kernel, architecture, name, bucket.tokens, len(loop), round(len(loop) / weights, 2), registers, spills)
 
 
@@ -135,6 +136,45 @@ def compile_kernel(kernel: str, architecture: int, name: str, bucket: Bucket, op
     options = {"num_warps": bucket.warps, "num_stages": _STAGES}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return bytes(compiled.asm["cubin"])
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the kernel of an encoding costs; ``contracted``: FMAs of FP32 in its PTX, which would round otherwise."""
+
+    architecture: int
+    search: str
+    registers: int
+    spills: int
+    contracted: int
+
+
+def encoding(architecture: int, search: str) -> Encoding:
+    """Compile the encoder of MixFP4 and look at its code."""
+    constants = {
+        "FIRST": "e2m1", "SECOND": "int_sign_magnitude", "FIRST_INDEX": 0, "SECOND_INDEX": 1, "FIRST_BASE": 6.0,
+        "SECOND_BASE": 7.0, "SINGLE": False, "METRIC": "sse", "WEIGHTED": False, "WEIGHT_PER_MATRIX": False,
+        "OVER": search == "four_over_six", "LANES": _LANES,
+    }  # fmt: skip
+    floats = dict.fromkeys(("importance", "inverses", "overs"), "*fp32")
+    signature = {"x": "*bf16", **floats, "offsets": "*i32", "codes": "*u8", "scales": "*u8"}
+    signature |= dict.fromkeys(("blocks", "per_matrix", "per_row", "counts_first", "counts_second"), "i32")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(7)}
+    source = ASTSource(encode_kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        registers, spills = usage_of(path, _run("nvdisasm", "-c", path))
+    return Encoding(architecture, search, registers, spills, compiled.asm["ptx"].count("fma.rn.f32"))
+
+
+def usage_of(path: Path, code: str) -> tuple[int, int]:
+    """Registers of a kernel, and its spills: instructions for local memory and bytes of it."""
+    usage = _run("cuobjdump", "-res-usage", path)
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code)) + sum(int(n) for n in re.findall(r"LOCAL:(\d+)", usage))
+    return max(int(n) for n in re.findall(r"REG:(\d+)", usage)), spills
 
 
 def longest_loop(code: str) -> list[str]:
@@ -217,6 +257,7 @@ def main() -> None:
     measured = list(counts(arguments.architectures, arguments.formats, arguments.tokens))
     if arguments.json:
         document = {"triton": triton.__version__, "counts": [asdict(c) for c in measured]}
+        document["encodings"] = [asdict(encoding(a, s)) for a in arguments.architectures for s in SEARCHES]
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     if arguments.write:
         write_page(measured)
