@@ -17,14 +17,20 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 
 
 @pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str, int], Any]:
-    """Counts by kernel, architecture, format and tokens; compiled in a process of its own, without the interpreter."""
+def document(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the script counts, compiled in a process of its own, without the interpreter."""
     folder = tmp_path_factory.mktemp("code")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
     arguments = ["--json", folder / "counts.json", "--formats", "nvfp4", "mixfp4", "--tokens", "8", "16"]
     done = subprocess.run([sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    listed = json.loads((folder / "counts.json").read_text())["counts"]
+    return json.loads((folder / "counts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def counts(document: Any) -> dict[tuple[str, int, str, int], Any]:
+    """Counts by kernel, architecture, format and tokens."""
+    listed = document["counts"]
     return {(c["kernel"], c["architecture"], c["format"], c["tokens"]): c for c in listed}
 
 
@@ -44,6 +50,14 @@ def test_the_choice_of_a_codebook_costs_less_than_a_third_of_an_instruction(coun
 def test_nothing_is_spilled_and_128_registers_suffice(counts: Any, architecture: int) -> None:
     costs = {(f["spills"], f["registers"] <= 128) for key, f in counts.items() if key[1] == architecture}
     assert costs == {(0, True)}
+
+
+def test_encoders_round_every_product_and_spill_nothing(document: Any) -> None:
+    found = document["encodings"]
+    assert {(e["architecture"], e["search"]) for e in found} == {
+        (a, s) for a in ARCHITECTURES for s in ("sweep", "four_over_six")
+    }
+    assert all(e["contracted"] == 0 and e["spills"] == 0 and e["registers"] <= 128 for e in found)
 
 
 def test_the_page_states_these_counts(counts: Any) -> None:

@@ -49,8 +49,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:
-    """How a plan is carried out: --threads, --memory, --dry-run, --verify."""
+    """How a plan is carried out: --threads, --memory, --device, --dry-run, --verify."""
     options.add_resources(parser)
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where scale searches run that have a kernel there; the bytes are the same (default: cpu)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument("--verify", action="store_true", help="compare the result with the source afterwards")
     parser.set_defaults(resume="; finished files stay in {out}: run the same command again to continue")
@@ -80,6 +86,7 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing", re
     from halfbyte.convert.conversion import source_bytes
     from halfbyte.plan.keeping import kept_by
 
+    check_device(args.device)
     if args.dry_run:
         if args.json:
             print_json({**plan_command.document(made, args), "dry_run": True})
@@ -155,7 +162,7 @@ def _converted(made: Plan, args: argparse.Namespace, verb: str, remake: Remake |
 
     def run(plan: Plan) -> Conversion:
         with progress(verb, source_bytes(plan), args.json) as report:
-            return convert(plan, args.out, args.threads, report, args.memory, warn, keep_going)
+            return convert(plan, args.out, args.threads, report, args.memory, warn, keep_going, device=args.device)
 
     if remake is not None and keep_going:
         return convert_keeping(made, Path(args.out).expanduser(), remake, run, warn)
@@ -165,6 +172,19 @@ def _converted(made: Plan, args: argparse.Namespace, verb: str, remake: Remake |
         if remake is None or not error.weights:
             raise
         raise UnconvertibleError(f"{error}; --keep-going leaves such weights unquantized", error.weights) from error
+
+
+def check_device(device: str) -> None:
+    """Raise HalfbyteError where ``--device`` names a device that is not here."""
+    if device == "cpu":
+        return
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.gpu.device_products import available, cuda_is_here
+
+    if not available():
+        raise HalfbyteError("--device cuda needs Triton: pip install 'halfbyte[gpu]'; or leave --device out")
+    if not cuda_is_here():
+        raise HalfbyteError("--device cuda needs a CUDA device and a torch that was built for it; leave --device out")
 
 
 def usage_of(out: str) -> list[tuple[str, str]]:

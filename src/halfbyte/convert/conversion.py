@@ -95,6 +95,7 @@ def convert(
     announce: Announce | None = None,
     collect_refused: bool = False,
     given: GivenTensors | None = None,
+    device: str = "cpu",
 ) -> Conversion:
     """Write the plan's output to the folder ``out``, or continue there after an interruption.
 
@@ -107,6 +108,7 @@ def convert(
     hold within the bound of ``verify``: a rerun would meet them again, so nothing stays. With ``collect_refused`` it
     is raised at the end and names all of these weights, else at the first one. ``given``: tensors that are written
     instead of what the source has; the plan's origin must name them, since they decide the bytes.
+    ``device``: "cuda" encodes on a GPU what has a kernel there; it decides no byte either.
     """
     began = time.monotonic()
     root = plan.checkpoint.inventory.root
@@ -119,7 +121,7 @@ def convert(
     source = source_identity(plan, root)
     if already_complete(plan, out, root, source):
         return Conversion(out, [], time.monotonic() - began, len(plan.shards), already_complete=True)
-    limits, refusals = Limits(threads or cores(), memory or MEMORY), Refusals(collect_refused)
+    limits, refusals = Limits(threads or cores(), memory or MEMORY, device), Refusals(collect_refused)
     try:
         with OutputLock(out):
             journal = continue_or_begin(plan, out, root, source, announce or (lambda _: None))

@@ -105,6 +105,7 @@ def encode_slice(
     stats: Sequence[ErrorStats],
     known: Activations | None = None,
     fitted: Floats | None = None,
+    device: str = "cpu",
 ) -> QuantizedTensor:
     """Codes and scales of a slice; ``amax`` of the tensors that share its scale, or of each expert.
 
@@ -112,7 +113,7 @@ def encode_slice(
     where the format has no scales for its values.
     ``known``: what is known of the inputs that meet the slice; ``fitted``: the global scale that was found for
     matrices that share it, while each expert's is found here. For a format in rotated space all of it is that of
-    the rotated weight.
+    the rotated weight. ``device``: where searches run that have a kernel there.
     """
     assert item.format is not None
     fmt = item.format.plain
@@ -125,7 +126,7 @@ def encode_slice(
         scales = _scales(plan, item, array, amax, weights, fitted)
         if len(array.shape) < 3:
             rounding = _Rounding(prepared[0] if prepared else None, outputs[0] if outputs else None, refine)
-            tensor = _encode(fmt, item.search, array, weights, rounding, scales, stats[0])
+            tensor = _encode(fmt, item.search, array, weights, rounding, scales, stats[0], device)
             return item.format.from_plain(tensor, rotation)
         each = [
             _encode(
@@ -136,6 +137,7 @@ def encode_slice(
                 _Rounding(prepared[i] if prepared else None, outputs[i] if outputs else None, refine),
                 {name: value if np.ndim(value) == 0 else value[i : i + 1] for name, value in scales.items()},
                 expert_stats,
+                device,
             )
             for i, expert_stats in enumerate(stats)
         ]
@@ -197,7 +199,13 @@ def _encode(
     rounding: _Rounding,
     scales: dict[str, Any],
     stats: ErrorStats,
+    device: str,
 ) -> QuantizedTensor:
+    if rounding.prepared is None and device != "cpu":
+        from halfbyte.gpu.device_encode import encode_on_device, encodes
+
+        if encodes(fmt, get_search(search, fmt)):
+            return encode_on_device(array, fmt, search, device=device, importance=weights, stats=stats, **scales)
     if rounding.prepared is None:
         return encode(array, fmt, search, weights, stats=stats, **scales)
     how = GptqOptions(output=rounding.output, refine=rounding.refine, stats=stats)

@@ -255,7 +255,8 @@ class WorkUnit:
         assert shared is not None
         stats = [ErrorStats() for _ in range(stop - first if array.ndim > 2 else 1)]
         known = known_of(self._common, item, first, stop)
-        tensor = encode_slice(self.plan, item, array, shared, stats, known, self._fitted)
+        device = self._common.limits.device
+        tensor = encode_slice(self.plan, item, array, shared, stats, known, self._fitted, device)
         if array.ndim > 2:
             for expert, one in enumerate(stats, first):
                 error.count_expert(expert, one)

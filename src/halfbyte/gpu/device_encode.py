@@ -48,6 +48,7 @@ def encode_on_device(
     weight: ArrayLike,
     format: str | Format,
     search: str | Search = "sweep",
+    importance: ArrayLike | None = None,
     *,
     device: torch.device | str = "cuda",
     options: EncodeOptions | None = None,
@@ -64,6 +65,8 @@ def encode_on_device(
         raise FormatError(f"{fmt.name} by {chosen.name} is not encoded on devices; encode it on the CPU")
     assert isinstance(fmt, BlockFormat)
     given = replace(options or EncodeOptions(), **keywords)
+    if importance is not None:
+        given = replace(given, importance=importance)
     array = as_weight(weight, fmt)
     check_finite(array)
     out = empty(fmt, array.shape)

@@ -24,6 +24,11 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def cuda_is_here() -> bool:
+    """Whether torch sees a CUDA device."""
+    return torch.cuda.is_available()
+
+
 def has_product(fmt: Format, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether weights of a format are multiplied on GPUs with activations of a type."""
     if not available():

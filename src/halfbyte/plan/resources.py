@@ -39,10 +39,14 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """``threads`` that a conversion may have, and the bytes of ``memory`` that the slices in work may take."""
+    """``threads`` that a conversion may have, and the bytes of ``memory`` that the slices in work may take.
+
+    ``device``: where searches run that have a kernel there ("cpu" or "cuda").
+    """
 
     threads: int = field(default_factory=cores)
     memory: int = MEMORY
+    device: str = "cpu"
 
     @property
     def slice_bytes(self) -> int:
