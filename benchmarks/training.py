@@ -76,16 +76,37 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
     parser.add_argument("--work", type=Path, default=Path("training-benchmark"))
     args = parser.parse_args()
+    if args.table:
+        print(table())
+        return
     torch.set_num_threads(1)
     args.work.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     for name in args.rows:
         for draw in range(args.draws):
+            if f"{name}/{draw}" in results["rows"]:
+                continue
             results["rows"][f"{name}/{draw}"] = measure(ROWS[name], draw, args)
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
             print(name, draw, json.dumps(results["rows"][f"{name}/{draw}"]["kl"]), flush=True)
+
+
+def table() -> str:
+    """The results as docs/training.md shows them: KL x 1000 before -> after, and the interval of the change."""
+    lines = ["| start, method | tokens | CPU s | " + " | ".join(TEXTS) + " |", "|---|---|---|" + "---|" * len(TEXTS)]
+    for key, found in sorted(json.loads(RESULTS.read_text())["rows"].items()):
+        row, draw = Row(**found["row"]), key.rpartition("/")[2]
+        what = f"{row.model}, {row.recipe}, {row.method} {row.steps}" + (", W4A4" if row.activations else "")
+        cells = [
+            f"{before * 1e3:.3f} → {after * 1e3:.3f} ({low:+.1%} to {high:+.1%})"
+            for before, after, low, high in (found["kl"][name] for name in TEXTS)
+        ]
+        tokens, seconds = found["tokens"], found["cpu_seconds"]
+        lines.append(f"| {what}, draw {draw} | {tokens:,} | {seconds:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def measure(row: Row, draw: int, args: argparse.Namespace) -> dict[str, Any]:
