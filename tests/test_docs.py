@@ -19,6 +19,7 @@ from halfbyte.compatibility.engine_facts import Engine
 from halfbyte.models.family_schema import parse
 from halfbyte.plan.build import make_plan
 from halfbyte.recipes import parse_recipe
+from halfbyte.serve.routing_rules import parse_rules
 from halfbyte.source.checkpoint import Checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -71,6 +72,8 @@ def test_yaml_of_the_pages_is_valid(text: str) -> None:
         assert [Engine.model_validate(entry).name for entry in content]
     elif "model_types" in content:
         assert parse(text, "page").extended(parse("name: base", "base")).name == content["name"]
+    elif "rules" in content and "default" in content:
+        assert parse_rules(text, "page").rules
     elif "rules" in content:
         assert make_plan(Checkpoint.open(DEMO), parse_recipe(text, "page", "page")).bits_per_weight < 16
     else:  # a key beside the rules

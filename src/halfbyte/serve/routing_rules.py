@@ -168,21 +168,6 @@ class RoutingRule(_Strict):
         return bool(self.patterns) and self.compiled.match(text)
 
 
-class Classifier(_Strict):
-    """A model behind an OpenAI endpoint, asked about requests that no rule matches; `timeout` in seconds.
-
-    `judge` answers with the name of a rule; `embeddings` compares a request with the rules' descriptions.
-    """
-
-    url: str = Field(pattern=r"^https?://[^\s]+$")
-    model: str
-    kind: Literal["judge", "embeddings"] = "judge"
-    timeout: float = Field(default=2.0, gt=0, le=60)
-    cache_seconds: float = Field(default=300.0, ge=0)
-    api_key_file: str | None = None
-    least_similarity: float = Field(default=0.3, ge=-1, le=1)
-
-
 class RoutingRules(_Strict):
     """Rules in order; `default` and every rule's `precision` are a model's name (`nvfp4`) or a class (`4bit`)."""
 
@@ -192,7 +177,6 @@ class RoutingRules(_Strict):
     default: Name
     embeddings: Name | None = None
     rules: tuple[RoutingRule, ...]
-    classifier: Classifier | None = None
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -205,8 +189,6 @@ class RoutingRules(_Strict):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two rules have the name {name!r}")
-        if self.classifier and not any(rule.description for rule in self.rules):
-            raise ValueError("a classifier reads the rules' descriptions, and none is given")
         return self
 
 
@@ -279,8 +261,6 @@ def _first_problem(error: ValidationError, where: str) -> str:
     known = list(RoutingRules.model_fields)
     if len(location) > 1 and location[0] == "rules" and isinstance(location[1], int):
         where, location, known = f"{where}, rule {location[1] + 1}", location[2:], list(RoutingRule.model_fields)
-    elif location and location[0] == "classifier" and len(location) > 1:
-        where, location, known = f"{where}, classifier", location[1:], list(Classifier.model_fields)
     key = str(location[0]) if location else ""
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}{nearest(key, known)}"
