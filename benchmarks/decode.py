@@ -43,7 +43,7 @@ MOE = DENSE | {
 }
 KINDS = {"dense": ("Qwen3", DENSE), "moe": ("Qwen3Moe", MOE)}
 QUANTIZED = {
-    "dense": {"mixfp4": None, "mxfp4": None, "mixfp4-head8": "affine8_g32", "mixfp4-head4": "mixfp4"},
+    "dense": {"mixfp4": None, "mxfp4": None, "mixfp4-head8": "q8_0", "mixfp4-head4": "mixfp4"},
     "moe": {"mixfp4": None},
 }
 RUNS = [

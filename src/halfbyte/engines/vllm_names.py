@@ -14,6 +14,8 @@ from halfbyte.source.checkpoint import Checkpoint
 _READ_BY_ATTENTION = (".kv_b_proj",)
 # cut for tensor parallelism by rules of their own
 _CUT_BY_MODEL = (".mixer.in_proj",)
+DENSE_MODE = "auto"
+"""The mode of products in models without experts."""
 
 
 def open_checkpoint(model: str, revision: str | None, cache: str | None) -> Checkpoint:
@@ -37,7 +39,7 @@ class QuantizedModules:
         self.checkpoint = checkpoint
         self._named: dict[str, Weight] = {}
         quantized = [weight for weight in checkpoint.weights if weight.name in checkpoint.formats]
-        self.mode = "exact" if any(len(weight.shape) == 3 for weight in checkpoint.weights) else "auto"
+        self.mode = "exact" if any(len(weight.shape) == 3 for weight in checkpoint.weights) else DENSE_MODE
         if is_drafter(checkpoint, config) or not keeps_packed(checkpoint.inventory.config.get("architectures")):
             return
         self._named = {weight.name: weight for weight in quantized if weight.role.split(".")[0] != "mtp"}

@@ -99,7 +99,7 @@ class PackedQuantizer(HalfbyteQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         given = _PACKING.get()
-        self.packing = _packing_of_files(checkpoint_files) if given is _NOTHING else given
+        self.packing = packing_of_files(checkpoint_files) if given is _NOTHING else given
         return super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
 
     def _stored(self, checkpoint_files: list[str] | None) -> dict[str, torch.Tensor]:
@@ -163,7 +163,8 @@ class PackedQuantizer(HalfbyteQuantizer):
         )
 
 
-def _packing_of_files(files: list[str] | None) -> Packing | None:
+def packing_of_files(files: list[str] | None) -> Packing | None:
+    """What is packed of the checkpoint that these files are of; None for no files, ValueError for unreadable ones."""
     if not files or not Path(files[0]).is_file():
         return None
     try:
