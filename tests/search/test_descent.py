@@ -41,10 +41,10 @@ def test_no_move_that_was_made_can_be_taken_back_with_gain(mode) -> None:
 
 @pytest.mark.parametrize("metric", [False, True])
 @pytest.mark.parametrize("mode", ["in_loop", "static"])
-@pytest.mark.parametrize("name", ["mixfp4", "razer", "mxfp4", "int4_g32", "affine4_g64", "int4_asym_g32"])
+@pytest.mark.parametrize("name", ["mixfp4", "mxfp4", "affine4_g64", "int4_asym_g32"])
 def test_every_backend_moves_the_same_codes(name: str, mode, metric: bool) -> None:
-    w, h, g = weight(21, 128), hessian(128), outputs(21)
-    w[3, 32:64] = 0
+    w, h, g = weight(18, 64), hessian(64), outputs(18)
+    w[3, 32:] = 0
     found = []
     for backend in backends():
         with use_backend(backend):

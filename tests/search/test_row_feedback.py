@@ -38,8 +38,8 @@ def test_row_feedback_lowers_the_weighted_error_of_every_format(name: str) -> No
 @pytest.mark.parametrize("mode", ["in_loop", "local_hessian", "static"])
 @pytest.mark.parametrize("name", ["mixfp4", "mxfp4", "int4_asym_g32"])
 def test_every_backend_gives_the_same_bits(name: str, mode) -> None:
-    w, h, g = weight(18, 128), hessian(128), outputs(18)
-    w[3, 32:64] = 0
+    w, h, g = weight(18, 64), hessian(64), outputs(18)
+    w[3, 32:] = 0
     found = []
     for backend in backends():
         with use_backend(backend):

@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from halfbyte.calibrate.caches import arrays_of, watch_caches
-from halfbyte.calibrate.collect import BATCH_TOKENS, CollectOptions, Progress, begin, describe_run
+from halfbyte.calibrate.collect import (
+    BATCH_TOKENS,
+    CollectOptions,
+    Progress,
+    begin,
+    collect_statistics,
+    describe_run,
+)
 from halfbyte.calibrate.layer_steps import Group, Step, find_steps
 from halfbyte.calibrate.layerwise import LayerwiseModel, as_numpy, enter, run_layer
 from halfbyte.calibrate.samples import Samples, make_samples
@@ -41,6 +48,7 @@ from halfbyte.recipes import Recipe
 from halfbyte.runtime.loading import load_tokenizer
 
 _WORK = "work"
+_GRADIENTS = "gradients"
 
 
 def round_layers(
@@ -67,15 +75,36 @@ def round_layers(
     with Reader(checkpoint.inventory) as reader, torch.inference_mode():
         device = torch.device(options.device)
         blocks = [LayerwiseModel(checkpoint, reader, options.torch_dtype, device) for _ in range(2)]
-        description = describe_run(checkpoint, samples, len(blocks[0].layers), replace(options, hessians=False))
+        description = describe_run(
+            checkpoint, samples, len(blocks[0].layers), replace(options, hessians=False, output_hessians=False)
+        )
         description["rounded"] = rounded_by(plan, recipe)
         begin(out, description, announce)
         if description.get("complete"):
-            shutil.rmtree(out / _WORK, ignore_errors=True)  # of a run that was killed after its last layer
+            for folder in (_WORK, _GRADIENTS):  # of a run that was killed after its last layer
+                shutil.rmtree(out / folder, ignore_errors=True)
         else:
-            rounder = StepRounder(plan, _items(plan, recipe), blocks[0].uses, reader, device)
+            gradients = None
+            if recipe.needs_output_hessians:
+                gradients = _gradients(root, out / _GRADIENTS, texts, options, announce)
+            rounder = StepRounder(plan, _items(plan, recipe), blocks[0].uses, reader, device, gradients)
             _Run(blocks[0], blocks[1], rounder, samples, out, description, progress or (lambda done, total: None)).go()
     return Statistics(out)
+
+
+def _gradients(
+    root: Path,
+    out: Path,
+    texts: Sequence[str | Path],
+    options: CollectOptions,
+    announce: Callable[[str], None] | None,
+) -> Statistics:
+    """Sums over the gradients at the outputs of the source model, from a pass of its own over the same text."""
+    # what is differentiated must not come from the inference mode that this runs in
+    with torch.inference_mode(False):
+        return collect_statistics(
+            root, out, texts, replace(options, hessians=False, output_hessians=True), None, announce
+        )
 
 
 def _items(plan: Plan, recipe: Recipe) -> dict[str, Item]:
@@ -143,7 +172,8 @@ class _Run:
         self._finish(total - 1, self._head())
         self.description["complete"] = True
         write_description(self.out, self.description)
-        shutil.rmtree(self.work)
+        for folder in (_WORK, _GRADIENTS):
+            shutil.rmtree(self.out / folder, ignore_errors=True)
         self.progress(total, total)
 
     def _finish(self, number: int, part: Part) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from halfbyte.calibrate.layer_steps import Group, Step
 from halfbyte.calibrate.refit import InputSums, chunks, objective
 from halfbyte.calibrate.two_streams import Shelf, tokens_of
+from halfbyte.calibration.statistics import Statistics
 from halfbyte.calibration.token_counts import MIN_TOKENS
 from halfbyte.checkpoint import Reader
 from halfbyte.convert.encode_target import InputHessian, Target, encode_targets
@@ -52,10 +53,22 @@ class _Inputs:
 
 
 class StepRounder:
-    """Rounds the weights of steps; ``items`` by name have the methods that the recipe wants."""
+    """Rounds the weights of steps; ``items`` by name have the methods that the recipe wants.
 
-    def __init__(self, plan: Plan, items: Mapping[str, Item], uses: Uses, reader: Reader, device: torch.device) -> None:
+    ``gradients`` holds sums over the gradients at their outputs, where the recipe asks for them.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        items: Mapping[str, Item],
+        uses: Uses,
+        reader: Reader,
+        device: torch.device,
+        gradients: Statistics | None = None,
+    ) -> None:
         self.plan, self.items, self.uses, self.reader, self.device = plan, items, uses, reader, device
+        self.gradients = gradients
 
     def round(self, step: Step, shelf: Shelf) -> dict[str, Rounded]:
         """Round all weights of a step whose rows are in the shelf; by name."""
@@ -117,7 +130,7 @@ class StepRounder:
             values = self._values(item)
             if item.method is not None and correction is not None:
                 values = _refitted(values, _times(values, correction))
-            made.append((Target(item, values, hessian if item.method else None), sums))
+            made.append((Target(item, values, hessian if item.method else None, self._output(item)), sums))
         return made
 
     def _encode_together(self, targets: Sequence[tuple[Target, InputSums]]) -> dict[str, Rounded]:
@@ -160,7 +173,7 @@ class StepRounder:
             hessian = self._hessian(sums, item)
             correction = sums.correction(expert=True)
             values = values if correction is None else _refitted(values, _times(values, correction))
-        target = Target(item, values, hessian)
+        target = Target(item, values, hessian, self._output(item, expert))
         tensor = encode_targets(self.plan, [target])[0]
         return tensor, self._judged(target, tensor), sums
 
@@ -182,7 +195,7 @@ class StepRounder:
                 hessian = self._hessian(sums, item)
                 correction = sums.correction(expert=expert is not None)
                 values = original if correction is None else _refitted(original, correction)
-            target = Target(item, values, hessian)
+            target = Target(item, values, hessian, self._output(item, expert))
             tensor = encode_targets(self.plan, [target])[0]
             results[expert or 0] = tensor, self._judged(target, tensor), sums
             self._take_out(inputs, shelf, _matrix(tensor) - original)
@@ -230,6 +243,10 @@ class StepRounder:
 
     def _hessian(self, sums: InputSums, item: Item) -> InputHessian | None:
         return InputHessian(sums.mean()) if sums.count >= MIN_TOKENS else None
+
+    def _output(self, item: Item, expert: int | None = None) -> Floats | None:
+        wanted = item.method is not None and item.method.output is not None and self.gradients is not None
+        return self.gradients.output_hessian(item.weight.name, expert) if wanted and self.gradients else None
 
     def _values(self, item: Item, expert: int | None = None) -> Floats:
         """The weight as the source has it, FP32 [N, K]."""

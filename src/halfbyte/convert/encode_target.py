@@ -18,6 +18,7 @@ from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.shards import Item
 from halfbyte.search.gptq import Prepared, prepare
 from halfbyte.search.local_hessian import prepare_local
+from halfbyte.search.output_metric import prepare_output
 from halfbyte.search.rotated_space import hessian_in_block_space
 
 
@@ -38,8 +39,9 @@ class InputHessian:
             if method.name == "local_hessian":
                 self._prepared[key] = prepare_local(hessian, plain, damping=method.damping)
             else:
+                refine = method.refine is not None
                 self._prepared[key] = prepare(
-                    hessian, plain, mode=method.mode, order=method.order, damping=method.damping
+                    hessian, plain, mode=method.mode, order=method.order, damping=method.damping, refine=refine
                 )
         return self._prepared[key]
 
@@ -48,12 +50,14 @@ class InputHessian:
 class Target:
     """What the codes of a weight are to come close to: FP32 [N, K] of a matrix or of one expert of a stack.
 
-    ``hessian`` is that of its inputs; None: rounded by the search alone.
+    ``hessian`` is that of its inputs; None: rounded by the search alone. ``output`` FP32 [N, N] is the sum of gᵀg over
+    the gradients at its outputs, which weighs its rows; None: all weigh the same.
     """
 
     item: Item
     values: Floats
     hessian: InputHessian | None
+    output: Floats | None = None
 
 
 def encode_targets(plan: Plan, targets: Sequence[Target]) -> list[QuantizedTensor]:
@@ -83,14 +87,17 @@ def encode_targets(plan: Plan, targets: Sequence[Target]) -> list[QuantizedTenso
     shared = np.max(largests) if len(targets) > 1 else largests[0]
     encoded = []
     for target, array, rotation in zip(targets, arrays, steps, strict=True):
-        prepared = None
-        if target.hessian is not None and target.item.method is not None:
+        prepared, outputs = None, None
+        method = target.item.method
+        if target.hessian is not None and method is not None:
             try:
                 prepared = [target.hessian.prepared(target.item)]
+                if target.output is not None:
+                    outputs = [prepare_output(target.output, refine=method.refine is not None)]
             except FormatError as error:
                 name = target.item.weight.name
                 raise UnconvertibleError(f"{name}: {error}", {name: str(error)}) from error
         amax = np.asarray(shared, np.float32)
-        known = Activations(None, prepared, rotation)
+        known = Activations(None, prepared, rotation, outputs)
         encoded.append(encode_slice(plan, target.item, array, amax, [ErrorStats()], known))
     return encoded

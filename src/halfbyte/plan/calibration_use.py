@@ -283,7 +283,7 @@ def _weighed_by_outputs(recipe: Recipe, hessians: _Hessians, calibration: Calibr
     """Weights whose rows are to be weighed, by whether there are gradients; RecipeError where there are none at all."""
     result: dict[bool, list[str]] = {True: [], False: []}
     for name, method in hessians.methods.items():
-        if method.output:
+        if method.output and not is_rounded(calibration.statistics, name):
             result[calibration.output_hessian(name) is not None].append(name)
     if result[False] and not result[True] and recipe.calibration == "required":
         raise RecipeError(
