@@ -20,7 +20,7 @@ PICTURE = REPOSITORY / "docs" / "images" / "architecture.svg"
 FLOORS: tuple[dict[str, str], ...] = (
     {"errors": "one sentence each", "renamed": "old arguments"},
     {"formats": "what a number is", "checkpoint": "files and headers", "plugins": "what others add"},
-    {"kernels": "compiled code", "models": "roles and families"},
+    {"kernels": "compiled code", "models": "roles and families", "stores": "hub and buckets"},
     {"search": "numbers to codes", "dialects": "engines' layouts", "compatibility": "facts about engines"},
     {"recipes": "rules", "source": "a checkpoint as weights", "gpu": "Triton kernels"},
     {"calibration": "files of statistics", "runtime": "torch modules"},

@@ -25,11 +25,13 @@ from halfbyte.renamed import accepts_old_names
 from halfbyte.search import encode
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.overview import Overview, overview
+from halfbyte.stores.open_source import open_inventory
 from halfbyte.verify.weights import MAX_RELMSE, Verification
 from halfbyte.verify.weights import verify as verify_output
 
 Source = str | Path | Inventory | Checkpoint
-"""A local folder, a ``.safetensors`` file, a hub id ``owner/name``, or one of these already opened."""
+"""A local folder, a ``.safetensors`` file, ``owner/name`` or ``hf://owner/name@revision`` of the hub, which is read by
+ranges, or one of these already opened."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ def _plan(source: Source, recipe: str | Path | Recipe, options: PlanOptions) -> 
 def _open(source: Source, revision: str | None) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
-    return Checkpoint(source if isinstance(source, Inventory) else Inventory.open(source, revision))
+    return Checkpoint(source if isinstance(source, Inventory) else open_inventory(source, revision))
 
 
 __all__ = ["convert", "encode", "evaluate", "generate", "inspect", "load", "plan", "quantize", "verify"]

@@ -9,22 +9,23 @@ from typing import Any
 import pytest
 
 from halfbyte.checkpoint.config import check_config, parts_of, read_config, text_parts
+from halfbyte.checkpoint.store import LocalStore
 from halfbyte.errors import CheckpointError
 
 
 def test_a_folder_without_a_configuration_has_an_empty_one(tmp_path: Path) -> None:
-    assert read_config(tmp_path) == {}
+    assert read_config(LocalStore(tmp_path)) == {}
 
 
 def test_a_dangling_link_is_not_taken_for_no_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").symlink_to("none")
     with pytest.raises(CheckpointError):
-        read_config(tmp_path)
+        read_config(LocalStore(tmp_path))
 
 
 def test_infinity_is_read_as_models_write_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
-    assert read_config(tmp_path) == {"time_step_limit": [0.0, float("inf")]}
+    assert read_config(LocalStore(tmp_path)) == {"time_step_limit": [0.0, float("inf")]}
 
 
 @pytest.mark.parametrize(

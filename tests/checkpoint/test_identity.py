@@ -9,6 +9,7 @@ import pytest
 
 from halfbyte.checkpoint import identity
 from halfbyte.checkpoint.identity import SourceIdentity, identities
+from halfbyte.checkpoint.store import LocalStore
 from halfbyte.errors import CheckpointError
 
 
@@ -23,12 +24,12 @@ def file(tmp_path: Path) -> Path:
 def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files count as large from 1 KiB on, and no sample sees all of one."""
     monkeypatch.setattr(identity, "WHOLE_BYTES", 1024)
-    monkeypatch.setattr(identity, "_PLACE_BYTES", 16)
+    monkeypatch.setattr(identity, "PLACE_BYTES", 16)
     monkeypatch.setattr(identity, "_PLACES", 3)
 
 
 def of(path: Path) -> SourceIdentity:
-    return SourceIdentity(path.parent, identities(path.parent, [path.name]))
+    return SourceIdentity(LocalStore(path.parent), identities(path.parent, [path.name]))
 
 
 def rewritten(path: Path) -> None:

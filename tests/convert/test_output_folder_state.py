@@ -35,13 +35,13 @@ def complete(plan: Plan, tmp_path: Path) -> Path:
 
 
 def is_complete(plan: Plan, out: Path, source: Path) -> bool:
-    return already_complete(plan, out, source, source_identity(plan, source))
+    return already_complete(plan, out, source_identity(plan))
 
 
 def begin(plan: Plan, out: Path, source: Path) -> tuple[set[str], list[str]]:
     """Files that are finished, and what was announced."""
     told: list[str] = []
-    journal = continue_or_begin(plan, out, source, source_identity(plan, source), told.append)
+    journal = continue_or_begin(plan, out, source_identity(plan), told.append)
     return set(journal.done), told
 
 
@@ -105,10 +105,10 @@ def test_a_halfbyte_json_that_cannot_be_read_is_no_output_of_ours(
 
 
 def test_a_source_that_changed_after_the_plan_is_refused(plan: Plan, source: Path) -> None:
-    assert isinstance(source_identity(plan, source), SourceIdentity)
+    assert isinstance(source_identity(plan), SourceIdentity)
     os.truncate(source / "model.safetensors", 100)
     with pytest.raises(CheckpointError, match=r"model\.safetensors changed after the plan was made"):
-        source_identity(plan, source)
+        source_identity(plan)
 
 
 def test_a_beginning_is_continued_with_what_is_whole(plan: Plan, source: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_beginning_is_continued_with_what_is_whole(plan: Plan, source: Path, t
     names = [shard.name for shard in plan.shards]
     whole = convert(plan, tmp_path / "whole").out
     told: list[str] = []
-    journal = continue_or_begin(plan, tmp_path / "out", source, source_identity(plan, source), told.append)
+    journal = continue_or_begin(plan, tmp_path / "out", source_identity(plan), told.append)
     for name, entry in json.loads((whole / "halfbyte.json").read_text())["files"].items():
         if name in names[:2]:
             (tmp_path / "out" / name).write_bytes((whole / name).read_bytes())

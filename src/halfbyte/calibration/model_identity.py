@@ -25,15 +25,15 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, str]:
     names = sorted(inventory.tensors)
     shapes = [(name, inventory.tensors[name].dtype, inventory.tensors[name].shape) for name in names]
     identity = {"config": _hash(config), "tensors": _hash(shapes)}
-    if inventory.root is not None:
+    if inventory.root is not None or inventory.remote is not None:
         content = hashlib.sha256()
         step = max(1, len(names) // TENSORS)
         for name in names[::step]:
             info = inventory.tensors[name]
-            with (inventory.root / info.file).open("rb") as file:
-                # the middle: what is at the beginning is often padding or a scale that many models share
-                file.seek(info.offset + max(0, info.nbytes - BYTES) // 2)
-                content.update(file.read(min(BYTES, info.nbytes)))
+            part = memoryview(bytearray(min(BYTES, info.nbytes)))
+            # the middle: what is at the beginning is often padding or a scale that many models share
+            middle = info.offset + max(0, info.nbytes - BYTES) // 2
+            content.update(part[: inventory.store.read_into(info.file, part, middle)])
         identity["content"] = content.hexdigest()
     return identity
 

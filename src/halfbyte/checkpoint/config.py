@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.files import check_link, parse_object, read_small
+from halfbyte.checkpoint.files import parse_object
 from halfbyte.checkpoint.foreign import Fields, check_plain
+from halfbyte.checkpoint.store import Store
 
 CONFIG = "config.json"
 #: Where config.json says how a checkpoint is quantized: the usual key, an older one, MLX's, those of other tools.
@@ -25,15 +25,15 @@ _COUNTS = (
 )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's config.json, {} where there is none; CheckpointError where a value is of a wrong type."""
-    path = folder / CONFIG
-    if not path.exists() and not path.is_symlink():
+def read_config(store: Store) -> dict[str, Any]:
+    """Read a store's config.json, {} where there is none; CheckpointError where a value is of a wrong type."""
+    if not store.exists(CONFIG):
         return {}
-    check_link(folder, path)
+    store.check(CONFIG)
+    where = f"{store.place}/{CONFIG}"
     # not strict: configs of real models contain Infinity
-    config = parse_object(read_small(path), str(path), strict=False)
-    check_config(config, str(path))
+    config = parse_object(store.read_small(CONFIG), where, strict=False)
+    check_config(config, where)
     return config
 
 

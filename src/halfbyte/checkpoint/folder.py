@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from halfbyte.checkpoint.adapter import check_no_adapter
 from halfbyte.checkpoint.config import CONFIG
-from halfbyte.checkpoint.files import check_link, check_unicode, parse_object, printable, read_small, reason
+from halfbyte.checkpoint.files import check_unicode, parse_object, printable
 from halfbyte.checkpoint.foreign import check_plain
+from halfbyte.checkpoint.listing import OTHER_WEIGHTS
+from halfbyte.checkpoint.store import Store
 from halfbyte.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: Weights in other formats (and their indexes): another copy of the model, never side files.
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", ".bin.index.json")
 
 #: Endings of the files that travel with a checkpoint; others are named, not copied.
 SIDE_FILES = (
@@ -46,26 +45,28 @@ class Contents:
     ignored: list[str] = field(default_factory=list)
 
 
-def scan(root: Path, only: str | None = None) -> Contents:
-    """Sort the files of ``root``; with ``only``, that one safetensors file is the checkpoint."""
-    names = _list(root)
+def scan(store: Store, only: str | None = None) -> Contents:
+    """Sort the files of a store; with ``only``, that one safetensors file is the checkpoint."""
+    names = store.list()
     top = sorted(n for n in names if n.endswith(".safetensors") and "/" not in n)
     index_name = None if only else find_index(names)
     if only:
         contents = Contents([only])
     elif index_name:
-        index, metadata = read_index(root / index_name)
+        index, metadata = read_index(store.read_small(index_name), index_name)
         contents = Contents(sorted(set(index.values())), index, metadata)
     else:
-        check_no_adapter(root, [], names if not top else ())
-        contents = Contents(_without_index(root, top, names))
-    check_no_adapter(root, contents.weights, names)
+        check_no_adapter(store, [], names if not top else ())
+        contents = Contents(_without_index(store, top, names))
+    check_no_adapter(store, contents.weights, names)
     for name, size in sorted(names.items()):
         read = name in contents.weights or name in (index_name, CONFIG)
         if not read and (size is None or not belongs(name, size)):
             contents.ignored.append(printable(name))
         elif printable(name) != name:
-            raise CheckpointError(f"the file name {printable(name)} in {root} is not UTF-8; rename or remove the file")
+            raise CheckpointError(
+                f"the file name {printable(name)} in {store.place} is not UTF-8; rename or remove the file"
+            )
         elif not read and size is not None:
             contents.side_files[name] = size
     if only and CONFIG not in names:
@@ -109,26 +110,24 @@ def is_plain_path(name: str) -> bool:
     )
 
 
-def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """(tensor -> shard, metadata) of an index file, with shard names that stay inside the folder."""
-    table = parse_object(read_small(path), path.name)
+def read_index(content: bytes, file: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """(tensor -> shard, metadata) of an index file named ``file``, with shard names that stay inside the folder."""
+    table = parse_object(content, file)
     weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path.name} has no weight_map from tensors to files")
-    for name, file in weight_map.items():
-        if not isinstance(file, str):
-            raise CheckpointError(f"{path.name} maps tensor {name} to something that is no file name")
-    files = set(weight_map.values())
-    check_unicode([*weight_map, *files], path.name)
-    for file in files:
-        if not is_plain_path(file):
-            raise CheckpointError(
-                f"{path.name} names the file {file[:200]!r}, which is no plain path inside its folder"
-            )
+        raise CheckpointError(f"{file} has no weight_map from tensors to files")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{file} maps tensor {name} to something that is no file name")
+    shards = set(weight_map.values())
+    check_unicode([*weight_map, *shards], file)
+    for shard in shards:
+        if not is_plain_path(shard):
+            raise CheckpointError(f"{file} names the file {shard[:200]!r}, which is no plain path inside its folder")
     metadata = table.get("metadata")
     if not isinstance(metadata, dict):
         return weight_map, {}
-    check_plain(metadata, f"metadata of {path.name}")
+    check_plain(metadata, f"metadata of {file}")
     return weight_map, metadata
 
 
@@ -137,54 +136,7 @@ def is_too_long(file: str) -> bool:
     return any(len(part.encode(errors="surrogatepass")) > 255 for part in file.split("/")) or len(file) > 1024
 
 
-def _list(root: Path) -> dict[str, int | None]:
-    """Visible files of the folder and its direct sub-folders -> bytes; None for what is never copied, with its kind.
-
-    That are deeper folders ("a/b/"), pipes, sockets, devices ("a (a pipe)") and links to nothing.
-    """
-    sizes: dict[str, int | None] = {}
-    try:
-        for path in root.iterdir():
-            if path.name.startswith("."):
-                continue
-            if path.is_dir():
-                if path.is_symlink():
-                    check_link(root, path)
-                    if path.samefile(root):
-                        sizes[f"{path.name}/ (a link to the folder itself)"] = None
-                        continue
-                for inner in path.iterdir():
-                    if not inner.name.startswith("."):
-                        _note(sizes, root, inner, f"{path.name}/{inner.name}")
-            else:
-                _note(sizes, root, path, path.name)
-    except OSError as error:
-        raise CheckpointError(f"{root} cannot be listed ({reason(error)})") from error
-    return sizes
-
-
-def _note(sizes: dict[str, int | None], root: Path, path: Path, name: str) -> None:
-    if path.is_symlink() and (path.exists() or not name.endswith((".safetensors", *OTHER_WEIGHTS))):
-        check_link(root, path)
-    if path.is_dir():
-        sizes[name + "/"] = None
-    elif path.is_file():
-        sizes[name] = path.stat().st_size
-    else:
-        sizes[f"{name} ({_kind(path)})"] = None
-
-
-def _kind(path: Path) -> str:
-    """What a path is that is neither a file nor a folder."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return "a link to nothing"
-    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
-    return next((kind for test, kind in kinds.items() if test(mode)), "no regular file")
-
-
-def _without_index(root: Path, top: list[str], names: dict[str, int | None]) -> list[str]:
+def _without_index(store: Store, top: list[str], names: dict[str, int | None]) -> list[str]:
     if SINGLE in top:
         return [SINGLE]
     groups: dict[str, list[str]] = {}
@@ -195,32 +147,30 @@ def _without_index(root: Path, top: list[str], names: dict[str, int | None]) -> 
         groups = {"model-*": groups["model-*"]}
     if len(groups) == 1:
         shards = next(iter(groups.values()))
-        _check_numbers(root, shards)
+        _check_numbers(store.place, shards)
         return shards
     if groups:
         raise CheckpointError(
-            f"{root} has several safetensors files and no index ({', '.join(top[:4])}); name the file to read"
+            f"{store.place} has several safetensors files and no index ({', '.join(top[:4])}); name the file to read"
         )
-    for path in sorted(root.iterdir()):
-        if path.name.endswith(".safetensors") and path.is_symlink():
-            check_link(root, path)
+    store.refuse_dead_links()
     strange = next((n for n in sorted(names) if ".safetensors (" in n), None)
     if strange:
-        raise CheckpointError(f"{root} holds no .safetensors weights that can be read: {strange}")
+        raise CheckpointError(f"{store.place} holds no .safetensors weights that can be read: {strange}")
     other = next((n for n in sorted(names) if n.endswith(OTHER_WEIGHTS)), None)
     hint = f"; {other} is in another format, save it as safetensors first" if other else ""
-    raise CheckpointError(f"{root} holds no .safetensors weights{hint}")
+    raise CheckpointError(f"{store.place} holds no .safetensors weights{hint}")
 
 
-def _check_numbers(root: Path, shards: list[str]) -> None:
+def _check_numbers(place: str, shards: list[str]) -> None:
     """Only "-of-N" betrays a missing shard without an index. Real numbers run 1..N, 0..N-1 or 0..N."""
     matches = [m for m in map(_SHARD.fullmatch, shards) if m]
     if len({m["count"] for m in matches}) > 1:
-        raise CheckpointError(f"{root} mixes shards of several checkpoints ({shards[0]}, {shards[-1]})")
+        raise CheckpointError(f"{place} mixes shards of several checkpoints ({shards[0]}, {shards[-1]})")
     if not matches or matches[0]["count"] is None:
         return
     count, numbers = int(matches[0]["count"]), [int(m["number"]) for m in matches]
     if sorted(numbers) not in (list(range(1, count + 1)), list(range(count)), list(range(count + 1))):
         missing = next((n for n in range(1, count + 1) if n not in set(numbers)), None)
         detail = f"shard {missing} of {count} is missing" if missing is not None else "a shard number is off"
-        raise CheckpointError(f"{root} has no index and its shards are not complete: {detail}")
+        raise CheckpointError(f"{place} has no index and its shards are not complete: {detail}")

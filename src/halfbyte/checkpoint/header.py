@@ -45,18 +45,7 @@ def read_header(path: Path, file: str) -> tuple[list[TensorInfo], dict[str, str]
     """
     descriptor, size = open_regular(path)
     try:
-        prefix = _read(descriptor, 8, 0)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{file} is truncated: {size} bytes are too few for a safetensors header")
-        if prefix == b"version ":
-            raise CheckpointError(f"{file} is a Git LFS pointer, not weights; fetch them with `git lfs pull`")
-        length = int.from_bytes(prefix, "little")
-        if length > size - 8:
-            raise CheckpointError(
-                f"{file} is truncated or no safetensors file: its header claims {length} bytes, the file has {size}"
-            )
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(f"the header of {file} claims {length} bytes; {MAX_HEADER_BYTES} are the limit")
+        length = header_length(_read(descriptor, 8, 0), file, size)
         raw = _read(descriptor, length, 8)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({reason(error)})") from error
@@ -66,6 +55,22 @@ def read_header(path: Path, file: str) -> tuple[list[TensorInfo], dict[str, str]
         raise CheckpointError(f"{file} is truncated: it became shorter while its header was read")
     tensors, metadata = parse_header(raw, file, size)
     return tensors, metadata, size
+
+
+def header_length(prefix: bytes, file: str, size: int) -> int:
+    """Check the first 8 bytes of a file of ``size`` bytes; returns how many bytes of JSON follow them."""
+    if len(prefix) < 8:
+        raise CheckpointError(f"{file} is truncated: {size} bytes are too few for a safetensors header")
+    if prefix == b"version ":
+        raise CheckpointError(f"{file} is a Git LFS pointer, not weights; fetch them with `git lfs pull`")
+    length = int.from_bytes(prefix, "little")
+    if length > size - 8:
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file: its header claims {length} bytes, the file has {size}"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"the header of {file} claims {length} bytes; {MAX_HEADER_BYTES} are the limit")
+    return length
 
 
 def parse_header(raw: bytes, file: str, file_size: int) -> tuple[list[TensorInfo], dict[str, str]]:

@@ -8,15 +8,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.checkpoint.files import open_regular, read_into, reason
-from halfbyte.checkpoint.stream_hash import hash_file, hash_path
+from halfbyte.checkpoint.stream_hash import hash_file
 from halfbyte.errors import CheckpointError, UnconvertibleError
+
+if TYPE_CHECKING:
+    from halfbyte.checkpoint.store import Store
 
 WHOLE_BYTES = 1 << 24
 """Files up to this size are hashed completely, larger ones at places spread over them."""
-_PLACES, _PLACE_BYTES = 48, 1 << 16
+_PLACES, PLACE_BYTES = 48, 1 << 16
 # large files in the cache of huggingface_hub are named by their SHA-256
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
@@ -48,6 +51,11 @@ def identities(root: Path, names: Iterable[str]) -> dict[str, FileIdentity]:
     return {name: identify(root / name) for name in names}
 
 
+def sampled_places(size: int) -> list[int]:
+    """Where the parts of ``PLACE_BYTES`` of a large file begin that its sample is made of, after its size."""
+    return [(size - PLACE_BYTES) * place // (_PLACES - 1) for place in range(_PLACES)]
+
+
 def sample(path: Path) -> str:
     """SHA-256 (hex) of a small file, or of the size, both ends and places in between of a large one."""
     descriptor, size = open_regular(path)
@@ -55,10 +63,9 @@ def sample(path: Path) -> str:
         if size <= WHOLE_BYTES:
             return hash_file(descriptor, size)
         digest = hashlib.sha256(str(size).encode())
-        last = size - _PLACE_BYTES
-        for place in range(_PLACES):
-            part = memoryview(bytearray(_PLACE_BYTES))
-            digest.update(part[: read_into(descriptor, part, last * place // (_PLACES - 1))])
+        for place in sampled_places(size):
+            part = memoryview(bytearray(PLACE_BYTES))
+            digest.update(part[: read_into(descriptor, part, place)])
         return digest.hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)})") from error
@@ -72,24 +79,25 @@ class SourceIdentity:
     UnconvertibleError if one of them is another one by now.
     """
 
-    def __init__(self, root: Path, files: Mapping[str, FileIdentity]) -> None:
+    def __init__(self, store: Store, files: Mapping[str, FileIdentity]) -> None:
         self.files = dict(files)
-        self._paths = {name: root / name for name in files}
+        self._places: dict[str, tuple[Store, str]] = {name: (store, name) for name in files}
         self.check()
-        self.samples = {name: sample(path) for name, path in self._paths.items()}
+        self.samples = store.samples(list(files))
 
     def add(self, other: SourceIdentity, prefix: str) -> None:
         """Take files of another folder in, under names with a prefix."""
-        for name, path in other._paths.items():
-            self._paths[prefix + name] = path
+        for name, place in other._places.items():
+            self._places[prefix + name] = place
             self.files[prefix + name], self.samples[prefix + name] = other.files[name], other.samples[name]
 
     def check(self) -> None:
         """UnconvertibleError if a file is no longer what it was when the plan was made."""
         for name, identity in self.files.items():
-            if identify(self._paths[name]) != identity:
+            store, file = self._places[name]
+            if store.identify(file) != identity:
                 raise UnconvertibleError(
-                    f"{self._paths[name]} changed after the plan was made, so the output would mix two models; start "
+                    f"{store.place}/{file} changed after the plan was made, so the output would mix two models; start "
                     "again with files that stay as they are"
                 )
 
@@ -122,4 +130,5 @@ class SourceIdentity:
             return True
         etag = entry.get("etag")
         # the cache was fetched again: where the name is the content's hash, the content can prove itself
-        return bool(etag and etag == now.etag and _BLOB.fullmatch(etag) and hash_path(self._paths[name]) == etag)
+        store, file = self._places[name]
+        return bool(etag and etag == now.etag and _BLOB.fullmatch(etag) and store.sha256(file) == etag)

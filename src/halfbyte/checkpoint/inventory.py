@@ -15,13 +15,14 @@ from typing import Any
 from halfbyte.checkpoint.adapter import check_no_lora
 from halfbyte.checkpoint.config import check_config, read_config
 from halfbyte.checkpoint.dtypes import nbytes
-from halfbyte.checkpoint.files import check_link, check_unicode, collector_paused, parse_object, printable, read_small
+from halfbyte.checkpoint.files import check_unicode, collector_paused, parse_object, printable, read_small
 from halfbyte.checkpoint.folder import Contents, scan
 from halfbyte.checkpoint.foreign import check_plain
 from halfbyte.checkpoint.gguf_header import find_gguf, read_gguf
-from halfbyte.checkpoint.header import TensorInfo, check_shape, read_header
+from halfbyte.checkpoint.header import TensorInfo, check_shape
 from halfbyte.checkpoint.identity import FileIdentity, identities
 from halfbyte.checkpoint.source import resolve
+from halfbyte.checkpoint.store import LocalStore, Store
 from halfbyte.errors import CheckpointError
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -33,16 +34,18 @@ class Inventory:
     """Names, dtypes, shapes and positions of every tensor of a checkpoint.
 
     tensors: ordered by file, then offset; config: config.json, {} without one; side_files: files that travel
-    along unchanged, name -> bytes; ignored_files: weights in the folder that are not part of this checkpoint,
-    and folders too deep to be copied ("a/b/"); meta: what an index or an inventory file says besides; files:
-    weight file -> bytes; metadata: weight file -> its __metadata__; source: what the user typed; revision: the
-    hub's commit; ggml_types: tensor -> ggml type, for GGUF files alone, whose blocks are U8 here; identities: who the
-    weight and side files are, as they were before their headers were read.
+    along unchanged, name -> bytes; root: the folder; remote: the store, where that is not a folder of this machine;
+    ignored_files: weights in the folder that are not part of this checkpoint, and folders too deep to be copied
+    ("a/b/"); meta: what an index or an inventory file says besides; files: weight file -> bytes; metadata: weight
+    file -> its __metadata__; source: what the user typed; revision: the hub's commit; ggml_types: tensor -> ggml
+    type, for GGUF files alone, whose blocks are U8 here; identities: who the weight and side files are, as they were
+    before their headers were read.
     """
 
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
     root: Path | None = None
+    remote: Store | None = None
     side_files: dict[str, int] = field(default_factory=dict)
     side_file_bytes: int = 0
     ignored_files: list[str] = field(default_factory=list)
@@ -75,25 +78,35 @@ class Inventory:
                 ggml_types=headers.types,
                 identities=identities(resolved.root, headers.files),
             )
-        contents = scan(resolved.root, resolved.file)
-        present = [name for name in contents.weights if (resolved.root / name).is_file()]
-        files_then = identities(resolved.root, [*present, *contents.side_files])
-        tensors, metadata, files = _read_headers(resolved.root, contents)
+        return cls.from_store(LocalStore(resolved.root), printable(str(src)), resolved.revision, resolved.file)
+
+    @classmethod
+    def from_store(cls, store: Store, source: str, revision: str | None = None, only: str | None = None) -> Inventory:
+        """Read the headers of the safetensors files of a store, or of the ``only`` one that is named.
+
+        ``source``: the store as the user named it; ``revision``: the hub's commit.
+        """
+        contents = scan(store, only)
+        present = [name for name in contents.weights if store.is_file(name)]
+        store.announce(contents.weights)
+        files_then = {name: store.identify(name) for name in [*present, *contents.side_files]}
+        tensors, metadata, files = _read_headers(store, contents)
         if not tensors:
-            raise CheckpointError(f"{src} holds no tensor")
-        check_no_lora(resolved.root, contents.weights[0], tensors)
+            raise CheckpointError(f"{source} holds no tensor")
+        check_no_lora(store, contents.weights[0], tensors)
         return cls(
             tensors=tensors,
-            config=read_config(resolved.root),
-            root=resolved.root,
+            config=read_config(store),
+            root=store.root,
+            remote=None if store.root else store,
             side_files=contents.side_files,
             side_file_bytes=sum(contents.side_files.values()),
             ignored_files=contents.ignored,
             meta=contents.index_metadata,
             files=files,
             metadata=metadata,
-            source=printable(str(src)),
-            revision=resolved.revision,
+            source=source,
+            revision=revision,
             identities=files_then,
         )
 
@@ -145,6 +158,15 @@ class Inventory:
         )
 
     @property
+    def store(self) -> Store:
+        """Where the files lie; CheckpointError for an inventory without weights."""
+        if self.remote is not None:
+            return self.remote
+        if self.root is None:
+            raise CheckpointError(f"{self.source} is an inventory without weights, so nothing can be read")
+        return LocalStore(self.root)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors, without headers and side files."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -160,19 +182,17 @@ class Inventory:
 
 @collector_paused()
 def _read_headers(
-    root: Path, contents: Contents
+    store: Store, contents: Contents
 ) -> tuple[dict[str, TensorInfo], dict[str, dict[str, str]], dict[str, int]]:
     """(tensors, metadata by file, bytes by file) of all weight files, compared with the index."""
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, dict[str, str]] = {}
     files: dict[str, int] = {}
     for file in contents.weights:
-        path = root / file
-        if (path.is_symlink() or "/" in file) and (path.exists() or path.is_symlink()):
-            check_link(root, path)
-        if contents.index is not None and not path.exists():
-            raise CheckpointError(f"shard {file} is named by the index but is missing from {root}")
-        infos, metadata[file], files[file] = read_header(path, file)
+        store.check(file)
+        if contents.index is not None and not store.exists(file):
+            raise CheckpointError(f"shard {file} is named by the index but is missing from {store.place}")
+        infos, metadata[file], files[file] = store.header(file)
         for info in infos:
             if contents.index is not None and info.name in tensors and info.name in contents.index:
                 # the index says which of two copies counts

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,17 +21,25 @@ from halfbyte.errors import CheckpointError
 _FORGET_BYTES = 1 << 20
 
 
+class Ranges(Protocol):
+    """Reads ranges of files by name, as a ``Store`` does."""
+
+    def read_into(self, name: str, view: memoryview, offset: int) -> int:
+        """Fill ``view`` from ``offset``; returns the bytes read, fewer only at the end of the file."""
+
+
 class Reader:
     """Reads the tensors of an inventory. Threads may share it; a context manager that closes its files.
 
+    ``ahead`` takes the place of a store that is not on this machine, and may have read already what is asked for.
     A file that was not in the system's page cache before does not fill it: what has been read is dropped there.
     """
 
-    def __init__(self, inventory: Inventory) -> None:
-        if inventory.root is None:
-            raise CheckpointError(f"{inventory.source} is an inventory without weights, so nothing can be read")
+    def __init__(self, inventory: Inventory, ahead: Ranges | None = None) -> None:
         self.inventory = inventory
+        self._store = inventory.store
         self._root = inventory.root
+        self._ahead = ahead
         self._descriptors: dict[str, int] = {}
         self._uncached: set[int] = set()
         self._lock = threading.Lock()
@@ -108,8 +117,10 @@ class Reader:
 
     def _fill(self, info: TensorInfo, offset: int, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         size = buffer.nbytes
+        if self._root is None:
+            return self._fill_remote(info, offset, buffer)
         try:
-            descriptor = self._descriptor(info.file)
+            descriptor = self._descriptor(self._root, info.file)
             count = read_into(descriptor, buffer.data, offset)
         except OSError as error:
             raise CheckpointError(f"tensor {info.name} in {info.file} cannot be read ({reason(error)})") from error
@@ -120,12 +131,22 @@ class Reader:
         if size >= _FORGET_BYTES and descriptor in self._uncached:
             forget_pages(descriptor, offset, size)
 
-    def _descriptor(self, file: str) -> int:
+    def _fill_remote(self, info: TensorInfo, offset: int, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        if self._closed:
+            raise CheckpointError(f"the reader of {self.inventory.source} is closed")
+        ranges = self._ahead or self._store
+        count = ranges.read_into(info.file, buffer.data, offset)
+        if count < buffer.nbytes:
+            raise CheckpointError(
+                f"tensor {info.name} in {info.file} is truncated: {count} of {buffer.nbytes} bytes could be read"
+            )
+
+    def _descriptor(self, root: Path, file: str) -> int:
         with self._lock:
             if self._closed:
                 raise CheckpointError(f"the reader of {self.inventory.source} is closed")
             if file not in self._descriptors:
-                descriptor, size = open_regular(self._root / file)
+                descriptor, size = open_regular(root / file)
                 self._descriptors[file] = descriptor
                 if size < self.inventory.files[file]:
                     raise CheckpointError(

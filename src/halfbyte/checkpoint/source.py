@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.checkpoint.files import reason
-from halfbyte.checkpoint.folder import OTHER_WEIGHTS, SINGLE, find_index, read_index
+from halfbyte.checkpoint.files import read_small, reason
+from halfbyte.checkpoint.folder import SINGLE, find_index, read_index
+from halfbyte.checkpoint.listing import OTHER_WEIGHTS
 from halfbyte.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -36,7 +37,7 @@ def resolve(source: str | Path, revision: str | None = None) -> Source:
     if not exists:
         if path.is_symlink():
             raise CheckpointError(f"{text} is a link to something that is not there")
-        if not isinstance(source, str) or not _HUB_ID.fullmatch(text) or text.endswith(".safetensors"):
+        if not isinstance(source, str) or not _looks_like_hub_id(text):
             raise CheckpointError(f"{text!r} does not exist here and is no hub id of the form owner/name")
         return _from_hub(text, revision)
     if revision is not None:
@@ -46,6 +47,20 @@ def resolve(source: str | Path, revision: str | None = None) -> Source:
     if path.suffix not in (".safetensors", ".gguf"):
         raise CheckpointError(f"{text} is neither a folder nor a .safetensors or .gguf file")
     return Source(path.parent, path.name)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text is no path of this machine and has the form owner/name."""
+    try:
+        path = Path(text).expanduser()
+        there = path.exists() or path.is_symlink()
+    except (OSError, ValueError):
+        return False
+    return not there and _looks_like_hub_id(text)
+
+
+def _looks_like_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.fullmatch(text)) and not text.endswith(".safetensors")
 
 
 def _from_hub(repository: str, revision: str | None) -> Source:
@@ -58,7 +73,7 @@ def _from_hub(repository: str, revision: str | None) -> Source:
     index = find_index(path.name for path in root.iterdir()) if root.is_dir() else None
     wanted = [SINGLE, "model-*.safetensors"]
     if index:
-        wanted = sorted(set(read_index(root / index)[0].values()))
+        wanted = sorted(set(read_index(read_small(root / index), index)[0].values()))
     _download(repository, commit, wanted, None)
     if not index and not any(root.glob("*.safetensors")):
         _download(repository, commit, ["*.safetensors"], ["*/*"])

@@ -33,6 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum size of a weight file (default: 5GB; GGUF: one file)",
     )
     options.add_revision(parser)
+    options.add_cache(parser)
     quantize.add_execution(parser)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from halfbyte.source.checkpoint import Checkpoint
 
 OTHER_DIALECT = "written in the dialect"
-SOURCE = "a local folder, a .safetensors file, or a hub id owner/name"
+SOURCE = "a local folder, a .safetensors file, or a hub id owner/name or hf://owner/name@revision"
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,16 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--inventory", metavar="FILE.json", help="JSON file of names, dtypes and shapes, instead of SRC"
     )
     add_revision(parser)
+    add_cache(parser)
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Add the option --cache to a parser."""
+    parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="download a hub id to huggingface_hub's cache first, instead of reading what is needed by ranges",
+    )
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:
@@ -179,13 +189,14 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     from halfbyte.checkpoint import Inventory
     from halfbyte.errors import CheckpointError
     from halfbyte.source.checkpoint import Checkpoint
+    from halfbyte.stores.open_source import open_inventory
 
     inventory = getattr(args, "inventory", None)
     if (args.source is None) == (inventory is None):
         raise CheckpointError("give either a checkpoint SRC or --inventory FILE.json")
     if inventory is not None:
         return Checkpoint(Inventory.from_json(inventory))
-    return Checkpoint.open(args.source, args.revision)
+    return Checkpoint(open_inventory(args.source, args.revision, args.cache))
 
 
 def dialect_of(args: argparse.Namespace) -> str | None:

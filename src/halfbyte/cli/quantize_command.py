@@ -35,6 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_recipe(parser)
     options.add_revision(parser)
+    options.add_cache(parser)
     add_execution(parser)
     parser.add_argument(
         "--allow-unrecognised",
@@ -142,7 +143,7 @@ def carry_out(made: Plan, args: argparse.Namespace, verb: str = "quantizing", re
     if args.verify:
         from halfbyte.cli import verify_command
 
-        result = verify_command.compare(args.out, args.source, args.revision, args.json)
+        result = verify_command.compare(args.out, args.source, args.revision, args.json, cache=args.cache)
         report_json["verification"] = verify_command.document(result)
         code = 0 if result.ok else 1
         if not args.json:

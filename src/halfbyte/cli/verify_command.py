@@ -30,6 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the quantized checkpoint")
     parser.add_argument("--against", metavar="SRC", help=f"source to compare with: {options.SOURCE}")
     options.add_revision(parser)
+    options.add_cache(parser)
     parser.add_argument(
         "--max-relmse",
         metavar="X",
@@ -42,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and report; 1 if there are problems."""
-    result = compare(args.out, args.against, args.revision, args.json, args.max_relmse)
+    result = compare(args.out, args.against, args.revision, args.json, args.max_relmse, args.cache)
     if args.json:
         print_json(document(result))
     else:
@@ -56,16 +57,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(
-    out: str, against: str | None, revision: str | None, silent: bool, bound: float | None = None
+    out: str,
+    against: str | None,
+    revision: str | None,
+    silent: bool,
+    bound: float | None = None,
+    cache: bool = False,
 ) -> Verification:
     """Verify under a progress bar."""
-    from halfbyte.checkpoint import Inventory
+    from halfbyte.stores.open_source import open_inventory
     from halfbyte.verify.checksums import stated_bytes
     from halfbyte.verify.weights import MAX_RELMSE, verify
 
-    total = stated_bytes(Path(out)) + (Inventory.open(against, revision).total_bytes if against else 0)
+    total = stated_bytes(Path(out)) + (open_inventory(against, revision, cache).total_bytes if against else 0)
     with progress("verifying", total, silent) as report:
-        return verify(out, against, revision, MAX_RELMSE if bound is None else bound, report)
+        return verify(out, against, revision, MAX_RELMSE if bound is None else bound, report, cache)
 
 
 def document(result: Verification) -> dict[str, Any]:

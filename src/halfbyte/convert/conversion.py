@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from halfbyte.checkpoint import Journal, Reader, ShardWriter, copy_file_atomic, write_file_atomic
+from halfbyte.checkpoint import Journal, ShardWriter, write_file_atomic
 from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.checkpoint.lock import OutputLock, remove_leftovers
 from halfbyte.convert.encode_slice import Context, Progress
@@ -27,6 +27,7 @@ from halfbyte.convert.output_folder_state import (
     with_what_stays,
 )
 from halfbyte.convert.pipeline import Pipeline, Stages
+from halfbyte.convert.read_in_order import open_reader
 from halfbyte.convert.refusals import Refusals
 from halfbyte.convert.smoothing_search import SMOOTHING_BYTES, SmoothingReport, choose_smoothings, sample_bytes
 from halfbyte.convert.work_unit import WorkUnit
@@ -111,20 +112,18 @@ def convert(
     ``device``: "cuda" encodes on a GPU what has a kernel there; it decides no byte either.
     """
     began = time.monotonic()
-    root = plan.checkpoint.inventory.root
-    if root is None:
-        raise PlanError(
-            f"{plan.checkpoint.inventory.source} is an inventory without weights; give the checkpoint itself"
-        )
+    inventory = plan.checkpoint.inventory
+    if inventory.root is None and inventory.remote is None:
+        raise PlanError(f"{inventory.source} is an inventory without weights; give the checkpoint itself")
     out = Path(out).expanduser()
     existed = out.exists()
-    source = source_identity(plan, root)
-    if already_complete(plan, out, root, source):
+    source = source_identity(plan)
+    if already_complete(plan, out, source):
         return Conversion(out, [], time.monotonic() - began, len(plan.shards), already_complete=True)
     limits, refusals = Limits(threads or cores(), memory or MEMORY, device), Refusals(collect_refused)
     try:
         with OutputLock(out):
-            journal = continue_or_begin(plan, out, root, source, announce or (lambda _: None))
+            journal = continue_or_begin(plan, out, source, announce or (lambda _: None))
             try:
                 done = _convert(plan, out, journal, source, limits, progress, refusals, given)
             except UnconvertibleError:
@@ -160,8 +159,7 @@ def _convert(
         if shard.name in journal.done:
             report(sum(map(item_bytes, shard.items)))
     count = plan.resources(limits).threads
-    inventory = plan.checkpoint.inventory
-    with given.reader(inventory) if given else Reader(inventory) as reader:
+    with given.reader(plan.checkpoint.inventory) if given else open_reader(plan, todo, limits) as reader:
         with ThreadPoolExecutor(
             min(count, max(1, limits.memory // SMOOTHING_BYTES)), "halfbyte-smoothing", use_backend_here, (backend(),)
         ) as pool:
@@ -293,11 +291,10 @@ def _check_disk(plan: Plan, out: Path, todo: Sequence[Shard]) -> None:
 
 def _finish(plan: Plan, out: Path, journal: Journal, source: SourceIdentity, errors: Iterable[TensorError]) -> None:
     """Side files, then index and halfbyte.json, then config.json: a folder with a config is complete."""
-    root = plan.checkpoint.inventory.root
-    assert root is not None
+    store = plan.checkpoint.inventory.store
     hashes = {name: entry["sha256"] for name, entry in journal.done.items()}
     for name in plan.side_files:
-        hashes[name] = copy_file_atomic(root / name, out / name)
+        hashes[name] = store.copy(name, out / name)
     source.check()
     written = plan.written
     hashes |= {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}

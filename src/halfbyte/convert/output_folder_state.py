@@ -12,23 +12,25 @@ from halfbyte.checkpoint.files import parse_object, read_small
 from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.checkpoint.journal import NAME, check_output
 from halfbyte.checkpoint.lock import FOLDER, remove_leftovers, remove_remains
+from halfbyte.checkpoint.store import LocalStore
 from halfbyte.errors import CheckpointError, HalfbyteError, OutputError
 from halfbyte.plan.conversion_plan import PROVENANCE, Plan
 
 
-def source_identity(plan: Plan, root: Path) -> SourceIdentity:
+def source_identity(plan: Plan) -> SourceIdentity:
     """Who the files are that a conversion reads: the checkpoint's, and those of the statistics of a calibration.
 
     CheckpointError if one of them changed since the plan was made.
     """
-    source = SourceIdentity(root, plan.checkpoint.inventory.identities)
+    inventory = plan.checkpoint.inventory
+    source = SourceIdentity(inventory.store, inventory.identities)
     statistics = plan.calibration_use.calibration.statistics if plan.calibration_use else None
     if statistics is not None:
-        source.add(SourceIdentity(statistics.folder, statistics.identities), "calibration/")
+        source.add(SourceIdentity(LocalStore(statistics.folder), statistics.identities), "calibration/")
     return source
 
 
-def already_complete(plan: Plan, out: Path, root: Path, source: SourceIdentity) -> bool:
+def already_complete(plan: Plan, out: Path, source: SourceIdentity) -> bool:
     """Whether the folder holds the finished output of this plan and this source, every file with its size.
 
     OutputError, before anything is made there, for a folder that cannot be used; also for this output with a file
@@ -36,7 +38,7 @@ def already_complete(plan: Plan, out: Path, root: Path, source: SourceIdentity) 
     """
     record = _provenance(out) if not (out / FOLDER / NAME).exists() else {}
     if record.get("plan") != plan.fingerprint:
-        check_output(out, root)
+        check_output(out, plan.checkpoint.inventory.root)
         return False
     if record.get("source", {}).get("sample") != source.digest(plan.checkpoint.inventory.files):
         raise OutputError(
@@ -51,15 +53,15 @@ def already_complete(plan: Plan, out: Path, root: Path, source: SourceIdentity) 
     return True
 
 
-def continue_or_begin(
-    plan: Plan, out: Path, root: Path, source: SourceIdentity, announce: Callable[[str], None]
-) -> Journal:
+def continue_or_begin(plan: Plan, out: Path, source: SourceIdentity, announce: Callable[[str], None]) -> Journal:
     """The journal of the folder, new or of an interrupted run; only under the folder's lock.
 
     OutputError if the source is not what the interrupted run read. Finished files that hold something else by now
     are forgotten, and what killed runs left of unfinished ones is removed.
     """
-    journal = prepare_output(out, root, plan.fingerprint, source.to_dict(), plan.origin["recipe"])
+    journal = prepare_output(
+        out, plan.checkpoint.inventory.root, plan.fingerprint, source.to_dict(), plan.origin["recipe"]
+    )
     changed = source.changed(journal.source)
     if changed is not None:
         raise OutputError(

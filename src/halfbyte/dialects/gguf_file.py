@@ -106,7 +106,7 @@ def metadata(
 ) -> Any:
     """A writer of the library with all metadata of a model, and no tensors. PlanError if something is lacking."""
     gguf = library()
-    if inventory.root is None:
+    if inventory.root is None and inventory.remote is None:
         raise PlanError(
             f"{inventory.source} is an inventory without files, and a GGUF file holds the tokenizer; "
             "give the checkpoint itself"
@@ -116,7 +116,7 @@ def metadata(
     writer = gguf.GGUFWriter(None, model.name)
     tokenizer = read_tokenizer(inventory)
     with library_reads(inventory):
-        general(writer, inventory.root, model_name(inventory), counted.get_total_parameter_count())
+        general(writer, inventory.store.folder(), model_name(inventory), counted.get_total_parameter_count())
         describe(writer, inventory, model)
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[main]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

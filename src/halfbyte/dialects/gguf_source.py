@@ -22,8 +22,7 @@ _CARD, _CARD_BYTES = "README.md", 2_000_000
 @contextmanager
 def library_reads(inventory: Inventory) -> Iterator[None]:
     """Let the library read a source's folder; PlanError or CheckpointError for files that it cannot digest."""
-    assert inventory.root is not None
-    _check_files(inventory.root)
+    _check_files(inventory.store.folder())
     logging.getLogger("gguf").setLevel(logging.ERROR)
     try:
         yield
@@ -38,8 +37,7 @@ def library_reads(inventory: Inventory) -> Iterator[None]:
 
 def read_tokenizer(inventory: Inventory) -> Fields:
     """tokenizer.json by type; PlanError where there is none."""
-    assert inventory.root is not None
-    path = inventory.root / TOKENIZER
+    path = inventory.store.folder() / TOKENIZER
     if not path.is_file():
         raise PlanError(
             f"{inventory.source} has no tokenizer.json, which a GGUF file must hold; save the tokenizer with "

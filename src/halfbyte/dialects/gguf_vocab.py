@@ -77,8 +77,7 @@ def add_tokenizer(writer: Any, inventory: Inventory, table: Fields) -> None:
         writer.add_tokenizer_pre(pre_tokenizer(table, inventory.source))
         writer.add_token_list(texts)
     writer.add_token_types(types)
-    assert inventory.root is not None
-    special = gguf.SpecialVocab(inventory.root, load_merges=not sentencepiece, n_vocab=count)
+    special = gguf.SpecialVocab(inventory.store.folder(), load_merges=not sentencepiece, n_vocab=count)
     special.add_to_gguf(writer, quiet=True)
     # what llama.cpp assumes where nothing is said depends on the kind of tokenizer
     for which in ("bos", "eos"):

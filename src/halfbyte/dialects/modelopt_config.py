@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
-from halfbyte.checkpoint.files import parse_object, read_small
+from halfbyte.checkpoint.files import parse_object
 from halfbyte.checkpoint.foreign import Fields, check_plain
 from halfbyte.dialects.quantization_config import quantization_fields
 from halfbyte.errors import CheckpointError
@@ -78,9 +78,9 @@ def settings_fields(inventory: Inventory) -> Fields:
         inner = config.fields("quantization")
         return (inner or config) if config.text("quant_method").startswith("modelopt") else Fields(None, config.file)
     where = f"{FILE} in {inventory.source}"
-    if inventory.root is None or FILE not in inventory.side_files:
+    if FILE not in inventory.side_files:
         return Fields(None, where)
-    content = parse_object(read_small(inventory.root / FILE), where, strict=False)
+    content = parse_object(inventory.store.read_small(FILE), where, strict=False)
     check_plain(content, where)
     settings = Fields(content, where).fields("quantization")
     return settings if settings.text("quant_algo") else Fields(None, where)

@@ -167,7 +167,11 @@ class Plan:
         units = (unit for shard in self.shards for unit in shard.units)
         tensors = len(self.checkpoint.inventory.tensors) + self.tensors
         smoothed = {w.name for g in self.smoothings for w in (*g.consumers, *(p.weight for p in g.producers))}
-        return find_resources(units, self.checkpoint.formats, tensors, limits or Limits(), smoothed)
+        limits = limits or Limits()
+        resources = find_resources(units, self.checkpoint.formats, tensors, limits, smoothed)
+        if self.checkpoint.inventory.remote is None:
+            return resources
+        return resources._replace(memory=resources.memory + limits.ahead_bytes)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -54,6 +54,11 @@ class Limits:
         return min(SLICE_BYTES, max(1 << 18, self.memory // (8 * self.threads)))
 
     @property
+    def ahead_bytes(self) -> int:
+        """Bytes of a source elsewhere that are fetched before they are asked for."""
+        return self.memory // 8
+
+    @property
     def resident_bytes(self) -> int:
         """The largest unit that stays in memory between the search for its amax and its encoding."""
         return self.memory // 8

@@ -54,14 +54,14 @@ def files_beside(folder: Path, output: Checkpoint, checkpoint: Checkpoint) -> li
     }
     problems = []
     for name, size in source.side_files.items():
-        if name in replaced or source.root is None or ours.root is None:
+        if name in replaced or ours.root is None:
             continue
         path = ours.root / name
         if not path.is_file():
             problems.append(f"the side file {name} of the source is missing")
         elif name == "README.md" and CARD_MARK.encode() in read_small(path):
             continue
-        elif path.stat().st_size != size or hash_path(path) != hash_path(source.root / name):
+        elif path.stat().st_size != size or hash_path(path) != source.store.sha256(name):
             problems.append(f"the side file {name} differs from the source")
     stray = [name for name in ours.ignored_files if name.endswith(".safetensors")]
     if stray:

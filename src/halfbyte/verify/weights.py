@@ -17,6 +17,7 @@ from halfbyte.recipes import Decision
 from halfbyte.recipes.resolve import refits
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import SMOOTHING_FILE, Smoothing
+from halfbyte.stores.open_source import open_inventory
 from halfbyte.verify.checkpoint_pair import CheckpointPair
 from halfbyte.verify.checksums import check_files, read_provenance
 from halfbyte.verify.config_keys import misspelt_keys
@@ -33,11 +34,13 @@ def verify(
     revision: str | None = None,
     max_relmse: float = MAX_RELMSE,
     progress: Callable[[int], None] | None = None,
+    cache: bool = False,
 ) -> Verification:
     """Check every file of an output against its checksums and, with ``against``, all of it against its source.
 
-    Reads both completely. Problems are collected, not raised; CheckpointError or VerifyError only where a folder
-    cannot be read at all, or where there is neither a source nor a checksum.
+    Reads both completely; ``cache``: a source on the hub is downloaded to its cache first. Problems are collected, not
+    raised; CheckpointError or VerifyError only where a folder cannot be read at all, or where there is neither a source
+    nor a checksum.
     """
     folder = Path(out)
     if not folder.exists():
@@ -55,7 +58,7 @@ def verify(
         )
     if against is None:
         return result
-    source = Checkpoint(Inventory.open(against, revision))
+    source = Checkpoint(open_inventory(against, revision, cache))
     try:
         _against(result, folder, record, source, max_relmse, report)
     except HalfbyteError as error:
@@ -117,11 +120,11 @@ def _wrong_source(record: dict[str, Any], source: Checkpoint, result: Verificati
     """What to say first if an output with problems was made from another source."""
     origin = record.get("source")
     inventory = source.inventory
-    if not isinstance(origin, dict) or not {"name", "fingerprint"} <= set(origin) or inventory.root is None:
+    if not isinstance(origin, dict) or not {"name", "fingerprint"} <= set(origin):
         return ""
     same = origin["fingerprint"] == inventory.fingerprint
     if same and "sample" in origin:
-        same = origin["sample"] == SourceIdentity(inventory.root, inventory.identities).digest(inventory.files)
+        same = origin["sample"] == SourceIdentity(inventory.store, inventory.identities).digest(inventory.files)
     at = f" at revision {origin['revision']}" if origin.get("revision") else ""
     where = "another source" if origin["name"] == inventory.source.rstrip("/").rsplit("/", 1)[-1] else origin["name"]
     return "" if same else f"{result.source} is not what {result.out} was made from, which was {where}{at}"
