@@ -11,7 +11,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.api import convert, encode, evaluate, generate, inspect, load, plan, quantize, verify
+    from halfbyte.api import (
+        convert,
+        convert_files,
+        encode,
+        evaluate,
+        finish,
+        generate,
+        inspect,
+        load,
+        plan,
+        quantize,
+        verify,
+    )
     from halfbyte.audit.run_audit import audit
     from halfbyte.checkpoint import Inventory
     from halfbyte.errors import HalfbyteError
@@ -30,9 +42,11 @@ __all__ = [
     "__version__",
     "audit",
     "convert",
+    "convert_files",
     "encode",
     "evaluate",
     "export",
+    "finish",
     "generate",
     "get_format",
     "inspect",
@@ -47,7 +61,20 @@ __all__ = [
     "verify",
 ]
 
-_WORDS = ("audit", "convert", "encode", "evaluate", "generate", "inspect", "load", "plan", "quantize", "verify")
+_WORDS = (
+    "audit",
+    "convert",
+    "convert_files",
+    "encode",
+    "evaluate",
+    "finish",
+    "generate",
+    "inspect",
+    "load",
+    "plan",
+    "quantize",
+    "verify",
+)
 _HOME = {
     **dict.fromkeys(_WORDS, "halfbyte.api"),
     "audit": "halfbyte.audit.run_audit",

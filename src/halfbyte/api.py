@@ -14,6 +14,7 @@ from halfbyte.checkpoint.files import collector_paused
 from halfbyte.convert.conversion import Conversion, Progress
 from halfbyte.convert.conversion import convert as run_conversion
 from halfbyte.convert.keep_going import convert_keeping
+from halfbyte.convert.workers import convert_files, finish
 from halfbyte.dialects.halfbyte import HALFBYTE
 from halfbyte.errors import PlanError
 from halfbyte.plan.build import make_plan
@@ -269,4 +270,16 @@ def _open(source: Source, revision: str | None) -> Checkpoint:
     return Checkpoint(source if isinstance(source, Inventory) else open_inventory(source, revision))
 
 
-__all__ = ["convert", "encode", "evaluate", "generate", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = [
+    "convert",
+    "convert_files",
+    "encode",
+    "evaluate",
+    "finish",
+    "generate",
+    "inspect",
+    "load",
+    "plan",
+    "quantize",
+    "verify",
+]

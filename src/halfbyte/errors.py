@@ -42,6 +42,10 @@ class OutputError(HalfbyteError):
     """The output cannot be written: folder in use, disk full, output inside the input."""
 
 
+class OutputBusyError(OutputError):
+    """Another process holds the output folder at this moment."""
+
+
 class MeasurementError(HalfbyteError):
     """A model gives numbers that are no measurement: values that are not finite."""
 

@@ -18,6 +18,8 @@ from halfbyte.checkpoint.writer import sync_folder
 from halfbyte.errors import OutputError
 
 NAME = "journal.jsonl"
+DONE = "done"
+"""Folder of a journal that several processes write."""
 VERSION = 2
 _LONGEST_LINE = 1 << 26
 
@@ -29,6 +31,9 @@ class Journal:
     a journal of another conversion is an OutputError. ``done`` maps a file name to {"nbytes": n, **extra}, only for
     files that are there with that size. ``continued``: whether an earlier run began it.
     """
+
+    attempt = ""
+    """Makes temporary names unique; needed only where several processes write."""
 
     def __init__(
         self,
@@ -177,8 +182,11 @@ def prepare_output(
     return Journal(Path(out).expanduser(), fingerprint, source, recipe)
 
 
-def check_output(out: str | Path, source_root: str | Path | None) -> None:
-    """Make the output folder; OutputError where ``prepare_output`` raises it for the folder itself."""
+def check_output(out: str | Path, source_root: str | Path | None, journal: str = NAME) -> None:
+    """Make the output folder; OutputError where ``prepare_output`` raises it for the folder itself.
+
+    ``journal``: the file in the inner folder that marks an output as one that may be continued.
+    """
     out = Path(out).expanduser()
     try:
         resolved = out.resolve()
@@ -191,11 +199,11 @@ def check_output(out: str | Path, source_root: str | Path | None) -> None:
         inner = resolved / FOLDER
         # Killed before its first line, a run leaves an empty journal folder behind.
         fresh = not names or (
-            names == [FOLDER] and all(p.name == LOCK or p.name.endswith(".partial") for p in inner.iterdir())
+            names == [FOLDER] and all(p.name in (LOCK, DONE) or p.name.endswith(".partial") for p in inner.iterdir())
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise OutputError(f"the output folder {out} cannot be used ({reason(error)})") from error
-    if not fresh and not (inner / NAME).is_file():
+    if not fresh and not (inner / journal).is_file():
         raise OutputError(f"the output folder {out} is not empty; choose another folder or empty it")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from halfbyte.checkpoint.files import reason
-from halfbyte.errors import OutputError
+from halfbyte.errors import OutputBusyError, OutputError
 
 try:
     import fcntl
@@ -80,17 +80,17 @@ class OutputLock:
         self._descriptor = descriptor
         return True
 
-    def _busy(self, descriptor: int) -> OutputError:
+    def _busy(self, descriptor: int) -> OutputBusyError:
         pid, host = _holder(descriptor)
         who = f"process {pid} on {host}" if pid else "another process"
-        return OutputError(f"{who} is writing {self.folder} right now; wait until it has ended, or stop it")
+        return OutputBusyError(f"{who} is writing {self.folder} right now; wait until it has ended, or stop it")
 
 
-def remove_leftovers(folder: Path, names: list[str]) -> None:
-    """Remove what killed runs left of files that were never finished, and nothing else."""
+def remove_leftovers(folder: Path, names: list[str], attempt: str = "") -> None:
+    """Remove what killed runs, or one ``attempt``, left of files that were never finished, and nothing else."""
     for name in names:
         with contextlib.suppress(OSError):
-            (folder / f"{name}.partial").unlink()
+            (folder / (f"{name}.{attempt}.partial" if attempt else f"{name}.partial")).unlink()
 
 
 def remove_remains(folder: Path) -> None:

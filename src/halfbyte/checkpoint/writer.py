@@ -28,12 +28,17 @@ _unfinished: set[_AtomicFile] = set()
 
 
 class _AtomicFile:
-    """A preallocated ``<path>.partial`` that becomes ``path`` at commit or vanishes."""
+    """A preallocated ``<path>.partial`` that becomes ``path`` at commit or vanishes.
 
-    def __init__(self, path: Path, total: int) -> None:
+    ``attempt`` makes the temporary name unique, so that several processes may write the same bytes at once: the first
+    one gives the file its name, and the others find it there.
+    """
+
+    def __init__(self, path: Path, total: int, attempt: str = "") -> None:
         self.path = path
         self.total = total
-        self.partial = path.with_name(path.name + ".partial")
+        self.attempt = attempt
+        self.partial = path.with_name(partial_name(path.name, attempt))
         self._descriptor: int | None = None
         self._ours = False
         self._fresh = 0
@@ -84,7 +89,10 @@ class _AtomicFile:
             self._close()
             if not self._ours:
                 raise OutputError(f"another process is writing {self.path} too; run only one at a time")
-            os.replace(self.partial, self.path)
+            if self.attempt:
+                self._link()
+            else:
+                os.replace(self.partial, self.path)
             self._ours = False
             _unfinished.discard(self)
             sync_folder(self.path.parent)
@@ -92,6 +100,20 @@ class _AtomicFile:
             self.abort()
             raise self._error(error) from error
         return sha256
+
+    def _link(self) -> None:
+        """Give the file its name, unless another process has written it meanwhile."""
+        try:
+            os.link(self.partial, self.path)
+        except FileExistsError:
+            if self.path.stat().st_size != self.total:
+                raise OutputError(f"{self.path} is there already with another size; remove it and run again") from None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            os.replace(self.partial, self.path)  # no hard links on this file system
+            return
+        self.partial.unlink(missing_ok=True)
 
     def abort(self) -> None:
         self._close()
@@ -115,13 +137,14 @@ class ShardWriter:
     """Writes one planned file at known offsets, from any thread, in any order.
 
     The file is preallocated under a temporary name, so a full disk is an OutputError here, not hours later.
-    It gets its real name in :meth:`commit`; leaving the context without a commit removes it.
+    It gets its real name in :meth:`commit`; leaving the context without a commit removes it. Writers of the same bytes
+    in several processes each need an ``attempt`` of their own.
     """
 
-    def __init__(self, path: str | Path, layout: Layout) -> None:
+    def __init__(self, path: str | Path, layout: Layout, attempt: str = "") -> None:
         self.layout = layout
         self.path = Path(path)
-        self._file = _AtomicFile(self.path, layout.total)
+        self._file = _AtomicFile(self.path, layout.total, attempt)
         self._written: list[tuple[int, int]] = list(layout.gaps)
         self._lock = threading.Lock()
         try:
@@ -177,6 +200,11 @@ def remove_unfinished() -> None:
         if file.process == os.getpid():  # a fork knows its parent's files too
             with contextlib.suppress(OSError):
                 file.abort()
+
+
+def partial_name(name: str, attempt: str = "") -> str:
+    """The temporary name of a file while it is written."""
+    return f"{name}.{attempt}.partial" if attempt else f"{name}.partial"
 
 
 def write_file_atomic(path: str | Path, data: bytes) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.cli import accuracy, options, plan_command
+from halfbyte.cli import accuracy, options, plan_command, shard_options
 from halfbyte.cli.human import exact
 from halfbyte.cli.output import print_json, progress, say, warn
 
@@ -37,6 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.add_revision(parser)
     options.add_cache(parser)
     add_execution(parser)
+    shard_options.add_shard(parser)
     parser.add_argument(
         "--allow-unrecognised",
         action="store_true",
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert, report, and verify if asked to."""
     from halfbyte.plan.unrecognised import check_recognised
 
+    if args.shard:
+        shard_options.check(args)
     made = options.plan_of(args)
     if not (args.allow_unrecognised or args.dry_run):
         check_recognised(made.items)
@@ -76,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         again.notes.extend(note for note in made.notes if note.startswith(options.OTHER_DIALECT))
         return again
 
+    if args.shard and not args.dry_run:
+        return shard_options.write_shard(made, args)
     return carry_out(made, args, remake=remake)
 
 

@@ -153,11 +153,28 @@ def _convert(
 ) -> Conversion:
     """All files that the journal does not hold yet."""
     todo = [shard for shard in plan.shards if shard.name not in journal.done]
-    _check_disk(plan, out, todo)
     report = progress or (lambda _: None)
     for shard in plan.shards:
         if shard.name in journal.done:
             report(sum(map(item_bytes, shard.items)))
+    chosen = write_files(plan, out, journal, source, todo, limits, report, refusals, given)
+    errors = complete_output(plan, out, journal, source)
+    return Conversion(out, errors, 0.0, len(plan.shards) - len(todo), chosen)
+
+
+def write_files(
+    plan: Plan,
+    out: Path,
+    journal: Journal,
+    source: SourceIdentity,
+    todo: Sequence[Shard],
+    limits: Limits,
+    report: Progress,
+    refusals: Refusals,
+    given: GivenTensors | None = None,
+) -> list[SmoothingReport]:
+    """Write some of the plan's files and note them in the journal; returns what was chosen for smoothing."""
+    _check_disk(plan, out, todo)
     count = plan.resources(limits).threads
     with given.reader(plan.checkpoint.inventory) if given else open_reader(plan, todo, limits) as reader:
         with ThreadPoolExecutor(
@@ -169,21 +186,26 @@ def _convert(
         context = Context(plan, reader, smoothings, report, limits, hessians, refusals, given)
         _write_shards(context, count, todo, out, journal, source)
     refusals.check()
+    return chosen
+
+
+def complete_output(plan: Plan, out: Path, journal: Journal, source: SourceIdentity) -> list[TensorError]:
+    """Write everything beside the weight files, which are all finished; returns the errors of all weights."""
     errors: dict[str, TensorError] = {}
     for shard in plan.shards:
         for error in (TensorError(**e) for e in journal.done[shard.name]["errors"]):
             if errors.setdefault(error.name, error) is not error:
                 errors[error.name].merge(error)
     _finish(plan, out, journal, source, errors.values())
-    return Conversion(out, list(errors.values()), 0.0, len(plan.shards) - len(todo), chosen)
+    return list(errors.values())
 
 
 class _OpenShard:
     """A file that is being written: the errors of its jobs, in order, and how many of them are still to end."""
 
-    def __init__(self, shard: Shard, out: Path) -> None:
+    def __init__(self, shard: Shard, out: Path, attempt: str) -> None:
         self.shard = shard
-        self.writer = ShardWriter(out / shard.name, shard.layout)
+        self.writer = ShardWriter(out / shard.name, shard.layout, attempt)
         self.errors: list[list[TensorError]] = []
         # one more until all of them are known
         self.left = 1
@@ -230,7 +252,7 @@ def _write_shards(
 
             for shard in todo:
                 pipeline.wait(lambda: len(opened) < OPEN_FILES)
-                file = _OpenShard(shard, out)
+                file = _OpenShard(shard, out, journal.attempt)
                 opened.append(file)
                 for units in _jobs(file.units(context), context.limits.slice_bytes):
                     if units[0].resident:
@@ -246,7 +268,7 @@ def _write_shards(
         for file in opened:
             file.writer.abort()
         # an interrupt may fall between the making of a file and its place in the list
-        remove_leftovers(out, [shard.name for shard in todo])
+        remove_leftovers(out, [shard.name for shard in todo], journal.attempt)
 
 
 def _jobs(units: Iterable[WorkUnit], limit: int) -> Iterator[list[WorkUnit]]:

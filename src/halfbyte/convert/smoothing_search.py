@@ -69,7 +69,7 @@ def _choose_all(
 ) -> None:
     planned = layout(plan.smoothings)
     entries: list[dict[str, Any]] = []
-    with ShardWriter(out / SMOOTHING_FILE, planned) as writer:
+    with ShardWriter(out / SMOOTHING_FILE, planned, journal.attempt) as writer:
         items = {item.weight.name: item for item in plan.items}
         jobs = [pool.submit(_choose, plan, group, items, reader, report) for group in plan.smoothings]
         try:

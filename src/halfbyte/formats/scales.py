@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -72,6 +73,10 @@ def _small_float_value(c: NDArray[Any], mantissa_bits: int, bias: int) -> Floats
     return np.ldexp(mantissa.astype(np.float32), np.maximum(field, 1) - bias - mantissa_bits)
 
 
+def _e3m3_code(v: Floats) -> NDArray[np.uint8]:
+    return _small_float_code(np.minimum(v, np.float32(28)), 3, 3, 1, 62)
+
+
 def _e6m2_code(v: Floats) -> NDArray[np.uint8]:
     # no subnormals: the lowest code is 2**-48
     mantissa, exponent = np.frexp(v)
@@ -85,8 +90,11 @@ def _e6m2_value(c: NDArray[Any]) -> Floats:
 
 
 def _cast(dtype: Any, tiny: float, largest: float) -> Callable[[Floats], NDArray[Any]]:
-    low, high = np.float32(tiny), np.float32(largest)
-    return lambda v: np.asarray(np.clip(v, low, high).astype(dtype))
+    return partial(_clipped, dtype=dtype, low=np.float32(tiny), high=np.float32(largest))
+
+
+def _clipped(v: Floats, dtype: Any, low: np.float32, high: np.float32) -> NDArray[Any]:
+    return np.asarray(np.clip(v, low, high).astype(dtype))
 
 
 def _widen(c: NDArray[Any]) -> Floats:
@@ -104,8 +112,8 @@ E3M3 = ScaleType(
     np.uint8,
     6,
     28.0,
-    lambda v: _small_float_code(np.minimum(v, np.float32(28)), 3, 3, 1, 62),
-    lambda c: _small_float_value(c, 3, 3),
+    _e3m3_code,
+    partial(_small_float_value, mantissa_bits=3, bias=3),
     1,
     62,
 )

@@ -9,6 +9,7 @@ from typing import Any
 from halfbyte.checkpoint.files import read_small
 from halfbyte.checkpoint.journal import NAME
 from halfbyte.checkpoint.lock import FOLDER
+from halfbyte.checkpoint.shared_journal import RUN
 from halfbyte.checkpoint.stream_hash import hash_path
 from halfbyte.dialects import unquantized_config
 from halfbyte.dialects.modelopt_config import FILE as MODELOPT_FILE
@@ -26,6 +27,8 @@ def unfinished(folder: Path) -> None:
     """VerifyError for the folder of a conversion that has not come to its end."""
     if (folder / FOLDER / NAME).exists():
         raise VerifyError(f"{folder} is an unfinished conversion; run the same quantize command again to complete it")
+    if (folder / FOLDER / RUN).exists():
+        raise VerifyError(f"{folder} is not complete; run all shards, then `halfbyte finish {folder}`")
 
 
 def decisions_of(folder: Path, record: dict[str, Any], source: Checkpoint) -> dict[str, Decision]:
