@@ -121,6 +121,7 @@ def test_it_serves_its_recipe_and_its_dialect_alone(dense: Path, statistics: Sta
         merge([statistics.folder, dense.parent / "alone"], dense.parent / "sum")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["mixfp4", "mxfp4", "int4_g32", "if4", "razer"])
 def test_every_format_with_fixed_codebooks_can_be_refitted(
     dense: Path, demo_text: str, tmp_path: Path, fmt: str
@@ -168,6 +169,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert not (tmp_path / "s" / "work").exists()
 
 
+@pytest.mark.slow
 def test_experts_are_refitted_each_for_its_own_tokens(tmp_path: Path, demo_text: str) -> None:
     found = rounded(MODEL, tmp_path / "s", demo_text, recipe())
     name = next(n for n in found.names if n.endswith("layers.1.mlp.experts.down_proj"))

@@ -76,6 +76,7 @@ def test_the_other_statistics_are_those_of_a_run_without_gradients(
         assert (plain.folder / file).read_bytes() == (collected.folder / file).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4, 6])
 def test_an_interrupted_run_continues_to_the_same_bytes(
     collected: Statistics, demo_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int

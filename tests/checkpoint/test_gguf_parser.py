@@ -176,6 +176,7 @@ def test_a_wrong_header_is_refused_in_one_sentence(tmp_path: Path, body: bytes, 
     assert "bad.gguf" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_changed_headers_are_read_as_the_library_reads_them_or_refused(tmp_path: Path, data: st.DataObject) -> None:

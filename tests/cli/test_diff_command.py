@@ -11,6 +11,7 @@ from tests.small_models import DENSE_CONFIG, dense_tensors, hashes, run, write_c
 from halfbyte.cli import main
 
 
+@pytest.mark.slow
 def test_a_patch_is_made_and_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, seed in (("base", 0), ("tuned", 1)):
         source = write_checkpoint(tmp_path / f"{name}-source", dense_tensors(seed), DENSE_CONFIG)

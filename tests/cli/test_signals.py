@@ -104,6 +104,7 @@ def test_nohup_still_protects_from_the_terminal_that_closes(moe: Path, tmp_path:
     child.communicate()
 
 
+@pytest.mark.slow
 def test_the_second_conversion_on_one_output_names_the_first(
     moe: Path, tmp_path: Path, uninterrupted: dict[str, str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_the_second_conversion_on_one_output_names_the_first(
     assert child.returncode == 0 and hashes(tmp_path / "out") == uninterrupted
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_removed_by_the_next(
     moe: Path, tmp_path: Path, uninterrupted: dict[str, str]
 ) -> None:

@@ -14,6 +14,7 @@ from halfbyte.demo import MODEL, TEXT
 from small_models import run
 
 
+@pytest.mark.slow
 def test_a_training_is_described_on_the_terminal_and_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -33,6 +34,7 @@ def test_a_rate_is_a_positive_number(rate: str, capsys: pytest.CaptureFixture[st
     assert "is no positive number" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_local_training_shows_every_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(MODEL, tmp_path / "start", "mxfp4")
     common = ["train", str(MODEL), str(tmp_path / "out"), "--start", str(tmp_path / "start"), "--text", str(TEXT)]

@@ -104,6 +104,7 @@ def test_only_some_rows_of_a_tall_matrix_are_looked_at(
     assert some.calibrated_relmse == pytest.approx(whole.calibrated_relmse, rel=0.25)
 
 
+@pytest.mark.slow
 def test_the_numbers_do_not_depend_on_threads_or_memory(statistics: Path, tmp_path: Path) -> None:
     for threads, memory in ((1, 1 << 31), (3, 1 << 22)):
         converted(RULES["gptq"], statistics, tmp_path / str(threads), threads=threads, memory=memory)

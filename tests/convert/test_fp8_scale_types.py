@@ -44,6 +44,7 @@ def model(folder: Path, kind: Any, hidden: int, inter: int = 320) -> Path:
     return write_checkpoint(folder, tensors, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("hidden", [64, 128, 192, 320])
 @pytest.mark.parametrize("kind", [E8M0, np.float32, ml_dtypes.bfloat16, np.float16])

@@ -82,6 +82,7 @@ def test_a_fitted_tensor_scale_is_given_to_the_rounding(statistics: Path, tmp_pa
             np.testing.assert_array_equal(mine.codes, expected.codes)
 
 
+@pytest.mark.slow
 def test_the_error_of_outputs_is_smaller_than_that_of_rounding_to_nearest(
     quantized: Path, statistics: Path, tmp_path: Path
 ) -> None:

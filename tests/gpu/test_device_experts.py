@@ -62,6 +62,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(tokens: int, name: str) ->
     assert difference(y, wanted(up, down, x, chosen, shares, "silu")) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gelu_tanh", "clamped_swiglu"])
 def test_other_activations_and_interleaved_rows_and_biases(name: str) -> None:
     up, down = stacks()

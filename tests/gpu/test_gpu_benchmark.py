@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 
 
@@ -17,6 +19,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_part_runs_in_the_interpreter(tmp_path: Path) -> None:
     done = run(tmp_path / "gpu.json", "--smoke")
     assert done.returncode == 0, done.stderr
@@ -27,6 +30,7 @@ def test_every_part_runs_in_the_interpreter(tmp_path: Path) -> None:
     assert document["mixtures_correct"]["same_bits"] and document["summary"] == {"not_measured": "no CUDA device"}
 
 
+@pytest.mark.slow
 def test_without_a_device_it_says_so_in_one_sentence(tmp_path: Path) -> None:
     done = run(tmp_path / "gpu.json")
     assert done.returncode == 1 and "there is no CUDA device here" in done.stderr and "Traceback" not in done.stderr

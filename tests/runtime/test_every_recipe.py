@@ -95,6 +95,7 @@ def test_pictures_and_text_give_the_logits_of_the_decoded_weights(
     assert 0.5 < torch.corrcoef(both)[0, 1] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_text_alone_gives_the_logits_of_the_decoded_weights(
     name: str, models: Models, quantized: Quantized, tmp_path: Path

@@ -81,6 +81,7 @@ def test_a_model_in_any_format_gives_the_logits_of_its_decoded_weights(
     same(logits(model), logits(eager(dense.eval())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("fmt", ["nvfp4", "int4_g32"])
 def test_architectures_with_other_layouts_load_in_4_bit_and_dense_alike(

@@ -58,6 +58,7 @@ def qwen3(saved: Saved, quantized: Quantized) -> Path:
     return quantized(saved("qwen3"), linear("nvfp4", **KEEP))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe", "qwen3_5_moe"])
 @pytest.mark.parametrize(("dialect", "fmt"), DIALECTS)
 def test_checkpoints_of_every_dialect_run_packed(

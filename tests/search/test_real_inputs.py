@@ -51,6 +51,7 @@ def test_trained_weights_gain_what_gaussian_data_gains(shared: Path, model: str)
         assert found / plain - 1 == pytest.approx(gain, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "search"), QUICK)
 def test_activations_with_outliers_stay_finite_and_close(shared: Path, name: str, search: str) -> None:
     for part in ACTIVATIONS:
