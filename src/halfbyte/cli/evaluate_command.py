@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from halfbyte.cli import options
+from halfbyte.cli import by_task_options, options
 from halfbyte.cli.human import positive, size
 from halfbyte.cli.json_files import write_json
 from halfbyte.cli.logs import prepare_logs
@@ -67,6 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="let the multi-token-prediction head draft K tokens (default 3) and count those that its model accepts",
     )
     on.add_argument("--importance", metavar="FILE", help="importance file that weights these errors")
+    by_task_options.add_by_task(parser)
     how = parser.add_argument_group("computation")
     how.add_argument(
         "--activations",
@@ -88,6 +89,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print a row per checkpoint."""
     prepare_logs()
+    if args.by_task:
+        return by_task_options.run_by_task(args)
     from halfbyte.evaluate import Settings, measure
     from halfbyte.evaluate.cache_folder import default_cache
 
