@@ -11,14 +11,18 @@ from pathlib import Path
 
 import pytest
 
+import halfbyte
 import halfbyte.checkpoint.shared_journal as shared_journal
 from halfbyte.convert.conversion import convert
 from halfbyte.convert.workers import convert_files, files_of, finish, finish_if_last, missing_files
+from halfbyte.demo import MODEL
 from halfbyte.errors import OutputError, PlanError, VerifyError
 from halfbyte.plan.build import make_plan
 from halfbyte.plan.conversion_plan import Plan
+from halfbyte.recipes import parse_recipe
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.verify.weights import verify
+from invented import invented_statistics
 from small_models import MOE_CONFIG, hashes, linear, moe_tensors, write_checkpoint
 
 WORKER = """
@@ -152,3 +156,16 @@ def test_plans_travel_to_other_processes(source: Path, fmt: str, tmp_path: Path)
     convert(made, tmp_path / "a")
     convert(sent, tmp_path / "b")
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("rule", ["format: nvfp4, rounding: gptq", "format: mxfp4, transform: awq"])
+def test_workers_with_statistics_write_what_one_process_does(tmp_path: Path, rule: str) -> None:
+    statistics = invented_statistics(tmp_path / "statistics")
+    recipe = parse_recipe(f"rules: [{{match: [attention.o, experts.down], {rule}}}]", "t", "t")
+    made = halfbyte.plan(MODEL, recipe, importance=statistics, max_shard_bytes=300_000)
+    convert(made, tmp_path / "whole")
+    sent = pickle.loads(pickle.dumps(made))  # as an executor sends it
+    for worker in (1, 0):
+        convert_files(sent, tmp_path / "out", files_of(sent, worker, 2))
+    finish(sent, tmp_path / "out")
+    assert len(made.shards) > 1 and hashes(tmp_path / "out") == hashes(tmp_path / "whole")

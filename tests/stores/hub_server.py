@@ -16,6 +16,17 @@ from urllib.parse import unquote
 import pytest
 
 COMMIT = "0123456789" * 4
+
+
+class _Server(ThreadingHTTPServer):
+    """Says nothing of clients that hang up early."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
 Content = Callable[[int, int], bytes]
 
 
@@ -46,9 +57,8 @@ class FakeHub:
         self._used: Counter[str] = Counter()
         self._signatures = 0
         self._lock = threading.Lock()
-        self.hub, self.cdn = (ThreadingHTTPServer(("127.0.0.1", 0), self._handler(role)) for role in ("hub", "cdn"))
+        self.hub, self.cdn = (_Server(("127.0.0.1", 0), self._handler(role)) for role in ("hub", "cdn"))
         for server in (self.hub, self.cdn):
-            server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
