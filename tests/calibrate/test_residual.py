@@ -182,6 +182,17 @@ def test_experts_are_refitted_each_for_its_own_tokens(tmp_path: Path, demo_text:
     assert not verify(tmp_path / "out", MODEL).problems
 
 
+def test_gradients_at_outputs_and_descent_go_with_it(dense: Path, demo_text: str, tmp_path: Path) -> None:
+    wanted = recipe(output="fisher", refine="descent")
+    found = rounded(dense, tmp_path / "s", demo_text, wanted)
+    plain = rounded(dense, tmp_path / "plain", demo_text, recipe(refine="descent"))
+    name = next(n for n in found.names if n.endswith("0.self_attn.q_proj.weight"))
+    assert (found.array(name, "codes") != plain.array(name, "codes")).any()
+    assert not (tmp_path / "s" / "work").exists()
+    done = quantize(dense, tmp_path / "out", wanted, importance=found.folder)
+    assert done.calibrated_relmse is not None and not verify(tmp_path / "out", dense).problems
+
+
 def test_the_dialect_s_way_of_global_scales_is_kept(dense: Path, demo_text: str, tmp_path: Path) -> None:
     found = rounded(dense, tmp_path / "s", demo_text, recipe(), "compressed-tensors")
     name = next(n for n in found.names if n.endswith("mlp.down_proj.weight"))
