@@ -120,3 +120,18 @@ def test_there_are_no_more_threads_than_slices_fit_into_the_memory(plan: Plan) -
     assert (one.threads, many.threads) == (1, 8)
     three = find_resources(units, (), 0, Limits(8, 3 * slice_of_one + 1))
     assert three == (3, (80 << 20) + 3 * slice_of_one)
+
+
+def test_a_matrix_whose_rows_take_each_others_errors_stays_whole_and_its_metric_is_counted(plan: Plan) -> None:
+    matrix = next(i for i in plan.items if i.format and len(i.weight.shape) == 2)
+    alone = replace(matrix, method=Method("gptq"))
+    coupled = replace(matrix, method=Method("gptq", output="fisher"))
+    rows, columns = matrix.weight.shape
+    assert cuts(coupled, 1, 1) == [(0, rows)] and len(cuts(alone, 1, 1)) > 1
+    assert need(coupled, rows, False) - need(alone, rows, False) >= 4 * rows**2 + 4 * rows * columns
+
+
+def test_experts_whose_rows_take_each_others_errors_are_still_cut_one_by_one(plan: Plan) -> None:
+    stack = next(i for i in plan.items if i.format and len(i.weight.shape) == 3)
+    coupled = replace(stack, method=Method("gptq", output="fisher"))
+    assert cuts(coupled, 1, 1) == [(i, i + 1) for i in stack.indices]

@@ -180,7 +180,8 @@ def activations_of(args: argparse.Namespace, recipe: Recipe | None = None, diale
 
         round_layers(open_checkpoint(args), recipe, dialect, folder, given, args.json, **settings)
     else:
-        collect(args.source, folder, given, args.json, **settings)
+        back = recipe is not None and recipe.needs_output_hessians
+        collect(args.source, folder, given, args.json, output_hessians=back, **settings)
     return folder
 
 
