@@ -26,10 +26,13 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import numpy as np
 import torch
 
-from halfbyte.formats import QuantizedTensor, get_format
+from halfbyte.formats import BlockFormat, QuantizedTensor, get_format
+from halfbyte.gpu.device_encode import prepare
 from halfbyte.gpu.device_experts import DeviceExperts
 from halfbyte.gpu.device_linear import DeviceLinear
 from halfbyte.gpu.word_packing import pack_words
+from halfbyte.search import get_search
+from halfbyte.search.encode import empty
 
 SMOKE = "--smoke" in sys.argv
 FORMATS = ("nvfp4", "mixfp4", "if4", "razer", "nf4", "mxfp4", "int4_g128")
@@ -282,6 +285,24 @@ def grouped(run: Run, x: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, .
         return f"{type(error).__name__}: {error}"
 
 
+def encoding(run: Run) -> dict[str, float]:
+    """GB/s of BF16 weights that searches encode, without copies from and to the host."""
+    n, k = (8, 64) if SMOKE else (8192, 8192)
+    dtype = torch.float32 if SMOKE else torch.bfloat16
+    values = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = {}
+    for name in ("nvfp4", "mixfp4"):
+        for search in ("absmax", "four_over_six", "sweep"):
+            fmt, chosen = get_format(name), get_search(search)
+            assert isinstance(fmt, BlockFormat)
+            out = empty(fmt, (n, k))
+            out.global_scale = np.asarray(np.float32(1e-3))
+            launch, _, _ = prepare(values.to(run.device), out, fmt, chosen)
+            taken = microseconds(run, [launch])
+            found[f"{name} {search}"] = round(values.nbytes / taken / 1e3, 1) if taken else 0.0
+    return found
+
+
 def summary(run: Run) -> dict[str, Any]:
     """The targets of docs/gpu.md against what was measured."""
     rows, bandwidth = run.document.get("dense", []), run.document.get("about", {}).get("read_gbs")
@@ -313,6 +334,7 @@ def main() -> None:
         ("mixtures_correct", mixtures_correct),
         ("dense", dense),
         ("experts", experts),
+        ("encoding", encoding),
         ("marlin", marlin),
         ("summary", summary),
     ):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,9 @@ def encode_on_device(
     check_finite(array)
     out = empty(fmt, array.shape)
     set_scales(out, chosen, array, given)
-    codes, scales = _run(array, out, fmt, chosen, relative_importance(given.importance, array.shape), device)
+    importance = relative_importance(given.importance, array.shape)
+    launch, codes, scales = prepare(_to_device(array, device), out, fmt, chosen, importance)
+    launch()
     out.codes[...] = codes.cpu().numpy().reshape(out.codes.shape)
     out.scales[...] = scales.cpu().numpy().reshape(out.scales.shape)
     if given.stats is not None:
@@ -79,11 +82,15 @@ def encode_on_device(
     return out
 
 
-def _run(
-    array: Any, out: QuantizedTensor, fmt: BlockFormat, search: Search, importance: Any, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    x = _to_device(array, device)
-    blocks, matrices = x.numel() // 16, int(np.prod(array.shape[:-2], dtype=np.int64))
+def prepare(
+    x: torch.Tensor, out: QuantizedTensor, fmt: BlockFormat, search: Search, importance: Any = None
+) -> tuple[Callable[[], object], torch.Tensor, torch.Tensor]:
+    """A launch of the kernel for x [..., N, K] on its device, and what it fills: bytes of codes, and scales.
+
+    ``out`` has the global scales; ``importance`` FP32 [1 or matrices, K].
+    """
+    device = x.device
+    blocks, matrices = x.numel() // 16, int(np.prod(x.shape[:-2], dtype=np.int64))
     inverses, overs = _factors(out, search, matrices)
     codes = torch.empty(blocks * 8, dtype=torch.uint8, device=device)
     scales = torch.empty(blocks, dtype=torch.uint8, device=device)
@@ -94,16 +101,17 @@ def _run(
     counts = [(2 if c.kind == "e2m1" else 1) if over else len(offsets) for c in order]
     shared = order[0].top if fmt.shared_base and not over else None
     arguments = (weights, inverses, overs, offsets)
-    encode_kernel[(-(-blocks // _LANES),)](
+    launch = partial(
+        encode_kernel[(-(-blocks // _LANES),)],
         x, *(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arguments), codes, scales, blocks,
-        max(blocks // matrices, 1), array.shape[-1] // 16, counts[0], counts[-1],
+        max(blocks // matrices, 1), x.shape[-1] // 16, counts[0], counts[-1],
         FIRST=order[0].kind, SECOND=order[1].kind if len(order) > 1 else "", FIRST_INDEX=fmt.order[0],
         SECOND_INDEX=fmt.order[-1], FIRST_BASE=order[0].top, SECOND_BASE=shared or order[-1].top,
         SINGLE=search.single(fmt), METRIC=search.metric, WEIGHTED=importance is not None,
         WEIGHT_PER_MATRIX=importance is not None and len(importance) > 1, OVER=over, LANES=_LANES, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return codes, scales
+    return launch, codes, scales
 
 
 def _factors(out: QuantizedTensor, search: Search, matrices: int) -> Sequence[Any]:
