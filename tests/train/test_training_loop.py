@@ -113,3 +113,15 @@ def test_gradients_of_parts_make_one_step(make: Make, objective: Distillation) -
     fit(parts, objective, two, TrainingOptions(2, accumulate=2), 1e-4)
     for a, b in zip(student_of(whole).masters, student_of(parts).masters, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_norms_are_trained_where_they_are_asked_for(
+    saved: Callable[[str], Path], quantized: Callable[..., Path], objective: Distillation
+) -> None:
+    start = quantized(saved("qwen3"), "mxfp4")
+    student = halfbyte.prepare(halfbyte.load(saved("qwen3"), "float32"), start, kept="norms")
+    norms = student_of(student).kept
+    before = {name: kept.master.detach().clone() for name, kept in norms.items()}
+    fit(student, NextToken(), batches(), TrainingOptions(12), 1e-3)
+    assert norms.keys() == {n for n in before if n.endswith("norm.weight")} and len(norms) == 9
+    assert all(not torch.equal(kept.master, before[name]) for name, kept in norms.items())
