@@ -210,6 +210,10 @@ def test_transformers_reads_calibrated_scales_of_a_kv_cache_and_rounds_keys_and_
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
         for name in ("cached", "plain")
     )
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):
+        # it names the scales as unexpected and keeps the cache in the model's type, as docs/engines.md says
+        assert not hasattr(model.model.layers[0].self_attn, "k_scale")
+        return
     for i, layer in enumerate(model.model.layers):
         for scale, amax in ((layer.self_attn.k_scale, 5.0 + i), (layer.self_attn.v_scale, 2.0 + i)):
             assert torch.equal(scale, torch.tensor([amax / 448]).bfloat16())
