@@ -82,6 +82,7 @@ def text(browser: Any, selector: str) -> str:
 def test_the_numbers_are_those_of_the_router(browser: Any, router: Served) -> None:
     router.post(messages=[{"role": "user", "content": "fix my code"}])
     show(browser, router.url)
+    assert not browser.execute_script("return document.querySelector('#key').checkVisibility()")
     assert "coding" in text(browser, "#decisions") and "w16" in text(browser, "#models")
     assert browser.get_log("browser") == []
 
@@ -110,5 +111,6 @@ def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:
     with served("w4", options=RouterOptions(api_key="secret")) as running:
         show(browser, running.url)
         assert "asks for an API key" in text(browser, "#problem")
+        assert browser.execute_script("return document.querySelector('#key').checkVisibility()")
         browser.execute_script("document.querySelector('#key').value = 'secret'")
         until(browser, "document.querySelector('#models').textContent.includes('w4')")
