@@ -52,6 +52,7 @@ class Relay:
         candidates: list[Backend],
         path: str,
         body: dict[str, Any],
+        wanted: str,
         rule: str,
         gate: Gate,
         seconds: float,
@@ -59,7 +60,7 @@ class Relay:
     ) -> None:
         self._client, self._candidates, self._path, self._body = client, candidates, path, body
         self._gate, self._limit, self._finished = gate, seconds, finished
-        self._wanted = candidates[0].name
+        self._wanted = wanted
         self._rule = rule
         self._started = False
         self._events = False

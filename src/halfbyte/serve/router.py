@@ -130,7 +130,15 @@ class Router:
         assert self._client is not None
         finished = partial(self._finished, path, body)
         return Relay(
-            self._client, candidates, path, body, decision.rule, self.gate, self.options.limits.seconds, finished
+            self._client,
+            candidates,
+            path,
+            body,
+            decision.precision,
+            decision.rule,
+            self.gate,
+            self.options.limits.seconds,
+            finished,
         )
 
     async def _body(self, request: Request) -> dict[str, Any]:
