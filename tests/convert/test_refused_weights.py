@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import halfbyte
+from halfbyte.checkpoint import Reader
 from halfbyte.cli import main
 from halfbyte.errors import CheckpointError, UnconvertibleError
 from halfbyte.plan.build import make_plan
@@ -105,7 +106,7 @@ def test_what_quantize_accepts_verify_accepts(tmp_path: Path, monkeypatch: pytes
     error = max(e.relmse for e in halfbyte.quantize(str(source), tmp_path / "a", linear("nvfp4")).errors)
     for bound, right in ((error * 1.001, True), (error * 0.999, False)):
         assert verify(tmp_path / "a", source, max_relmse=bound).ok is right
-        monkeypatch.setattr(refusals, "largest_relmse", lambda *_, bound=bound: bound)
+        monkeypatch.setattr(refusals, "largest_relmse", lambda *_, bound=bound, **__: bound)
         if right:
             run(source, tmp_path / "b", linear("nvfp4"))
         else:
@@ -118,14 +119,14 @@ def test_a_read_error_leaves_what_is_finished_and_says_that_it_continues(
 ) -> None:
     source = with_weight(tmp_path / "source", lambda a: a)
     plan = make_plan(Checkpoint.open(source), linear("nvfp4"), max_shard_bytes=SHARD_BYTES)
-    read = conversion.Reader.read
+    read = Reader.read
 
     def failing(reader: object, name: str, *more: object) -> object:
         if name == "model.layers.1.mlp.down_proj.weight":
             raise CheckpointError("the file cannot be read (Input/output error)")
         return read(reader, name, *more)
 
-    monkeypatch.setattr(conversion.Reader, "read", failing)
+    monkeypatch.setattr(Reader, "read", failing)
     with pytest.raises(CheckpointError, match=r"weight files in .* are finished, and the same command continues there"):
         conversion.convert(plan, tmp_path / "out", threads=1)
     monkeypatch.undo()
