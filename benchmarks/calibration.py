@@ -38,7 +38,7 @@ from halfbyte.checkpoint import Reader
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Settings, measure
 from halfbyte.formats import get_format
-from halfbyte.plan.calibration_use import stored_smoothings
+from halfbyte.plan.smoothing_use import stored_smoothings
 from halfbyte.recipes import Recipe
 from halfbyte.search import get_search
 from halfbyte.source.checkpoint import Checkpoint

@@ -16,9 +16,9 @@ from halfbyte.cli import main
 from halfbyte.convert.conversion import Conversion, convert
 from halfbyte.demo import MODEL
 from halfbyte.evaluate import tensor_errors
-from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.sealed_provenance import calibrated_errors
+from halfbyte.plan.smoothing_use import stored_smoothings
 from halfbyte.recipes import parse_recipe
 from halfbyte.source.checkpoint import Checkpoint
 from invented import invented_statistics

@@ -15,7 +15,7 @@ from folded import importance_of
 from halfbyte.calibration import write_importance
 from halfbyte.checkpoint import Reader
 from halfbyte.cli import main
-from halfbyte.plan.calibration_use import stored_smoothings
+from halfbyte.plan.smoothing_use import stored_smoothings
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import SMOOTHING_FILE, read_scales
 from small_models import read_file, write_file

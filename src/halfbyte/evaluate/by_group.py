@@ -36,8 +36,8 @@ from halfbyte.evaluate.weight_errors import WeightError, compare_weights
 from halfbyte.models import Weight
 from halfbyte.models.roles import bare_role, is_under
 from halfbyte.plan.build import make_plan
-from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.plan.conversion_plan import Plan
+from halfbyte.plan.smoothing_use import stored_smoothings
 from halfbyte.recipes import Recipe, load_recipe
 from halfbyte.runtime.loading import load_tokenizer
 from halfbyte.source.checkpoint import Checkpoint

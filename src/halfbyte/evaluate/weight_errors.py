@@ -22,8 +22,8 @@ from halfbyte.formats import Format, QuantizedTensor, get_format
 from halfbyte.kernels import amax, backend, use_backend_here
 from halfbyte.kernels.tensor_error import TensorError
 from halfbyte.models import Weight
-from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.plan.sealed_provenance import note_calibrated_errors
+from halfbyte.plan.smoothing_use import stored_smoothings
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import Smoothing
 

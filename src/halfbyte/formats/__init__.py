@@ -4,11 +4,12 @@ from halfbyte.formats import affine, fp8, ggml, hif4, if4, int4, mixfp4, mx, nvf
 from halfbyte.formats.affine import AffineFormat
 from halfbyte.formats.block import BlockFormat
 from halfbyte.formats.codebooks import Codebook
-from halfbyte.formats.format import Encoded, Format, QuantizedTensor, stacked
+from halfbyte.formats.format import Format, QuantizedTensor, stacked
 from halfbyte.formats.hif4 import HiF4Format
 from halfbyte.formats.registry import get_format, list_formats, register
 from halfbyte.formats.rotated_format import RotatedFormat, rotated
 from halfbyte.formats.rotation import Rotation
+from halfbyte.formats.scale_search import Encoded
 from halfbyte.formats.scales import ScaleType
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.formats.arrays import Array, Codes, Floats
-from halfbyte.formats.format import ColumnChoice, Encoded, Format, QuantizedTensor, ScaleSearch
+from halfbyte.formats.format import Format, QuantizedTensor
 from halfbyte.formats.losses import SMALLEST, loss_of, unit_of
 from halfbyte.formats.packing import pack_codes, unpack_codes
 from halfbyte.formats.registry import register
+from halfbyte.formats.scale_search import ColumnChoice, Encoded, ScaleSearch
 
 _END = np.float32(2.0**127 * (1 - 2.0**-6))  # levels * scale + bias must not overflow in wider groups
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from halfbyte.formats.arrays import Array, Codes, Floats
 from halfbyte.formats.codebooks import Codebook
-from halfbyte.formats.format import ColumnChoice, Encoded, Format, QuantizedTensor, ScaleSearch
+from halfbyte.formats.format import Format, QuantizedTensor
 from halfbyte.formats.given_scales import edges, inverse_of, scaled
 from halfbyte.formats.losses import unit_of
 from halfbyte.formats.packing import pack_nibbles, unpack_nibbles
+from halfbyte.formats.scale_search import ColumnChoice, Encoded, ScaleSearch
 from halfbyte.formats.scales import ScaleType
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,57 +16,9 @@ from numpy.typing import NDArray
 from halfbyte.errors import FormatError
 from halfbyte.formats.arrays import Array, Codes, Floats
 from halfbyte.formats.codebooks import Codebook
-from halfbyte.formats.losses import Metric
 from halfbyte.formats.rotation import Rotation
+from halfbyte.formats.scale_search import ColumnChoice, Encoded, ScaleSearch
 from halfbyte.formats.scales import ScaleType
-
-
-class Encoded(NamedTuple):
-    """Blocks as codes uint8 [n, B] (unpacked), stored scales [n], and offsets [n] where the format has them."""
-
-    codes: Codes
-    scales: Array
-    offsets: Array | None = None
-
-
-class ScaleSearch(Protocol):
-    """What formats and kernels ask of a search; ``halfbyte.search.Search`` says what the parameters mean."""
-
-    @property
-    def offsets(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def power_offsets(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def int_ratios(self) -> tuple[float, ...]: ...  # noqa: D102
-    @property
-    def float_ratios(self) -> tuple[float, ...]: ...  # noqa: D102
-    @property
-    def shrink(self) -> tuple[float, ...]: ...  # noqa: D102
-    @property
-    def metric(self) -> Metric: ...  # noqa: D102
-    @property
-    def rule(self) -> str: ...  # noqa: D102
-    @property
-    def only(self) -> str: ...  # noqa: D102
-    def __hash__(self) -> int: ...
-    def single(self, fmt: Any) -> bool: ...  # noqa: D102
-    def candidates(self, amax: Floats, codebook: Codebook, fmt: Any) -> Iterator[tuple[Array, Floats]]: ...  # noqa: D102
-    def column_candidates(  # noqa: D102
-        self, amax: Floats, codebook: Codebook, fmt: Any
-    ) -> Iterator[tuple[Array, Floats]]: ...
-    def encode_blocks(  # noqa: D102
-        self, x: Floats, fmt: Any, global_scale: Floats | None, weight: Floats | None
-    ) -> tuple[Codes, Array]: ...
-
-
-@dataclass
-class ColumnChoice:
-    """Scales, offsets and codebooks of one block of every row, while GPTQ rounds it column by column."""
-
-    stored: Array
-    scale: Floats
-    offset: Floats
-    codebook: Array
 
 
 @cache

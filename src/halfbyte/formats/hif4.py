@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from halfbyte.formats import scales
 from halfbyte.formats.arrays import Array, Floats
-from halfbyte.formats.format import Encoded, Format, QuantizedTensor, ScaleSearch
+from halfbyte.formats.format import Format, QuantizedTensor
 from halfbyte.formats.given_scales import inverse_of, scaled
 from halfbyte.formats.losses import loss_of
 from halfbyte.formats.packing import pack_nibbles, unpack_nibbles
 from halfbyte.formats.registry import register
+from halfbyte.formats.scale_search import Encoded, ScaleSearch
 
 _QUARTERS = np.arange(8, dtype=np.float32) / np.float32(4)
 MAGNITUDES = np.concatenate([_QUARTERS, -_QUARTERS])

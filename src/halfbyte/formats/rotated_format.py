@@ -14,8 +14,9 @@ import numpy as np
 from halfbyte.errors import FormatError
 from halfbyte.formats.arrays import Array, Codes, Floats
 from halfbyte.formats.codebooks import Codebook
-from halfbyte.formats.format import Encoded, Format, QuantizedTensor, ScaleSearch, check_finite, compiled
+from halfbyte.formats.format import Format, QuantizedTensor, check_finite, compiled
 from halfbyte.formats.rotation import ROTATIONS, SIZES, Rotation, Swaps, check_swaps, rotate_reference
+from halfbyte.formats.scale_search import Encoded, ScaleSearch
 from halfbyte.formats.scales import ScaleType
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.formats import Format, QuantizedTensor
-from halfbyte.formats.format import ScaleSearch
 from halfbyte.formats.rotation import norm
+from halfbyte.formats.scale_search import ScaleSearch
 from halfbyte.kernels.buffers import as_array
 from halfbyte.kernels.codec import NativeStats, describe
 from halfbyte.kernels.native import Native, find

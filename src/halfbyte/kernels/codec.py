@@ -21,8 +21,8 @@ from halfbyte.formats.codebooks import (
     INT8_OFFSET,
     e2m1_with,
 )
-from halfbyte.formats.format import ScaleSearch
 from halfbyte.formats.ggml import INT8
+from halfbyte.formats.scale_search import ScaleSearch
 
 _KINDS = {
     "e2m1": 0,

@@ -16,7 +16,8 @@ from halfbyte.formats import Format
 from halfbyte.models import Weight
 from halfbyte.plan.activation_scales import activation_settings, calibrated_scales, with_wishes
 from halfbyte.plan.assignment import assign
-from halfbyte.plan.calibration_use import CalibrationUse, check_calibration, optional_note, use_calibration
+from halfbyte.plan.calibrated_items import check_calibration, optional_note, use_calibration
+from halfbyte.plan.calibration_use import CalibrationUse
 from halfbyte.plan.configuration import make_config, make_provenance, make_settings
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.dialect_choice import find_dialect

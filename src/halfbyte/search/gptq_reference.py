@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from halfbyte.formats import Format, QuantizedTensor
 from halfbyte.formats.arrays import Codes, Floats
-from halfbyte.formats.format import ColumnChoice
+from halfbyte.formats.scale_search import ColumnChoice
 from halfbyte.search.searches import Search
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from halfbyte.formats import BlockFormat, Codebook
 from halfbyte.formats.arrays import Codes, Floats
-from halfbyte.formats.format import ScaleSearch
 from halfbyte.formats.losses import loss_of, unit_of
+from halfbyte.formats.scale_search import ScaleSearch
 from halfbyte.search.rules import base_codes
 
 

@@ -11,8 +11,8 @@ from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.dialects import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.kernels.tensor_error import MAX_OBJECTIVE, MAX_RELMSE, TensorError
-from halfbyte.plan.calibration_use import stored_smoothings
 from halfbyte.plan.sealed_provenance import note_calibrated_errors
+from halfbyte.plan.smoothing_use import stored_smoothings
 from halfbyte.recipes import Decision
 from halfbyte.recipes.resolve import refits
 from halfbyte.source.checkpoint import Checkpoint
