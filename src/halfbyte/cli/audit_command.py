@@ -26,8 +26,8 @@ _WEIGHTS = 8
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"the quantized checkpoint: {options.SOURCE}")
-    parser.add_argument("--against", metavar="SRC", help=f"its source: {options.SOURCE}")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"the quantized checkpoint: {options.LOCAL}")
+    parser.add_argument("--against", metavar="SRC", help=f"its source: {options.LOCAL}")
     options.add_revision(parser)
     parser.add_argument(
         "--rows",

@@ -24,13 +24,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the workers' plan again, and write what is lacking beside their files."""
+    from halfbyte.checkpoint.lock import FOLDER
     from halfbyte.checkpoint.shared_journal import RUN, read_run
     from halfbyte.convert.workers import finish
     from halfbyte.errors import OutputError
     from halfbyte.plan.conversion_plan import PROVENANCE
 
     out = Path(args.out).expanduser()
-    if (out / PROVENANCE).is_file() and not (out / ".halfbyte" / RUN).exists():
+    if (out / PROVENANCE).is_file() and not (out / FOLDER / RUN).exists():
         return _report(args, out, None)
     run_record = read_run(out)
     command = run_record.get("arguments")

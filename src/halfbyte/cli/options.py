@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from halfbyte.source.checkpoint import Checkpoint
 
 OTHER_DIALECT = "written in the dialect"
-SOURCE = "a local folder, a .safetensors file, or a hub id owner/name or hf://owner/name@revision"
+LOCAL = "a local folder, a .safetensors file, or a hub id owner/name"
+SOURCE = f"{LOCAL} or hf://owner/name@revision"
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

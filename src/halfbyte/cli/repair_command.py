@@ -19,9 +19,9 @@ exit code 1 means that problems are left, which are listed
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"the quantized checkpoint: {options.SOURCE}")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"the quantized checkpoint: {options.LOCAL}")
     parser.add_argument("out", metavar="OUT", help="a new folder")
-    parser.add_argument("--against", metavar="SRC", required=True, help=f"its unquantized source: {options.SOURCE}")
+    parser.add_argument("--against", metavar="SRC", required=True, help=f"its unquantized source: {options.LOCAL}")
     options.add_revision(parser)
     parser.add_argument("--files", action="store_true", help="take tokenizer files that differ from the source, too")
 

@@ -60,16 +60,18 @@ def check(args: argparse.Namespace) -> None:
 
 def write_shard(made: Plan, args: argparse.Namespace) -> int:
     """Write this worker's files, and complete the output if they were the last ones."""
+    from halfbyte.convert.output_folder_state import source_identity
     from halfbyte.convert.workers import convert_files, files_of, finish_if_last, missing_files
     from halfbyte.plan.resources import item_bytes
 
     worker, workers = args.shard
     names = files_of(made, worker, workers)
     total = sum(item_bytes(item) for shard in made.shards if shard.name in names for item in shard.items)
+    source = source_identity(made)  # once: it reads samples of every file
     with progress(f"worker {worker} of {workers}", total, args.json) as report:
-        done = convert_files(made, args.out, names, args.threads, report, args.memory, recorded(args))
-    complete = done.already_complete or finish_if_last(made, args.out)
-    left = [] if complete else missing_files(made, args.out)
+        done = convert_files(made, args.out, names, args.threads, report, args.memory, recorded(args), source)
+    complete = done.already_complete or finish_if_last(made, args.out, source)
+    left = [] if complete else missing_files(made, args.out, source)
     document = {
         "out": str(done.out),
         "worker": worker,

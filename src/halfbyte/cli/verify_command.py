@@ -69,9 +69,10 @@ def compare(
     from halfbyte.verify.checksums import stated_bytes
     from halfbyte.verify.weights import MAX_RELMSE, verify
 
-    total = stated_bytes(Path(out)) + (open_inventory(against, revision, cache).total_bytes if against else 0)
+    inventory = open_inventory(against, revision, cache) if against else None
+    total = stated_bytes(Path(out)) + (inventory.total_bytes if inventory else 0)
     with progress("verifying", total, silent) as report:
-        return verify(out, against, revision, MAX_RELMSE if bound is None else bound, report, cache)
+        return verify(out, against, revision, MAX_RELMSE if bound is None else bound, report, cache, inventory)
 
 
 def document(result: Verification) -> dict[str, Any]:

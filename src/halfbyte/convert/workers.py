@@ -10,7 +10,7 @@ from typing import Any
 
 from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.checkpoint.journal import check_output
-from halfbyte.checkpoint.lock import OutputLock
+from halfbyte.checkpoint.lock import FOLDER, OutputLock
 from halfbyte.checkpoint.shared_journal import RUN, SharedJournal
 from halfbyte.convert.conversion import Conversion, Progress, complete_output, write_files
 from halfbyte.convert.output_folder_state import already_complete, source_identity
@@ -38,11 +38,13 @@ def convert_files(
     progress: Progress | None = None,
     memory: int | None = None,
     arguments: Mapping[str, Any] | None = None,
+    source: SourceIdentity | None = None,
 ) -> Conversion:
     """Write some weight files of a plan to ``out``; other processes may write others, or the same ones, meanwhile.
 
     Files that are finished already are left alone. The output is complete after ``finish``. ``arguments``: the command,
-    noted for ``halfbyte finish``. OutputError where the other processes have another plan, source or release;
+    noted for ``halfbyte finish``; ``source``: ``source_identity(plan)`` where that is known already, here as below.
+    OutputError where the other processes have another plan, source or release;
     everything else is raised as by ``convert``, and what is finished stays.
     """
     began = time.monotonic()
@@ -50,7 +52,7 @@ def convert_files(
     unknown = names - {shard.name for shard in plan.shards}
     if unknown:
         raise PlanError(f"the plan has no weight file {min(unknown)}; it has {len(plan.shards)} of them")
-    source = source_identity(plan)
+    source = source or source_identity(plan)
     if _is_complete(plan, out, source):
         return Conversion(out, [], time.monotonic() - began, len(names), already_complete=True)
     journal = SharedJournal(out, plan.fingerprint, source.to_dict(), plan.origin["recipe"], arguments)
@@ -61,23 +63,24 @@ def convert_files(
     return Conversion(out, errors, time.monotonic() - began, len(names) - len(todo), chosen)
 
 
-def missing_files(plan: Plan, out: str | Path) -> list[str]:
+def missing_files(plan: Plan, out: str | Path, source: SourceIdentity | None = None) -> list[str]:
     """Weight files of a plan that no process has finished yet; [] for a complete output."""
     out = Path(out).expanduser()
-    if _is_complete(plan, out, source_identity(plan)):
+    source = source or source_identity(plan)
+    if _is_complete(plan, out, source):
         return []
-    journal = SharedJournal(out, plan.fingerprint, source_identity(plan).to_dict(), plan.origin["recipe"])
+    journal = SharedJournal(out, plan.fingerprint, source.to_dict(), plan.origin["recipe"])
     return [shard.name for shard in plan.shards if shard.name not in journal.done]
 
 
-def finish(plan: Plan, out: str | Path) -> Conversion:
+def finish(plan: Plan, out: str | Path, source: SourceIdentity | None = None) -> Conversion:
     """Complete an output whose weight files are all written: side files, index, halfbyte.json, then config.json.
 
     OutputError that names what is missing, and OutputBusyError while another process does the same.
     """
     began = time.monotonic()
     out = Path(out).expanduser()
-    source = source_identity(plan)
+    source = source or source_identity(plan)
     if _is_complete(plan, out, source):
         return Conversion(out, [], 0.0, len(plan.shards), already_complete=True)
     with OutputLock(out):
@@ -100,19 +103,19 @@ def finish(plan: Plan, out: str | Path) -> Conversion:
     return Conversion(out, errors, time.monotonic() - began, len(plan.shards))
 
 
-def finish_if_last(plan: Plan, out: str | Path) -> bool:
+def finish_if_last(plan: Plan, out: str | Path, source: SourceIdentity | None = None) -> bool:
     """Complete the output where all of its weight files are finished; whether it is complete now, or soon."""
-    if missing_files(plan, out):
+    source = source or source_identity(plan)
+    if missing_files(plan, out, source):
         return False
     with suppress(OutputBusyError):  # another worker does it at this moment
-        finish(plan, out)
+        finish(plan, out, source)
     return True
 
 
 def _is_complete(plan: Plan, out: Path, source: SourceIdentity) -> bool:
     """Whether the output is complete; OutputError for a folder that workers cannot use."""
-    inner = out / ".halfbyte"
-    if (inner / RUN).exists():
+    if (out / FOLDER / RUN).exists():
         return False
     if (out / PROVENANCE).exists():
         return already_complete(plan, out, source)

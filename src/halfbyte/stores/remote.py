@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class RemoteFile:
     sha256: str | None = None
 
 
-class RemoteStore:
+class RemoteStore(ABC):
     """A store that reads one range of a file per request; subclasses implement ``fetch``. Threads may share it.
 
     ``requests`` and ``bytes_read`` count what was fetched.
@@ -53,9 +54,9 @@ class RemoteStore:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.Lock()
 
+    @abstractmethod
     def fetch(self, name: str, offset: int, size: int) -> bytes:
         """Read exactly this range in one request; CheckpointError where that is impossible."""
-        raise NotImplementedError
 
     def get(self, name: str, offset: int, size: int) -> bytes:
         """Read a range that lies inside a file, and count it."""
@@ -86,10 +87,10 @@ class RemoteStore:
         """Whether the store had this file when it was listed."""
         return name in self.files
 
-    def check(self, name: str) -> None:
+    def check(self, name: str) -> None:  # noqa: B027  nothing to do in any of these stores
         """Do nothing: there are no links."""
 
-    def refuse_dead_links(self) -> None:
+    def refuse_dead_links(self) -> None:  # noqa: B027
         """Do nothing: there are no links."""
 
     def read_small(self, name: str) -> bytes:

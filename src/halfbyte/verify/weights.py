@@ -35,12 +35,13 @@ def verify(
     max_relmse: float = MAX_RELMSE,
     progress: Callable[[int], None] | None = None,
     cache: bool = False,
+    inventory: Inventory | None = None,
 ) -> Verification:
     """Check every file of an output against its checksums and, with ``against``, all of it against its source.
 
-    Reads both completely; ``cache``: a source on the hub is downloaded to its cache first. Problems are collected, not
-    raised; CheckpointError or VerifyError only where a folder cannot be read at all, or where there is neither a source
-    nor a checksum.
+    Reads both completely; ``cache``: a source on the hub is downloaded to its cache first; ``inventory``: that of
+    ``against``, where its headers were read already. Problems are collected, not raised; CheckpointError or VerifyError
+    only where a folder cannot be read at all, or where there is neither a source nor a checksum.
     """
     folder = Path(out)
     if not folder.exists():
@@ -58,7 +59,7 @@ def verify(
         )
     if against is None:
         return result
-    source = Checkpoint(open_inventory(against, revision, cache))
+    source = Checkpoint(inventory or open_inventory(against, revision, cache))
     try:
         _against(result, folder, record, source, max_relmse, report)
     except HalfbyteError as error:
