@@ -15,7 +15,7 @@ from halfbyte.gpu.ptx_text import scale_text
 from halfbyte.gpu.table_layout import Operand, describe_tables
 from halfbyte.kernels.linear import NoKernelError
 
-_OPERANDS: dict[torch.dtype, Operand] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+OPERANDS: dict[torch.dtype, Operand] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @cache
@@ -35,8 +35,8 @@ def has_product(fmt: Format, dtype: torch.dtype = torch.bfloat16) -> bool:
         return False
     try:
         layout = describe_tables(fmt)
-        if dtype in _OPERANDS:
-            scale_text(layout, _OPERANDS[dtype])
+        if dtype in OPERANDS:
+            scale_text(layout, OPERANDS[dtype])
     except NoKernelError:
         return False
     return True

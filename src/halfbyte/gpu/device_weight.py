@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 
 from halfbyte.formats import QuantizedTensor
+from halfbyte.gpu.device_products import OPERANDS
 from halfbyte.gpu.ptx_text import scale_text, word_text
-from halfbyte.gpu.table_layout import Operand
+from halfbyte.gpu.table_layout import TableLayout
 from halfbyte.gpu.word_packing import PackedWords, pack_words, unpack_words
 from halfbyte.kernels.linear import NoKernelError
 
 _SCALES = {"bf16": "bfloat16", "fp16": "float16"}
 _TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_OPERANDS: dict[torch.dtype, Operand] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class DeviceWeight:
@@ -33,7 +36,8 @@ class DeviceWeight:
         self.factors = torch.from_numpy(packed.factors).to(device)
         self.tables = torch.from_numpy(layout.values()).to(device)
         self.scale_values = torch.from_numpy(layout.scale_values(packed.format)).to(device)
-        self._about = packed
+        # the arrays live on the device alone
+        self._description = replace(packed, words=np.empty(0, np.int32), scales=np.empty(0, np.int32))
 
     @property
     def device(self) -> torch.device:
@@ -49,32 +53,33 @@ class DeviceWeight:
     def unpack(self) -> QuantizedTensor:
         """Return the quantized tensor that was packed, byte for byte."""
         words, scales = self.words.cpu().numpy(), self.scales.cpu().numpy()
-        return unpack_words(_with_arrays(self._about, words, scales))
+        return unpack_words(replace(self._description, words=words, scales=scales))
 
     def settings(self, dtype: torch.dtype, strips: int) -> dict[str, Any]:
         """The constants of a kernel for activations of a type; NoKernelError for one that the scales do not fit.
 
         CUDA devices decode by machine instructions, others (and FP32) by plain operations.
         """
-        if dtype not in _TRITON:
-            raise NoKernelError(f"activations on GPUs are BF16, FP16 or FP32, not {dtype}")
-        operand = _OPERANDS.get(dtype)
-        texts = ("", "")
-        by_instructions = operand is not None and self.device.type == "cuda" and torch.version.cuda is not None
-        if operand is not None:
-            texts = (scale_text(self.layout, operand), word_text(self.layout, operand))
-        return {
-            "SCALE_TEXT": texts[0] if by_instructions else "",
-            "WORD_TEXT": texts[1] if by_instructions else "",
-            "KIND": self.layout.kind,
-            "SCALE": _SCALES.get(self.layout.scale, "byte"),
-            "CHOOSES": self.layout.chooses,
-            "DECODE": "asm" if by_instructions else "plain",
-            "TYPE": _TRITON[dtype],
-            "STRIPS": strips,
-        }
+        on_cuda = self.device.type == "cuda" and torch.version.cuda is not None
+        return _settings(self.layout, dtype, strips, on_cuda)
 
 
-def _with_arrays(packed: PackedWords, words: Any, scales: Any) -> PackedWords:
-    about = {name: getattr(packed, name) for name in packed.__dataclass_fields__}
-    return PackedWords(**{**about, "words": words, "scales": scales})
+@cache  # asked at every product: writing the texts takes 0.1 to 0.2 ms
+def _settings(layout: TableLayout, dtype: torch.dtype, strips: int, on_cuda: bool) -> dict[str, Any]:
+    if dtype not in _TRITON:
+        raise NoKernelError(f"activations on GPUs are BF16, FP16 or FP32, not {dtype}")
+    operand = OPERANDS.get(dtype)
+    texts = ("", "")
+    if operand is not None:  # also where plain operations decode: the same types are refused
+        texts = (scale_text(layout, operand), word_text(layout, operand))
+    by_instructions = operand is not None and on_cuda
+    return {
+        "SCALE_TEXT": texts[0] if by_instructions else "",
+        "WORD_TEXT": texts[1] if by_instructions else "",
+        "KIND": layout.kind,
+        "SCALE": _SCALES.get(layout.scale, "byte"),
+        "CHOOSES": layout.chooses,
+        "DECODE": "asm" if by_instructions else "plain",
+        "TYPE": _TRITON[dtype],
+        "STRIPS": strips,
+    }

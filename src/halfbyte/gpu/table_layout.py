@@ -18,7 +18,6 @@ Kind = Literal["mirrored", "table", "linear"]
 Operand = Literal["bfloat16", "float16"]
 
 _TABLE, _FLOAT = 0, 5  # the products' own numbers for codes of integers and of other values
-_SCALES = ("e4m3", "e8m0", "bf16", "fp16")
 _NARROW = {"e4m3": True, "e8m0": True, "bf16": False, "fp16": False}
 TYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -75,7 +74,7 @@ def describe_tables(fmt: Format) -> TableLayout:
         and native.table_count <= 2
         and native.block_rows == 1
         and fmt.bits == 4
-        and fmt.scale.name in _SCALES
+        and fmt.scale.name in _NARROW
     )
     if not usable:
         raise NoKernelError(f"there is no product on GPUs for weights of format {fmt.name}; decode them instead")

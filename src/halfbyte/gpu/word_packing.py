@@ -17,7 +17,7 @@ go into four bytes at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ from halfbyte.kernels.linear import NoKernelError
 
 ROWS, COLUMNS, BLOCK = 16, 128, 16
 _SIGN = tuple(8 * e + 7 if e < 4 else 8 * e - 29 for e in range(8))
+# of linear tables, the bits of the elements: a shift brings two of them into the halves of a register
+_LINEAR = tuple(4 * (e // 2) + 16 * (e % 2) for e in range(8))
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,7 @@ def _scale_bits(tensor: QuantizedTensor, layout: TableLayout) -> tuple[NDArray[A
     names = {"bfloat16": "bf16", "float16": "fp16"}
     if scales.dtype.name not in names:
         raise NoKernelError(f"there is no product on GPUs for scales of type {scales.dtype}; decode the weight instead")
-    changed = TableLayout(
-        layout.kind,
-        layout.tables,
-        layout.factors,
-        layout.recode,
-        names[scales.dtype.name],
-        layout.negates,
-        layout.columns,
-    )
-    return scales.view(np.uint16), changed
+    return scales.view(np.uint16), replace(layout, scale=names[scales.dtype.name])
 
 
 def _selectors(scales: NDArray[Any], layout: TableLayout) -> NDArray[np.uint8]:
@@ -189,10 +182,6 @@ def _words_of(indices: NDArray[np.uint8], layout: TableLayout) -> NDArray[np.int
         else:
             words |= index << np.uint32(_LINEAR[e])
     return words.reshape(*indices.shape[:3], 2, 32, 4).view(np.int32)
-
-
-_LINEAR = tuple(4 * (e // 2) + 16 * (e % 2) for e in range(8))
-"""Of linear tables, the bits of the elements: a shift brings two of them into the halves of a register."""
 
 
 def _indices_of(words: NDArray[np.int32], layout: TableLayout) -> NDArray[np.uint8]:
