@@ -114,7 +114,7 @@ def _new_config(
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """config.json with an ignore list that fits the tensors, and the settings in it; None without such a list."""
     dialect = ours.dialect
-    if dialect is None or dialect.name not in ("compressed-tensors", "modelopt"):
+    if dialect is None or dialect.declared(ours.inventory) is None:
         return None, None
     quantized = [(w, ours.formats[w.name]) for w in ours.weights if w.name in ours.formats]
     kept = [*(w for w in ours.weights if w.name not in ours.formats), *added]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from halfbyte.audit.declared import StaticInputs
 from halfbyte.audit.finding import Finding, count, some, verb
 from halfbyte.checkpoint import Reader
 from halfbyte.dialects import OutputTensor
@@ -189,13 +188,13 @@ def _inputs(checkpoint: Checkpoint, reader: Reader) -> Iterator[Finding]:
     if bad:
         what = f"{count(len(bad), 'scale')} of inputs {verb(len(bad), 'are')} zero, negative or not finite: {some(bad)}"
         yield Finding("wrong", "input-scale", what, bad, "calibrate again, with text that reaches these modules")
-    inputs, missing, wanted, idle = StaticInputs(checkpoint), [], 0, 0
+    takes, missing, wanted, idle = dialect.activations.takes_scales(inventory), [], 0, 0
     for weight in checkpoint.weights:
         fmt = checkpoint.formats.get(weight.name)
         if fmt is None:
             continue
         for module in modules(weight):
-            static = inputs.wants(weight, module.name)
+            static = takes(weight, fmt, module.name)
             there = any(f"{module.name}{ending}" in inventory.tensors for ending in dialect.activations.endings)
             wanted += static
             idle += there and not static

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from halfbyte.audit.declared import Declared, declared
 from halfbyte.audit.finding import Finding, Severity, count, some, verb
 from halfbyte.checkpoint.config import parts_of, text_parts
+from halfbyte.dialects.declared import Declared
 from halfbyte.dialects.modules import is_linear, modules
 from halfbyte.models import Weight
 from halfbyte.models.regex import REGEX
@@ -34,7 +34,7 @@ def check_structure(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from _files(checkpoint)
     if checkpoint.dialect is not None:
         yield from _unquantized(checkpoint)
-        claims = declared(checkpoint.inventory, checkpoint.dialect.name)
+        claims = checkpoint.dialect.declared(checkpoint.inventory)
         if claims is not None:
             yield from _claims(checkpoint, claims)
         yield from _groups(checkpoint)

@@ -7,7 +7,7 @@ how engines quantize the inputs of weights. ``Package``: the files around the we
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,13 @@ class ActivationScales:
         None: it does not say.
         """
         return None
+
+    def takes_scales(self, inventory: Inventory) -> Callable[[Weight, Format, str], bool]:
+        """Return a function of a quantized weight, its format and one of its modules.
+
+        It tells whether engines take the scale of the module's inputs from the file. Here none do.
+        """
+        return lambda weight, fmt, module: False
 
 
 class Package:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint import Inventory
@@ -15,13 +15,15 @@ from halfbyte.dialects.compressed_tensors_config import (
     quantization_config,
 )
 from halfbyte.dialects.compressed_tensors_spelling import CompressedTensorsSpelling, schemes
+from halfbyte.dialects.declared import Declared
 from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.module_patterns import spaces
 from halfbyte.dialects.modules import is_linear, modules, scaled_modules
 from halfbyte.dialects.outputs import CacheScales, InputScale
-from halfbyte.dialects.quantization_config import quantization_config_of
+from halfbyte.dialects.quantization_config import quantization_config_of, quantization_fields
 from halfbyte.formats import Format
 from halfbyte.models import Weight
+from halfbyte.models.regex import Patterns
 
 
 class CompressedTensorsActivations(ActivationScales):
@@ -50,6 +52,16 @@ class CompressedTensorsActivations(ActivationScales):
         """Return ``input_activations`` of the weight's group."""
         return schemes(inventory).inputs_of(next(modules(weight, one_expert=True)).name)
 
+    def takes_scales(self, inventory: Inventory) -> Callable[[Weight, Format, str], bool]:
+        """Ask the module's group: calibrated inputs are not found at run time, or only their blocks are."""
+        groups = schemes(inventory)
+
+        def takes(weight: Weight, fmt: Format, module: str) -> bool:
+            inputs = groups.inputs_of(module) if self.scale(fmt) else {}
+            return bool(inputs) and inputs.get("dynamic") in (False, "local")
+
+        return takes
+
 
 class CompressedTensorsDialect(Dialect):
     """NVFP4, MixFP4, MXFP4, INT4, FP8 and MXFP8, and mixtures of them."""
@@ -63,6 +75,13 @@ class CompressedTensorsDialect(Dialect):
     def claims(self, inventory: Inventory) -> bool:
         """Recognise a checkpoint by its ``quant_method``."""
         return quantization_config_of(inventory).get("quant_method") == self.name
+
+    def declared(self, inventory: Inventory) -> Declared:
+        """Return the ignore list, and the targets where they name modules and not a class."""
+        settings = quantization_fields(inventory)
+        targets = [t for _, group in settings.fields("config_groups").members() for t in group.texts("targets")]
+        named = None if "Linear" in targets else Patterns(targets, "the targets of config.json")
+        return Declared(tuple(settings.texts("ignore")), named, None, False)
 
     def config(
         self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight], activations: Mapping[str, Any]

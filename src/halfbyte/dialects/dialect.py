@@ -8,6 +8,7 @@ from typing import Any
 
 from halfbyte.checkpoint import Inventory
 from halfbyte.dialects.capabilities import ActivationScales, Package, UnquantizedLayout
+from halfbyte.dialects.declared import Declared
 from halfbyte.dialects.outputs import CacheScales
 from halfbyte.dialects.spelling import Spelling
 from halfbyte.errors import PlanError
@@ -48,6 +49,10 @@ class Dialect(ABC):
         ``activations``: how the inputs of weights (by name) are quantized, as a word of recipes (none, dynamic,
         static) or as ``ActivationScales.stated`` gave it; weights without an entry get what is usual.
         """
+
+    def declared(self, inventory: Inventory) -> Declared | None:
+        """Return what a checkpoint's configuration says of each module; None where the tensors alone decide."""
+        return None
 
     def for_model(self, inventory: Inventory) -> Dialect:
         """Return this dialect for one model, where names and layout depend on it; PlanError if it cannot hold it."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from halfbyte.checkpoint import Inventory
 from halfbyte.dialects.capabilities import ActivationScales, Package
+from halfbyte.dialects.declared import Declared
 from halfbyte.dialects.dialect import Dialect, register_dialect
 from halfbyte.dialects.modelopt_config import (
     CACHE,
@@ -32,6 +33,8 @@ from halfbyte.formats import Format
 from halfbyte.models import Weight
 
 _FOUR_BITS, _EIGHT_BITS, _SCALES = (".weight", "U8"), (".weight", "F8_E4M3"), ".weight_scale"
+# algorithms whose inputs have one calibrated scale
+_STATIC = ("NVFP4", "FP8")
 _READ_ONLY = ("fp8_tensor", "mxfp4")
 
 
@@ -89,6 +92,19 @@ class ModelOptActivations(ActivationScales):
         """Refuse all but calibrated scales."""
         return None if kind == "static" and self.scale(fmt) else super().problem(fmt, kind)
 
+    def takes_scales(self, inventory: Inventory) -> Callable[[Weight, Format, str], bool]:
+        """Ask the module's algorithm, and whether any group quantizes inputs at all."""
+        settings = settings_fields(inventory)
+        groups = [group for _, group in settings.fields("config_groups").members()]
+        weight_only = bool(groups) and not any("input_activations" in group for group in groups)
+        layers = settings.fields("quantized_layers")
+
+        def takes(weight: Weight, fmt: Format, module: str) -> bool:
+            stated = layers.fields(module) if module in layers else settings
+            return bool(self.scale(fmt)) and not weight_only and stated.text("quant_algo").upper() in _STATIC
+
+        return takes
+
 
 class ModelOptPackage(Package):
     """Beside config.json the same settings in hf_quant_config.json."""
@@ -121,6 +137,13 @@ class ModelOptDialect(Dialect):
     def claims(self, inventory: Inventory) -> bool:
         """Recognise a checkpoint by its ``quant_method``, or by hf_quant_config.json alone."""
         return bool(settings_of(inventory))
+
+    def declared(self, inventory: Inventory) -> Declared:
+        """Return the wildcards of what is left out, and the modules that a mixture names."""
+        settings = settings_fields(inventory)
+        entries = dict.fromkeys([*settings.texts("ignore"), *settings.texts("exclude_modules")])
+        named = frozenset(settings.fields("quantized_layers").values) if "quantized_layers" in settings else None
+        return Declared(tuple(entries), None, named, True)
 
     def config(
         self, quantized: Sequence[tuple[Weight, Format]], kept: Sequence[Weight], activations: Mapping[str, Any]
