@@ -72,3 +72,16 @@ def scaled(ending: str, factor: float, part: str = "") -> Callable[[Tensors], No
 def e4m3(values: Any) -> np.ndarray[Any, np.dtype[Any]]:
     """Values as E4M3."""
     return np.asarray(values, dtype=np.float32).astype(ml_dtypes.float8_e4m3fn)
+
+
+def beside_index(good: Path, out: Path) -> Path:
+    """A copy whose MTP layers lie in a second file, which an index names beside a bare model.safetensors."""
+    rewritten(good, out, nothing)
+    tensors = read_file(out)
+    mtp = {n: t for n, t in tensors.items() if n.startswith("mtp.")}
+    rest = {n: t for n, t in tensors.items() if n not in mtp}
+    write_file(out / "model.safetensors", rest)
+    write_file(out / "model_mtp.safetensors", mtp)
+    places = dict.fromkeys(rest, "model.safetensors") | dict.fromkeys(mtp, "model_mtp.safetensors")
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return out

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.audit.faulty import nothing, rewritten, scaled, without
-from tests.small_models import Tensors, hashes, read_file, write_file
+from tests.audit.faulty import beside_index, nothing, rewritten, scaled, without
+from tests.small_models import Tensors, hashes, read_file
 
 from halfbyte.audit import repair as module
 from halfbyte.audit.repair import ADDED, RECORD, repair
@@ -101,14 +101,7 @@ def test_missing_files_are_copied_and_differing_ones_only_when_asked(good: Path,
 
 
 def test_a_bare_file_beside_an_index_gets_another_name(good: Path, source: Path, tmp_path: Path) -> None:
-    bad = rewritten(good, tmp_path / "bad", nothing)
-    tensors = read_file(bad)
-    mtp = {n: t for n, t in tensors.items() if n.startswith("mtp.")}
-    rest = {n: t for n, t in tensors.items() if n not in mtp}
-    write_file(bad / "model.safetensors", rest)
-    write_file(bad / "model_mtp.safetensors", mtp)
-    places = dict.fromkeys(rest, "model.safetensors") | dict.fromkeys(mtp, "model_mtp.safetensors")
-    (bad / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    bad = beside_index(good, tmp_path / "bad")
     out, result = mended(bad, source)
     assert result.after.ok and not (out / "model.safetensors").exists() and len(result.same) == 2
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.audit.faulty import audited, codes_of, nothing, rewritten, without
-from tests.small_models import Tensors, run, write_file
+from tests.audit.faulty import audited, beside_index, codes_of, nothing, rewritten, without
+from tests.small_models import Tensors, run
 
 from halfbyte.audit.run_audit import audit
 
@@ -40,17 +39,7 @@ def test_a_missing_tokenizer_is_found(good: Path, tmp_path: Path) -> None:
 
 
 def test_a_bare_file_beside_an_index_that_names_others_is_found(good: Path, tmp_path: Path) -> None:
-    out = rewritten(good, tmp_path / "out", nothing)
-    from tests.small_models import read_file
-
-    tensors = read_file(out)
-    mtp = {n: t for n, t in tensors.items() if n.startswith("mtp.")}
-    rest = {n: t for n, t in tensors.items() if n not in mtp}
-    write_file(out / "model.safetensors", rest)
-    write_file(out / "model_mtp.safetensors", mtp)
-    places = dict.fromkeys(rest, "model.safetensors") | dict.fromkeys(mtp, "model_mtp.safetensors")
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    assert "bare-file-beside-index" in codes_of(audit(out))
+    assert "bare-file-beside-index" in codes_of(audit(beside_index(good, tmp_path / "out")))
 
 
 def test_matrices_that_neither_codes_nor_the_ignore_list_cover_are_found(good: Path, tmp_path: Path) -> None:

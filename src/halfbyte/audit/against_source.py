@@ -82,7 +82,7 @@ class _Part(NamedTuple):
 
 
 def compare_weights(
-    ours: Checkpoint, source: Checkpoint, left: Reader, right: Reader, rows: int, progress: Callable[[int], None]
+    ours: Checkpoint, source: Checkpoint, left: Reader, right: Reader, rows: int, progress: Callable[[int, int], None]
 ) -> tuple[list[ComparedWeight], list[Finding]]:
     """Errors of all quantized weights that the source has too, and findings about everything that both should share."""
     twins = {weight.name: weight for weight in ours.weights}
@@ -90,7 +90,7 @@ def compare_weights(
     missing: dict[str, list[str]] = {}
     changed: list[str] = []
     shapes: list[str] = []
-    for weight in source.weights:
+    for number, weight in enumerate(source.weights, 1):
         twin = twins.get(weight.name)
         if twin is None:
             missing.setdefault(_kind(weight), []).append(weight.name)
@@ -104,7 +104,7 @@ def compare_weights(
             and _differs(ours, source, left, right, twin, weight, rows)
         ):
             changed.append(weight.name)
-        progress(1)
+        progress(number, len(source.weights))
     return compared, [*_missing(missing), *_changed(changed, shapes), *_errors(compared)]
 
 

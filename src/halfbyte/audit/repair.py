@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import halfbyte
 from halfbyte.audit.finding import Finding
 from halfbyte.audit.repair_plan import RepairPlan, plan_repair
-from halfbyte.audit.run_audit import Audit, audit, drop_incomplete
+from halfbyte.audit.run_audit import Audit, examine
 from halfbyte.checkpoint import (
     Inventory,
     Layout,
@@ -104,13 +104,10 @@ def repair(
     target = Path(out)
     if target.exists():
         raise OutputError(f"{target} exists already; name a new folder")
-    before = audit(checkpoint, against, revision=revision)
-    if before.overview is None:
-        raise CheckpointError(f"{checkpoint} cannot be repaired: {before.findings[0].what}")
     ours, source = Checkpoint(Inventory.open(checkpoint)), Checkpoint(Inventory.open(against, revision))
     if ours.inventory.root is None or ours.inventory.ggml_types:
         raise CheckpointError(f"{checkpoint} is no folder of safetensors files, which are what can be repaired")
-    list(drop_incomplete(ours))
+    before = examine(ours, source)
     plan = plan_repair(before, ours, source, other_files)
     if plan.empty:
         return None
@@ -119,7 +116,7 @@ def repair(
     try:
         building.mkdir(parents=True)
         result = _write(plan, ours, source, building, progress or (lambda _: None))
-        result.before, result.after = before, audit(building, against, revision=revision)
+        result.before, result.after = before, examine(Checkpoint(Inventory.open(building)), source)
         write_file_atomic(building / RECORD, _json(result.record))
         os.rename(building, target)
         sync_folder(target.parent)
@@ -139,7 +136,7 @@ def _write(
     result = Repaired(empty, empty, left=plan.left, config_changed=plan.config is not None)
     places: dict[str, str] = {}
     with Reader(ours.inventory) as left, Reader(source.inventory) as right:
-        new = _encoded(plan.again, ours, source, right)
+        new = _NewContents(plan.again, ours, source, right)
         for file in ours.inventory.files:
             name = plan.renamed.get(file, file)
             infos = [info for info in ours.inventory.tensors.values() if info.file == file]
@@ -166,45 +163,62 @@ def _write(
     return result
 
 
-def _encoded(weights: list[Weight], ours: Checkpoint, source: Checkpoint, reader: Reader) -> dict[str, Array]:
-    """New contents of the tensors of some weights, by name; groups that engines fuse share their global scale."""
-    assert ours.dialect is not None or not weights
-    amaxes = {weight.name: largest(_dense(source, reader, weight))[0] for weight in weights}
-    shared: dict[str, Floats] = {}
-    for weight in weights:
-        if weight.group is not None and ours.formats[weight.name].shares_scale:
-            shared[weight.group] = np.maximum(shared.get(weight.group, np.float32(0)), amaxes[weight.name])
-    tensors: dict[str, Array] = {}
-    for weight in weights:
-        assert ours.dialect is not None
-        fmt, dense = ours.formats[weight.name], _dense(source, reader, weight)
-        amax = shared.get(weight.group or "", amaxes[weight.name])
-        options: dict[str, Any] = {"amax": amax} if fmt.shares_scale else {}
-        spelling = ours.dialect.spelling
-        if fmt.has_global_scale and spelling.global_scale_inv:
+class _NewContents:
+    """What the tensors of some weights become, encoded when the first of a weight's tensors is written.
+
+    Weights that engines fuse share their global scale.
+    """
+
+    def __init__(self, weights: list[Weight], ours: Checkpoint, source: Checkpoint, reader: Reader) -> None:
+        self._ours, self._source, self._reader = ours, source, reader
+        self._twins = {weight.name: weight for weight in source.weights}
+        self._weight_of = {name: weight for weight in weights for name in ours.tensors_of(weight)}
+        self._ready: dict[str, Array] = {}
+        self._amax: dict[str, Floats] = {}
+        for weight in (w for w in weights if ours.formats[w.name].shares_scale):
+            key = _scale_key(weight)
+            amax = largest(self._dense(weight))[0]
+            self._amax[key] = np.maximum(self._amax[key], amax) if key in self._amax else amax
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weight_of
+
+    def take(self, name: str) -> Array:
+        """The new content of a tensor; it can be asked for once."""
+        if name not in self._ready:
+            self._ready |= self._encode(self._weight_of[name])
+        return self._ready.pop(name)
+
+    def _dense(self, weight: Weight) -> Array:
+        return self._source.read(self._reader, self._twins[weight.name])
+
+    def _encode(self, weight: Weight) -> dict[str, Array]:
+        assert self._ours.dialect is not None
+        fmt, spelling = self._ours.formats[weight.name], self._ours.dialect.spelling
+        amax = self._amax.get(_scale_key(weight))
+        options: dict[str, Any] = {} if amax is None else {"amax": amax}
+        if amax is not None and fmt.has_global_scale and spelling.global_scale_inv:
             # the stored reciprocal is the exact number
-            search = get_search(SEARCH, fmt)
-            options = {"global_scale_inv": np.float32(1) / global_scale(amax, fmt, search)}
+            options = {"global_scale_inv": np.float32(1) / global_scale(amax, fmt, get_search(SEARCH, fmt))}
         elif fmt.has_global_scale and spelling.power_of_two:
             options["power_of_two"] = True
-        tensor = encode(dense, fmt, SEARCH, **options)
-        outputs = ours.stored(weight)
-        infos = {output.name: ours.inventory.tensors[output.name] for output in outputs}
-        content = {name: np.empty(info.nbytes, np.uint8) for name, info in infos.items()}
+        tensor = encode(self._dense(weight), fmt, SEARCH, **options)
+        outputs = self._ours.stored(weight)
+        infos = {output.name: self._ours.inventory.tensors[output.name] for output in outputs}
+        content: dict[str, Array] = {name: np.empty(info.nbytes, np.uint8) for name, info in infos.items()}
         for chunk in spelling.write(outputs, fmt, tensor, 0, 0):
             values = np.frombuffer(bytes_of(chunk.array), np.uint8)
             start = chunk.start * itemsize(infos[chunk.output.name].dtype)
             content[chunk.output.name][start : start + values.size] = values
-        tensors |= content
-    return tensors
+        return content
 
 
-def _dense(source: Checkpoint, reader: Reader, weight: Weight) -> Array:
-    twin = next(w for w in source.weights if w.name == weight.name)
-    return source.read(reader, twin)
+def _scale_key(weight: Weight) -> str:
+    """Stacks have a global scale for each expert; matrices share one with their group."""
+    return weight.group or weight.name
 
 
-def _patch(path: Path, out: Path, infos: list[TensorInfo], reader: Reader, new: Mapping[str, Array]) -> None:
+def _patch(path: Path, out: Path, infos: list[TensorInfo], reader: Reader, new: _NewContents) -> None:
     """Copy a file of weights, with the contents of some tensors changed."""
     ordered = sorted(infos, key=lambda info: info.offset)
     start, total = ordered[0].offset, path.stat().st_size
@@ -215,7 +229,7 @@ def _patch(path: Path, out: Path, infos: list[TensorInfo], reader: Reader, new: 
     with ShardWriter(out, layout) as writer:
         for info in ordered:
             if info.name in new:
-                content = bytes_of(np.ascontiguousarray(new[info.name]))
+                content = bytes_of(new.take(info.name))
                 if len(content) != info.nbytes:
                     raise CheckpointError(f"{info.name} would change its size; the checkpoint cannot be repaired")
                 writer.write_at(info.offset, content)

@@ -96,31 +96,41 @@ def audit(
     *,
     revision: str | None = None,
     rows: int = ROWS,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Audit:
     """Look for everything that is known to be wrong in quantized checkpoints.
 
     ``checkpoint`` and ``against`` are folders, files or hub ids; ``revision`` is that of the source. ``rows``: of each
-    weight, to compare with the source. ``progress`` gets 1 per weight of the source. CheckpointError where a
-    checkpoint cannot be read at all.
+    weight, to compare with the source. ``progress`` gets how many weights of the source were compared, and of how
+    many. CheckpointError where a checkpoint cannot be read at all.
     """
-    name = str(checkpoint)
-    source_name = None if against is None else str(against)
     inventory = Inventory.open(checkpoint)
+    source = None if against is None else Checkpoint(Inventory.open(against, revision))
     try:
         ours = Checkpoint(inventory)
     except CheckpointError as error:
-        return Audit(name, None, source_name, [Finding("wrong", "unreadable", str(error))])
+        name = None if source is None else source.inventory.source
+        return Audit(inventory.source, None, name, [Finding("wrong", "unreadable", str(error))])
+    return examine(ours, source, rows, progress)
+
+
+def examine(
+    ours: Checkpoint,
+    source: Checkpoint | None = None,
+    rows: int = ROWS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Audit:
+    """Audit an open checkpoint; weights whose tensors are missing are taken out of it."""
     findings = [*drop_incomplete(ours), *check_structure(ours)]
     compared: list[ComparedWeight] = []
-    with Reader(inventory) as left:
+    with Reader(ours.inventory) as left:
         findings += check_scales(ours, left)
-        if against is not None:
-            source = Checkpoint(Inventory.open(against, revision))
+        if source is not None:
             with Reader(source.inventory) as right:
-                compared, more = compare_weights(ours, source, left, right, rows, progress or (lambda _: None))
+                compared, more = compare_weights(ours, source, left, right, rows, progress or (lambda *_: None))
             findings += [*more, *compare_files(ours, source)]
-    return Audit(name, overview(ours), source_name, ordered(findings), compared)
+    name = None if source is None else source.inventory.source
+    return Audit(ours.inventory.source, overview(ours), name, ordered(findings), compared)
 
 
 def drop_incomplete(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from halfbyte.formats import Format
 from halfbyte.formats.arrays import Array
 from halfbyte.models.roles import bare_role, is_under
 from halfbyte.source.checkpoint import Checkpoint
+from halfbyte.source.fused_scales import fused_scales
 
 # of the blocks of one matrix; fewer are rounding at the edge of a type
 _SUBNORMAL_SHARE = 0.05
@@ -35,7 +37,6 @@ class ScaleCounts:
 def check_scales(checkpoint: Checkpoint, reader: Reader) -> Iterator[Finding]:
     """Findings about the scales of weights, of their inputs and of the KV cache."""
     counts = ScaleCounts()
-    globals_of: dict[str, float] = {}
     for weight in checkpoint.weights:
         fmt = checkpoint.formats.get(weight.name)
         if fmt is None:
@@ -44,14 +45,10 @@ def check_scales(checkpoint: Checkpoint, reader: Reader) -> Iterator[Finding]:
         for output in outputs:
             if output.part == "scales" and not fmt.scale_per_matrix:
                 _count_scales(counts, reader, outputs, output, fmt)
-            if output.part == "global_scale" or (output.part == "scales" and fmt.scale_per_matrix):
-                values = reader.read(output.name)
-                if not _all_positive(values):
-                    counts.bad_global.append(output.name)
-                elif values.size == 1:
-                    globals_of[output.name] = float(values.reshape(-1)[0])
+            elif output.part in ("scales", "global_scale") and not _all_positive(reader.read(output.name)):
+                counts.bad_global.append(output.name)
     yield from _described(counts)
-    yield from _unequal(checkpoint, globals_of)
+    yield from _unequal(checkpoint, reader)
     yield from _inputs(checkpoint, reader)
     yield from _caches(checkpoint, reader)
 
@@ -143,20 +140,12 @@ def _described(counts: ScaleCounts) -> Iterator[Finding]:
         yield Finding("poor", "scale-subnormal", what, tuple(counts.subnormal), "a larger global scale would mend it")
 
 
-def _unequal(checkpoint: Checkpoint, values: dict[str, float]) -> Iterator[Finding]:
+def _unequal(checkpoint: Checkpoint, reader: Reader) -> Iterator[Finding]:
     """Projections that engines fuse, under different global scales."""
     groups: dict[str, dict[str, float]] = {}
-    for weight in checkpoint.weights:
-        fmt = checkpoint.formats.get(weight.name)
-        if fmt is None or not fmt.shares_scale or checkpoint.dialect is None:
-            continue
-        for output in checkpoint.dialect.spelling.outputs(weight, fmt):
-            if output.name not in values:
-                continue
-            if len(weight.shape) == 3 and len(weight.row_parts) > 1 and output.expert is not None:
-                groups.setdefault(f"{weight.name}.{output.expert}", {})[output.name] = values[output.name]
-            elif len(weight.shape) == 2 and weight.group is not None:
-                groups.setdefault(weight.group, {})[output.name] = values[output.name]
+    for scale in fused_scales(checkpoint, reader):
+        if math.isfinite(scale.value) and scale.value > 0:
+            groups.setdefault(scale.group, {})[scale.tensor] = scale.value
     unlike = {key: members for key, members in groups.items() if len(set(members.values())) > 1}
     if not unlike:
         return

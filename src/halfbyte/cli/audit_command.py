@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli import options
-from halfbyte.cli.output import print_json, progress, say, table
+from halfbyte.cli.output import print_json, say, steps, table
 
 if TYPE_CHECKING:
     from halfbyte.audit.run_audit import Audit
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise HalfbyteError(f"--rows must be at least 1, not {args.rows}")
     if args.html:
         from halfbyte.audit.audit_page import page  # first, since it may need a package that is not installed
-    with progress("comparing", _weights(args) if args.against else 0, args.json) as report:
+    with steps("comparing weights", args.json or not args.against) as report:
         result = audit(args.checkpoint, args.against, revision=args.revision, rows=args.rows, progress=report)
     if args.html:
         write_file_atomic(Path(args.html), page(result).encode())
@@ -62,12 +62,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(result)
     return 0 if result.ok else 1
-
-
-def _weights(args: argparse.Namespace) -> int:
-    from halfbyte.source.checkpoint import Checkpoint
-
-    return len(Checkpoint.open(args.against, args.revision).weights)
 
 
 def show(result: Audit) -> None:

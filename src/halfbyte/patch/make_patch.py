@@ -127,15 +127,23 @@ def _others(inventory: Inventory) -> list[str]:
     return sorted(named - set(inventory.files))
 
 
+def _same(name: str, sha256: str, size: int, hashes: _Hashes, result: Patch) -> Target | None:
+    """A file that the base has too, under any name."""
+    twin = hashes.same(sha256, size)
+    if twin is None:
+        return None
+    hashes.use(twin)
+    result.same_files += 1
+    return Target(name=name, sha256=sha256, size=size, kind="same", base=twin)
+
+
 def _whole(name: str, new: Inventory, streams: _Streams, hashes: _Hashes, result: Patch) -> Target:
     """A small file: that of the base, or all of it."""
     assert new.root is not None
     path = new.root / name
     size, sha256 = path.stat().st_size, hash_path(path)
-    if twin := hashes.same(sha256, size):
-        hashes.use(twin)
-        result.same_files += 1
-        return Target(name=name, sha256=sha256, size=size, kind="same", base=twin)
+    if same := _same(name, sha256, size, hashes, result):
+        return same
 
     def parts() -> Iterator[bytes]:
         with path.open("rb") as file:
@@ -160,11 +168,9 @@ def _weights(
     assert new.root is not None
     path = new.root / name
     size, sha256 = path.stat().st_size, hash_path(path)
-    if twin := hashes.same(sha256, size):
-        hashes.use(twin)
-        result.same_files += 1
+    if same := _same(name, sha256, size, hashes, result):
         report(size)
-        return Target(name=name, sha256=sha256, size=size, kind="same", base=twin)
+        return same
     infos = sorted((i for i in new.tensors.values() if i.file == name), key=lambda i: i.offset)
     header = infos[0].offset
     start = streams.add(iter([read_start(path, header)]))

@@ -24,6 +24,7 @@ from halfbyte.recipes import Decision
 from halfbyte.recipes.resolve import refits
 from halfbyte.search.blocks import to_blocks
 from halfbyte.source.checkpoint import FLOATS, Checkpoint
+from halfbyte.source.fused_scales import fused_scales
 from halfbyte.source.smoothing import SMOOTHING_FILE, Smoothing, resmoothed
 from halfbyte.verify.verification import Verification
 
@@ -256,16 +257,8 @@ def _shared_scales(ours: Checkpoint, reader: Reader) -> list[str]:
     """Matrices that engines fuse must share one scale, where they have one for the whole tensor."""
     seen: dict[str, tuple[str, float]] = {}
     problems = []
-    for weight in ours.weights:
-        fmt = ours.formats.get(weight.name)
-        if weight.group is None or fmt is None:
-            continue
-        part = "global_scale" if fmt.has_global_scale else "scales" if fmt.scale_per_matrix else None
-        names = [o.name for o in ours.dialect.spelling.outputs(weight, fmt) if o.part == part] if ours.dialect else []
-        if not names or names[0] not in ours.inventory.tensors:
-            continue
-        value = float(reader.read(names[0]).reshape(-1)[0])
-        other, expected = seen.setdefault(weight.group, (weight.name, value))
-        if value != expected:
-            problems.append(f"{weight.name} and {other} are fused by engines but have different global scales")
+    for scale in fused_scales(ours, reader):
+        other, expected = seen.setdefault(scale.group, (scale.weight, scale.value))
+        if scale.value != expected and other != scale.weight:
+            problems.append(f"{scale.weight} and {other} are fused by engines but have different global scales")
     return problems
