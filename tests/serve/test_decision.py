@@ -8,6 +8,7 @@ import pytest
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.serve.decision import Decision, Precision, UnknownPrecision, check_rules, decide, escalation, resolve
+from halfbyte.serve.request_facts import RequestFacts, facts_of
 from halfbyte.serve.routing_rules import load_rules, parse_rules
 
 W4, W8, W16 = Precision("nvfp4", 4.6), Precision("fp8", 8.2), Precision("bf16", 16.0)
@@ -24,23 +25,23 @@ rules:
 )
 
 
-def chat(*texts: str, **keys: Any) -> dict[str, Any]:
+def chat(*texts: str, **keys: Any) -> RequestFacts:
     roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)], **keys}
+    return facts_of({"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)], **keys})
 
 
 @pytest.mark.parametrize(
-    ("request_body", "expected"),
+    ("facts", "expected"),
     [
         (chat("hello, fix my code"), Decision("bf16", "coding")),
         (chat("hello"), Decision("nvfp4", "chat")),
         (chat("hello", tools=[{}]), Decision("bf16", "with-tools")),
         (chat("good day"), Decision("nvfp4", "default")),
-        ({}, Decision("nvfp4", "default")),
+        (facts_of({}), Decision("nvfp4", "default")),
     ],
 )
-def test_the_first_rule_that_matches_decides(request_body: dict[str, Any], expected: Decision) -> None:
-    assert decide(request_body, RULES, ALL) == expected
+def test_the_first_rule_that_matches_decides(facts: RequestFacts, expected: Decision) -> None:
+    assert decide(facts, RULES, ALL) == expected
 
 
 def test_with_one_model_there_is_nothing_to_decide() -> None:
@@ -67,10 +68,10 @@ def test_a_conversation_keeps_its_precision_unless_a_rule_asks_for_more() -> Non
 
 
 def test_embeddings_come_from_one_model_whatever_they_say() -> None:
-    both = [decide({"input": text}, RULES, ALL, embeddings=True) for text in ("hello", "code")]
+    both = [decide(facts_of({"input": text}), RULES, ALL, embeddings=True) for text in ("hello", "code")]
     assert both == [Decision("bf16", "embeddings")] * 2
     fixed = RULES.model_copy(update={"embeddings": "4bit"})
-    assert decide({"input": "code"}, fixed, ALL, embeddings=True).precision == "nvfp4"
+    assert decide(facts_of({"input": "code"}), fixed, ALL, embeddings=True).precision == "nvfp4"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,8 @@ def test_rules_for_models_that_are_not_served_are_refused() -> None:
     check_rules(RULES, ALL)
     with pytest.raises(HalfbyteError, match="rule with-tools: there is no precision 'bf16' here"):
         check_rules(RULES, [W4, W8])
+    with pytest.raises(HalfbyteError, match="embeddings: there is no precision 'gone' here"):
+        check_rules(RULES.model_copy(update={"embeddings": "gone"}), ALL)
 
 
 @pytest.mark.parametrize(

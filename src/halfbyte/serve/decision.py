@@ -1,14 +1,13 @@
-"""Which precision answers a request, and by which rule: a pure function of the request and of what is served."""
+"""Which precision answers a request, and by which rule: a pure function of its facts and of what is served."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from halfbyte.errors import CheckpointError, HalfbyteError
-from halfbyte.serve.request_facts import RequestFacts, facts_of
+from halfbyte.serve.request_facts import RequestFacts
 from halfbyte.serve.routing_rules import (
     ASKED_RULE,
     DEFAULT_RULE,
@@ -42,7 +41,7 @@ class UnknownPrecision(HalfbyteError):  # noqa: N818
 
 
 def decide(
-    request: Mapping[str, Any],
+    facts: RequestFacts,
     rules: RoutingRules | None,
     precisions: Sequence[Precision],
     asked: str | None = None,
@@ -62,7 +61,6 @@ def decide(
     if embeddings:
         name = resolve(rules.embeddings, precisions) if rules.embeddings else best(precisions).name
         return Decision(name, EMBEDDINGS_RULE)
-    facts = facts_of(request)
     rule, note = matching_rule(facts, rules)
     chosen = Decision(
         resolve(rule.precision if rule else rules.default, precisions), rule.name if rule else DEFAULT_RULE, note
@@ -123,7 +121,8 @@ def escalation(chosen: str, precisions: Sequence[Precision]) -> list[str]:
 
 def check_rules(rules: RoutingRules, precisions: Sequence[Precision]) -> None:
     """Raise HalfbyteError for a rule whose precision is neither served nor a class."""
-    for where, wanted in [("default", rules.default), *((f"rule {rule.name}", rule.precision) for rule in rules.rules)]:
+    named = [("default", rules.default), ("embeddings", rules.embeddings or rules.default)]
+    for where, wanted in [*named, *((f"rule {rule.name}", rule.precision) for rule in rules.rules)]:
         try:
             resolve(wanted, precisions)
         except UnknownPrecision as error:

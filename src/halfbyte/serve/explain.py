@@ -9,6 +9,7 @@ from typing import Any
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.serve.decision import Precision, best, decide
+from halfbyte.serve.request_facts import facts_of
 from halfbyte.serve.routing_rules import RoutingRules
 
 LONGEST_LINE = 32 * 2**20
@@ -36,7 +37,7 @@ def explain(path: str | Path, rules: RoutingRules, precisions: list[Precision]) 
     bits = {precision.name: precision.bits for precision in precisions}
     decisions: list[dict[str, Any]] = []
     for request in read_prompts(path):
-        decision = decide(request, rules, precisions)
+        decision = decide(facts_of(request), rules, precisions)
         found = measured.get(decision.rule, {}).get(decision.precision)
         decisions.append(
             {

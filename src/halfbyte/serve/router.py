@@ -25,7 +25,7 @@ from halfbyte.serve.decision import Decision, decide
 from halfbyte.serve.event_stream import error_body
 from halfbyte.serve.limits import Gate, Limits
 from halfbyte.serve.relay import Outcome, Relay
-from halfbyte.serve.request_facts import facts_of
+from halfbyte.serve.request_facts import RequestFacts, facts_of
 from halfbyte.serve.response_ids import response_id
 from halfbyte.serve.router_metrics import RouterMetrics
 from halfbyte.serve.routing_rules import ASKED_RULE, RoutingRules
@@ -123,12 +123,13 @@ class Router:
         body = await self._body(request)
         path = request.url.path
         asked = self._asked(request, body)
-        decision = self._decide(body, path, asked)
+        facts = facts_of(body)
+        decision = self._decide(facts, body.get("previous_response_id"), path, asked)
         if decision.note:
             self.options.log(f"halfbyte: {decision.note}")
         candidates = self.backends.candidates(decision.precision, only=decision.rule == ASKED_RULE)
         assert self._client is not None
-        finished = partial(self._finished, path, body)
+        finished = partial(self._finished, path, facts)
         return Relay(
             self._client,
             candidates,
@@ -183,21 +184,20 @@ class Router:
             raise Refusal(404, f"there is no model {name[:80]!r}; give {known}", "model_not_found")
         return request.headers.get(ASKED_HEADER) or behind or None
 
-    def _decide(self, body: dict[str, Any], path: str, asked: str | None) -> Decision:
-        previous = body.get("previous_response_id")
-        known = self.sticky.get(previous if isinstance(previous, str) else facts_of(body).conversation)
+    def _decide(self, facts: RequestFacts, previous: Any, path: str, asked: str | None) -> Decision:
+        known = self.sticky.get(previous if isinstance(previous, str) else facts.conversation)
         try:
             if isinstance(previous, str) and known and not asked:
                 # the engine keeps the conversation, so no other one can go on with it
                 return Decision(known, ASKED_RULE)
             embeddings = path.endswith("/embeddings")
-            return decide(body, self.rules, self.backends.precisions, asked, known, embeddings)
+            return decide(facts, self.rules, self.backends.precisions, asked, known, embeddings)
         except HalfbyteError as error:
             raise Refusal(404, str(error), "precision_not_found") from None
 
-    def _finished(self, path: str, body: dict[str, Any], outcome: Outcome) -> None:
+    def _finished(self, path: str, facts: RequestFacts, outcome: Outcome) -> None:
         if outcome.status == 200:
-            self.sticky.remember(facts_of(body).conversation, outcome.precision)
+            self.sticky.remember(facts.conversation, outcome.precision)
             self.sticky.remember(response_id(path, outcome.head), outcome.precision)
         count = outcome.count
         self.metrics.answered(path, outcome.precision, outcome.rule, outcome.status, outcome.first, outcome.seconds)
@@ -207,7 +207,7 @@ class Router:
         )
         self.options.log(f"{line} {outcome.problem}".rstrip())
         if self.options.log_prompts:
-            self.options.log(f"prompt: {json.dumps(facts_of(body).everything)}")
+            self.options.log(f"prompt: {json.dumps(facts.everything)}")
 
     async def _models(self, request: Request) -> JSONResponse:
         names = [self.options.model, *(f"{self.options.model}@{backend.name}" for backend in self.backends)]
