@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from halfbyte.cli.output import print_json, say, steps, table
 
@@ -21,6 +20,7 @@ def add_by_task(parser: argparse.ArgumentParser) -> None:
 
 def run_by_task(args: argparse.Namespace) -> int:
     """Measure, print a row for each task and precision, and write the rules."""
+    from halfbyte.checkpoint import write_file_atomic
     from halfbyte.errors import HalfbyteError
     from halfbyte.serve.by_task import learned_rules, measure_tasks, prompts_of, rules_text
     from halfbyte.serve.explain import read_prompts
@@ -36,7 +36,7 @@ def run_by_task(args: argparse.Namespace) -> int:
         rows = measure_tasks(models, source, prompts, args.max_tokens or 128, report)
     learned = learned_rules(rules, rows, [model.precision for model in (*models, source)], args.max_loss)
     if args.write_rules:
-        Path(args.write_rules).write_text(rules_text(learned), encoding="utf-8")
+        write_file_atomic(args.write_rules, rules_text(learned).encode())
     if args.json:
         print_json({"rows": rows, "max_loss": args.max_loss, "rules": learned.model_dump(exclude_defaults=True)})
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from halfbyte.serve.decision import Precision, escalation
@@ -36,7 +37,7 @@ class Backends:
     def __init__(self, backends: list[Backend]) -> None:
         self._by_name = {backend.name: backend for backend in backends}
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Backend]:
         return iter(self._by_name.values())
 
     def __getitem__(self, name: str) -> Backend:

@@ -19,9 +19,7 @@ class EventSplitter:
     def feed(self, chunk: bytes) -> bytes:
         """Return all complete events that the chunk ends, byte for byte."""
         data = self._rest + chunk
-        end = max(
-            data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0, data.rfind(b"\r\n\r\n") + 4 if b"\r\n\r\n" in data else 0
-        )
+        end = max(_behind_last(data, b"\n\n"), _behind_last(data, b"\r\n\r\n"))
         if not end and len(data) > LONGEST:
             end = len(data)
         self._rest = data[end:]

@@ -32,16 +32,8 @@ class RouterMetrics:
         self.requests = Counter("halfbyte_requests", "Requests answered", of_request, registry=self.registry)
         self.tokens = Counter("halfbyte_tokens", "Tokens", ["precision", "kind"], registry=self.registry)
         self.refused = Counter("halfbyte_refused", "Requests refused", ["reason"], registry=self.registry)
-        self.first = Histogram(
-            "halfbyte_first_byte_seconds",
-            "Time to the first byte",
-            ["precision"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.seconds = Histogram(
-            "halfbyte_request_seconds", "Time to the last byte", ["precision"], buckets=_SECONDS, registry=self.registry
-        )
+        self.first = self._times("halfbyte_first_byte_seconds", "Time to the first byte")
+        self.seconds = self._times("halfbyte_request_seconds", "Time to the last byte")
         running = Gauge("halfbyte_requests_running", "Requests that run", registry=self.registry)
         running.set_function(lambda: gate.running)
         waiting = Gauge("halfbyte_requests_waiting", "Requests that wait", registry=self.registry)
@@ -54,8 +46,8 @@ class RouterMetrics:
             restarts.labels(backend.name).set_function(partial(_restarts, backend))
             saved.labels(backend.name).set(max(0, backend.dense_nbytes - backend.nbytes))
 
-    def _times(self, name: str, about: str) -> Histogram:
-        return Histogram(name, about, ["precision"], buckets=_SECONDS, registry=self.registry)
+    def _times(self, name: str, what: str) -> Histogram:
+        return Histogram(name, what, ["precision"], buckets=_SECONDS, registry=self.registry)
 
     def answered(
         self, endpoint: str, precision: str, rule: str, status: int, first: float | None, seconds: float

@@ -26,7 +26,7 @@ STEADY = 60.0
 CHECK = 1.0
 MISSED = 5
 """Health checks in a row without an answer that mark a server as down."""
-_TAIL = 15
+_TAIL, _TAIL_BYTES = 15, 1 << 14
 
 HOST = "127.0.0.1"
 
@@ -114,7 +114,8 @@ class Server:
 
     def log_tail(self) -> str:
         """Return the last lines of the server's output in one line."""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines() if self._log.is_file() else []
+        end = read_end(self._log, _TAIL_BYTES) if self._log.is_file() else b""
+        lines = end.decode("utf-8", "replace").splitlines()
         return " | ".join(line.strip() for line in lines[-_TAIL:] if line.strip()) or "it printed nothing"
 
     async def _until_it_ends(self, client: httpx.AsyncClient) -> None:
@@ -138,6 +139,13 @@ class Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
 
+def read_end(path: Path, most: int) -> bytes:
+    """Read the last bytes of a file, at most so many: logs of a server that ran for weeks may be large."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        return file.read()
+
+
 class Supervisor:
     """All servers of one ``halfbyte serve``."""
 
@@ -145,7 +153,6 @@ class Supervisor:
         self._folder = tempfile.TemporaryDirectory(prefix="halfbyte-serve-")
         folder = Path(self._folder.name)
         self.servers = [Server(backend, launch, folder / f"{backend.name}.log", tell) for backend, launch in starts]
-        self._watching: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start all servers and wait until each is ready; HalfbyteError if one does not start."""
