@@ -151,7 +151,7 @@ def divergence(folder: Path, windows: Windows, reference: dict[str, list[torch.T
 
 
 def quantized(source: Path, recipe: str, text: Path, out: Path) -> dict[str, Any]:
-    """Run the one command; its CPU seconds, peak memory in MiB, and bytes of the output."""
+    """Run the one command; its CPU seconds, and bytes of the output."""
     command = [sys.executable, "-m", "halfbyte", "quantize", str(source), str(out), "--recipe", recipe]
     command += ["--calibration", str(text), "--samples", str(SAMPLES), "--length", str(LENGTH), "--json"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -182,11 +182,11 @@ def table(found: dict[str, Any]) -> str:
         texts = list(next(row for row in rows if row["model"] == model)["kl"])
         lines += ["", f"**{model}**, KL × 1000 of each draw", ""]
         lines += [f"| recipe | {' | '.join(texts)} | change [95 %] | CPU s |", f"|---|{'---:|' * (len(texts) + 2)}"]
-        mine = [row for row in rows if row["model"] == model]
-        for recipe in dict.fromkeys(row["recipe"] for row in mine):
-            some = sorted((row for row in mine if row["recipe"] == recipe), key=lambda row: row["draw"])
+        of_model = [row for row in rows if row["model"] == model]
+        for recipe in dict.fromkeys(row["recipe"] for row in of_model):
+            some = sorted((row for row in of_model if row["recipe"] == recipe), key=lambda row: row["draw"])
             cells = [" / ".join(f"{1000 * np.mean(row['kl'][text]):.3g}" for row in some) for text in texts]
-            base = {r["draw"]: r for r in mine if r["recipe"] == f"{recipe.split('-')[0]}-gptq"}
+            base = {r["draw"]: r for r in of_model if r["recipe"] == f"{recipe.split('-')[0]}-gptq"}
             both = [row for row in some if row["draw"] in base and row["recipe"] != base[row["draw"]]["recipe"]]
             against = "–"
             if both:

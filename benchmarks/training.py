@@ -1,11 +1,12 @@
 """What training gains over post-training quantization on small trained models: benchmarks/results/training.json.
 
-    python benchmarks/training.py MODELS TEXTS [--rows NAME ...] [--draws N] [--work DIR]
+    python benchmarks/training.py MODELS TEXTS [--rows NAME ...] [--draws N] [--work DIR] [--table-only]
 
 MODELS holds the folders of the models, TEXTS ``enwiki2015/`` and other texts (docs/training.md names them). Each row
 starts from a quantized checkpoint, which is made once with a calibration on 64k tokens, and trains it on other text.
 Divergences from the source are measured on texts that neither saw, window by window; intervals are of the paired
 relative change, 95 %, from 2,000 resamples of windows. Costs are CPU seconds of one thread.
+The table between the markers in docs/training.md is written anew from all results.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 import halfbyte
+from common import REPOSITORY, RESULTS, head, replace_part, write_results
 from halfbyte.calibrate.collect import CollectOptions, collect_statistics
 from halfbyte.runtime.loading import load_tokenizer
 from halfbyte.train.objectives import Distillation, SecondModel, distillation_loss
@@ -29,7 +31,6 @@ from halfbyte.train.student import rounded_once, student_of
 from halfbyte.train.token_batches import make_batches
 from halfbyte.train.training_loop import TrainingOptions, fit, rate_of
 
-RESULTS = Path(__file__).parent / "results" / "training.json"
 TEXTS = {
     "valid": "enwiki2015/valid.txt",
     "WikiText": "wiki.test.raw",
@@ -76,35 +77,41 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
+    parser.add_argument("--table-only", action="store_true", help="only write the table anew")
     parser.add_argument("--work", type=Path, default=Path("training-benchmark"))
+    parser.add_argument("--results", type=Path, default=RESULTS / "training.json")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs" / "training.md")
     args = parser.parse_args()
-    if args.table:
-        print(table())
-        return
+    results = json.loads(args.results.read_text()) if args.results.exists() else {"rows": {}}
+    if not args.table_only:
+        measure_rows(args, results)
+    replace_part(args.docs, "training", table(results))
+
+
+def measure_rows(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """All rows and draws that the results lack."""
     torch.set_num_threads(1)
     args.work.mkdir(exist_ok=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     for name in args.rows:
         for draw in range(args.draws):
             if f"{name}/{draw}" in results["rows"]:
                 continue
             results["rows"][f"{name}/{draw}"] = measure(ROWS[name], draw, args)
-            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            write_results(args.results, {**head("torch", "transformers"), **results})
             print(name, draw, json.dumps(results["rows"][f"{name}/{draw}"]["kl"]), flush=True)
 
 
-def table() -> str:
+def table(results: dict[str, Any]) -> str:
     """The results as docs/training.md shows them: KL x 1000 before -> after, and the interval of the change."""
     lines = ["| start, method | tokens | CPU s | " + " | ".join(TEXTS) + " |", "|---|---|---|" + "---|" * len(TEXTS)]
-    for key, found in sorted(json.loads(RESULTS.read_text())["rows"].items()):
-        row, draw = Row(**found["row"]), key.rpartition("/")[2]
+    for key, result in sorted(results["rows"].items()):
+        row, draw = Row(**result["row"]), key.rpartition("/")[2]
         what = f"{row.model}, {row.recipe}, {row.method} {row.steps}" + (", W4A4" if row.activations else "")
         cells = [
             f"{before * 1e3:.3f} → {after * 1e3:.3f} ({low:+.1%} to {high:+.1%})"
-            for before, after, low, high in (found["kl"][name] for name in TEXTS)
+            for before, after, low, high in (result["kl"][name] for name in TEXTS)
         ]
-        tokens, seconds = found["tokens"], found["cpu_seconds"]
+        tokens, seconds = result["tokens"], result["cpu_seconds"]
         lines.append(f"| {what}, draw {draw} | {tokens:,} | {seconds:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -175,14 +182,14 @@ def training_text(args: argparse.Namespace) -> Path:
 
 def divergences(model: Any, teacher: SecondModel, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """KL (nats) of each window of each text."""
-    found = {}
+    kl = {}
     for name, file in TEXTS.items():
         batches = make_batches([args.texts / file], tokenizer, LENGTH)
         windows = torch.cat([batches.sequences, batches.held_out])[: WINDOWS[name]]
         with rounded_once(model):
             each = [float(distillation_loss(model(w[None]).logits, teacher(w[None]))) for w in windows]
-        found[name] = np.array(each)
-    return found
+        kl[name] = np.array(each)
+    return kl
 
 
 def interval(before: Any, after: Any) -> list[float]:
