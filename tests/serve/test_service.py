@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +17,10 @@ import pytest
 from tests.serve.running import free_port, wait_for
 
 import halfbyte
+from halfbyte.errors import HalfbyteError
 from halfbyte.serve.decision import Precision
 from halfbyte.serve.served_models import ServedModel
-from halfbyte.serve.service import EngineOptions, needs_router
+from halfbyte.serve.service import EngineOptions, check_address, needs_router
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"
 RULES = "default: nvfp4\nrules: [{name: coding, precision: bf16, keywords: [code]}]"
@@ -127,3 +129,12 @@ def test_a_router_stands_before_one_model_where_the_engine_cannot_do_it() -> Non
     assert needs_router([model, model], None, elsewhere, None) and needs_router([model], None, elsewhere, "key")
     assert not needs_router([model], None, elsewhere, None)
     assert not needs_router([model], None, EngineOptions("vllm", "/python"), "key")
+
+
+def test_an_address_that_is_taken_or_impossible_is_refused_before_engines_start() -> None:
+    check_address("127.0.0.1", free_port())
+    check_address("::1", free_port())
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        for host, port in (("127.0.0.1", held.getsockname()[1]), ("127.0.0.1", 70_000), ("192.0.2.1", 8080)):
+            with pytest.raises(HalfbyteError, match=f"{host}, port {port}, cannot be listened on"):
+                check_address(host, port)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import partial
 
 import uvicorn
 
+from halfbyte.checkpoint.files import reason
 from halfbyte.errors import HalfbyteError
 from halfbyte.serve.api_key import is_loopback
 from halfbyte.serve.backends import Backend, Backends
@@ -76,6 +78,7 @@ def run_router(
     models: list[ServedModel], rules: RoutingRules | None, engines: EngineOptions, options: RouterOptions, port: int
 ) -> None:
     """Start the engines, then the router, and serve until a signal ends this process."""
+    check_address(options.host, port)
     if rules is not None:
         check_rules(rules, [model.precision for model in models])
     if len(models) > 1:
@@ -84,6 +87,17 @@ def run_router(
         options.log(f"halfbyte: anyone who reaches {options.host} may use this server; --api-key-file asks for a key")
     starts = starts_of(models, engines, options.model)
     asyncio.run(_serve(starts, Router(Backends([backend for backend, _ in starts]), rules, options), port))
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise HalfbyteError for an address that cannot be listened on: engines take minutes before the router does."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise HalfbyteError(
+            f"{host}, port {port}, cannot be listened on ({reason(error)}); give another --host or --port"
+        ) from None
 
 
 async def _serve(starts: list[tuple[Backend, Callable[[int], Launch]]], router: Router, port: int) -> None:
