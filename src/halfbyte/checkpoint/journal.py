@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-import threading
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from halfbyte.checkpoint.files import reason
 from halfbyte.checkpoint.lock import FOLDER, LOCK
 from halfbyte.checkpoint.stream_hash import hash_path
-from halfbyte.checkpoint.writer import sync_folder
+from halfbyte.checkpoint.writer import partial_name, sync_folder
 from halfbyte.errors import OutputError
 
 NAME = "journal.jsonl"
@@ -128,32 +128,36 @@ class Journal:
     def _start(self) -> None:
         """Write the first line; where several processes start at once, the first one wins and none fails."""
         first = {"journal": VERSION, "fingerprint": self.fingerprint, "source": self.source, "recipe": self._recipe}
-        line = json.dumps(first) + "\n"
-        temporary = self.path.with_name(f"{NAME}.{os.getpid()}.{threading.get_ident()}.partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(temporary, self.path)  # unlike a rename, never replaces a journal
-            except FileExistsError:
-                pass
-            except OSError:  # no hard links on this file system
-                os.replace(temporary, self.path)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise OutputError(f"the journal {self.path} cannot be written ({reason(error)})") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        create_once(self.path, json.dumps(first) + "\n")
 
     def _size(self, name: str) -> int | None:
         try:
             return (self.folder / name).stat().st_size
         except (OSError, ValueError):
             return None
+
+
+def create_once(path: Path, text: str) -> None:
+    """Write a small file as a whole, unless it is there; where several processes do, the first wins and none fails."""
+    temporary = path.with_name(partial_name(path.name, uuid.uuid4().hex))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)  # unlike a rename, never replaces a file
+        except FileExistsError:
+            pass
+        except OSError:  # no hard links on this file system
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({reason(error)})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from halfbyte.checkpoint.files import reason
+from halfbyte.checkpoint.writer import partial_name
 from halfbyte.errors import OutputBusyError, OutputError
 
 try:
@@ -90,7 +91,7 @@ def remove_leftovers(folder: Path, names: list[str], attempt: str = "") -> None:
     """Remove what killed runs, or one ``attempt``, left of files that were never finished, and nothing else."""
     for name in names:
         with contextlib.suppress(OSError):
-            (folder / (f"{name}.{attempt}.partial" if attempt else f"{name}.partial")).unlink()
+            (folder / partial_name(name, attempt)).unlink()
 
 
 def remove_remains(folder: Path) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from halfbyte import __version__
-from halfbyte.checkpoint.files import parse_object, read_small, reason
-from halfbyte.checkpoint.journal import DONE, Journal
+from halfbyte.checkpoint.files import parse_object, read_small
+from halfbyte.checkpoint.journal import DONE, Journal, create_once
 from halfbyte.checkpoint.lock import FOLDER
-from halfbyte.checkpoint.writer import sync_folder
 from halfbyte.errors import CheckpointError, OutputError
 
 RUN = "run.json"
@@ -49,7 +47,7 @@ class SharedJournal(Journal):
             "recipe": dict(recipe or {}),
             "arguments": dict(arguments or {}),
         }
-        self._create(self.path, run)
+        create_once(self.path, json.dumps(run))
         self._compare(read_run(self.folder))
         self.refresh()
 
@@ -69,7 +67,8 @@ class SharedJournal(Journal):
         self.done[filename] = {"nbytes": nbytes, **extra}
         if not self.path.exists():  # all files were finished by others, who have completed the output
             return
-        self._create(self.path.parent / DONE / f"{filename}.json", {"file": filename, "nbytes": nbytes, "extra": extra})
+        entry = {"file": filename, "nbytes": nbytes, "extra": extra}
+        create_once(self.path.parent / DONE / f"{filename}.json", json.dumps(entry))
 
     def _compare(self, run: Mapping[str, Any]) -> None:
         if run.get("halfbyte") != __version__:
@@ -90,26 +89,6 @@ class SharedJournal(Journal):
                     f"{name} of the source is not what the other workers of {self.folder} read, so the output would "
                     "mix two models; give all workers the same files"
                 )
-
-    def _create(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Write a file of JSON as a whole, unless there is one already."""
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("x", encoding="utf-8") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                pass
-            except OSError:  # no hard links on this file system
-                os.replace(temporary, path)
-            temporary.unlink(missing_ok=True)
-            sync_folder(path.parent)
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written ({reason(error)})") from error
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -10,15 +10,15 @@ import numpy as np
 from halfbyte.calibration import Activations
 from halfbyte.calibration.importance import Floats
 from halfbyte.convert.encode_slice import encode_slice, not_finite
+from halfbyte.convert.hessian_cache import prepare_for
 from halfbyte.errors import FormatError, UnconvertibleError
 from halfbyte.formats import QuantizedTensor
 from halfbyte.kernels import ErrorStats
 from halfbyte.kernels import amax as largest
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.shards import Item
-from halfbyte.search.gptq import Prepared, prepare
-from halfbyte.search.local_hessian import prepare_local
 from halfbyte.search.output_metric import prepare_output
+from halfbyte.search.prepared import Prepared
 from halfbyte.search.rotated_space import hessian_in_block_space
 
 
@@ -34,15 +34,8 @@ class InputHessian:
         assert item.format is not None and item.method is not None
         key = item.format.name, item.method
         if key not in self._prepared:
-            method, plain = item.method, item.format.plain
             hessian, _ = hessian_in_block_space(self.values, item.format, ())
-            if method.name == "local_hessian":
-                self._prepared[key] = prepare_local(hessian, plain, damping=method.damping)
-            else:
-                refine = method.refine is not None
-                self._prepared[key] = prepare(
-                    hessian, plain, mode=method.mode, order=method.order, damping=method.damping, refine=refine
-                )
+            self._prepared[key] = prepare_for(hessian, item.format.plain, item.method)
         return self._prepared[key]
 
 

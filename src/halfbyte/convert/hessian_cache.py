@@ -14,8 +14,10 @@ from halfbyte.calibration import Calibration
 from halfbyte.calibration.importance import Floats
 from halfbyte.calibration.token_counts import enough
 from halfbyte.errors import CheckpointError, FormatError
+from halfbyte.formats import Format
 from halfbyte.formats.rotation import Swaps, plain_swaps
 from halfbyte.plan.shards import Item
+from halfbyte.recipes import Method
 from halfbyte.search.local_hessian import prepare_local
 from halfbyte.search.output_metric import PreparedOutput, prepare_output
 from halfbyte.search.prepared import Prepared, prepare
@@ -147,10 +149,15 @@ class Hessians:
         with _named(item, expert):
             steps = self._swaps(item, expert, scale) if fmt.rotation and fmt.rotation.steps else None
             hessian, fmt = rotated_hessian(hessian, fmt, steps), fmt.plain
-            if method.name == "local_hessian":
-                return prepare_local(hessian, fmt, damping=method.damping)
-            refine = method.refine is not None
-            return prepare(hessian, fmt, mode=method.mode, order=method.order, damping=method.damping, refine=refine)
+            return prepare_for(hessian, fmt, method)
+
+
+def prepare_for(hessian: ArrayLike, fmt: Format, method: Method) -> Prepared:
+    """Factor a Hessian for the way in which a method rounds to a format; FormatError where that is impossible."""
+    if method.name == "local_hessian":
+        return prepare_local(hessian, fmt, damping=method.damping)
+    refine = method.refine is not None
+    return prepare(hessian, fmt, mode=method.mode, order=method.order, damping=method.damping, refine=refine)
 
 
 @contextlib.contextmanager

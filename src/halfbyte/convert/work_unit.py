@@ -276,7 +276,8 @@ class WorkUnit:
         stack = array.ndim > 2
         for a in range(first, stop) if stack else [first]:
             b = a + 1 if stack else stop
-            one, part = ErrorStats(), read_rounded(self._statistics, name, item.format, item.weight.shape, a, b)
+            one, shape = ErrorStats(), item.weight.shape
+            part = read_rounded(self._statistics, name, item.format, shape, a, b) if stack else tensor
             compare(part, np.ascontiguousarray(array[a - first : b - first]), one)
             if stack:
                 error.count_expert(a, one)
