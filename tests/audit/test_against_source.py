@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from tests.audit.faulty import codes_of, nothing, rewritten, scaled, without
+from tests.invented import invented_statistics
 from tests.small_models import run, write_checkpoint
 
+import halfbyte
 from halfbyte.audit.run_audit import audit
+from halfbyte.demo import MODEL
 
 EXPERTS = "model.language_model.layers.1.mlp.experts.gate_up_proj"
 UP = "model.language_model.layers.1.mlp.experts.3.up_proj"
@@ -63,3 +67,15 @@ def test_every_dialect_is_compared(source: Path, tmp_path: Path, dialect: str) -
     run(source, tmp_path / "out", "mxfp4" if dialect == "mlx" else "nvfp4", dialect)
     result = audit(tmp_path / "out", source)
     assert not [f for f in result.problems if f.severity != "missing"] and len(result.compared) >= 10
+
+
+def test_halfbyte_notes_which_weights_a_calibration_moved(tmp_path: Path) -> None:
+    out, statistics = tmp_path / "out", invented_statistics(tmp_path / "statistics")
+    halfbyte.quantize(MODEL, out, "nvfp4-gptq", dialect="compressed-tensors", importance=statistics)
+    result = audit(out, MODEL)
+    assert "moved" in {f.code for f in result.findings}
+    assert all(w.moved and w.outputs is not None for w in result.compared if w.role.startswith("attention"))
+    changed = json.loads((out / "halfbyte.json").read_text())
+    changed["recipe"]["name"] = "other"
+    (out / "halfbyte.json").write_text(json.dumps(changed))
+    assert not any(w.moved for w in audit(out, MODEL).compared)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.audit.compared_weight import ComparedWeight
 from halfbyte.audit.finding import Finding, count, some, verb
 from halfbyte.checkpoint import Reader
 from halfbyte.checkpoint.files import read_small
@@ -22,16 +22,13 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.formats import Format
 from halfbyte.formats.arrays import Floats
 from halfbyte.models import Weight
+from halfbyte.plan.configuration import PROVENANCE
+from halfbyte.plan.sealed_provenance import calibrated_errors, is_sealed, read_provenance
 from halfbyte.search import encode
 from halfbyte.source.checkpoint import Checkpoint
 
 ROWS = 256
 """Rows of a matrix, or of all experts of a stack together, that are compared by default."""
-WORSE_DB = 6.0
-"""Weights this much worse than rounding to nearest were made wrongly; rounding that follows a calibration loses up to
-about 4 dB of this measure and gains in what the model says."""
-OTHER = 0.7
-"""A squared error of this share of the weight's squares: it is another weight."""
 _TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,24 +38,6 @@ _TEXT_FILES = (
 )
 _SMALL = 1 << 26
 _SLAB = 128
-
-
-@dataclass
-class ComparedWeight:
-    """The relative squared error of a weight on the rows that were compared, and that of rounding them to nearest.
-
-    ``worst``: of a stack, the projection of an expert that is worst beside rounding to nearest, with ``worse_db``, how
-    many dB its error lies above that (negative: below); of a matrix, the weight itself.
-    """
-
-    name: str
-    role: str
-    format: str
-    relmse: float
-    nearest: float
-    rows: int
-    worst: str
-    worse_db: float
 
 
 class _Part(NamedTuple):
@@ -87,6 +66,8 @@ def compare_weights(
     """Errors of all quantized weights that the source has too, and findings about everything that both should share."""
     twins = {weight.name: weight for weight in ours.weights}
     compared: list[ComparedWeight] = []
+    record = _record(ours)
+    noted = calibrated_errors(record)
     missing: dict[str, list[str]] = {}
     changed: list[str] = []
     shapes: list[str] = []
@@ -97,7 +78,10 @@ def compare_weights(
         elif twin.shape != weight.shape:
             shapes.append(weight.name)
         elif twin.name in ours.formats and source.formats.get(weight.name) is None and len(twin.shape) > 1:
-            compared.append(_compare(ours, source, left, right, twin, weight, rows))
+            result = _compare(ours, source, left, right, twin, weight, rows)
+            if twin.name in noted or "training" in record:
+                result.moved, result.outputs = True, _ratio(*noted.get(twin.name, (0.0, 0.0)))
+            compared.append(result)
         elif (
             twin.name not in ours.formats
             and weight.name not in source.formats
@@ -106,6 +90,20 @@ def compare_weights(
             changed.append(weight.name)
         progress(number, len(source.weights))
     return compared, [*_missing(missing), *_changed(changed, shapes), *_errors(compared)]
+
+
+def _record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What halfbyte.json says, where halfbyte wrote the checkpoint and nobody changed the file since."""
+    root = checkpoint.inventory.root
+    try:
+        sealed = root is not None and is_sealed(read_small(root / PROVENANCE))
+        return read_provenance(root) if root is not None and sealed else {}
+    except HalfbyteError:
+        return {}
+
+
+def _ratio(error: float, squares: float) -> float | None:
+    return error / squares if squares else None
 
 
 def compare_files(ours: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
@@ -241,14 +239,21 @@ def _changed(changed: list[str], shapes: list[str]) -> Iterator[Finding]:
 
 
 def _errors(compared: list[ComparedWeight]) -> Iterator[Finding]:
-    other = [w for w in compared if not w.relmse <= OTHER]
+    other = [w for w in compared if w.is_another]
     if other:
         what = (
             f"{count(len(other), 'weight')} {verb(len(other), 'have')} nothing in common with the source: "
             f"{some([w.name for w in other])} (relative error {other[0].relmse:.3g})"
         )
         yield Finding("wrong", "another-weight", what, tuple(w.name for w in other), "is this the right source?")
-    worse = sorted((w for w in compared if w.relmse <= OTHER and w.worse_db > WORSE_DB), key=lambda w: -w.worse_db)
+    moved = sum(w.moved for w in compared)
+    if moved:
+        what = (
+            f"a calibration or a training moved {count(moved, 'weight')}, whose errors against the source say little; "
+            "what halfbyte.json notes of their outputs counts"
+        )
+        yield Finding("note", "moved", what, advice="`halfbyte verify` checks that no file changed since")
+    worse = sorted((w for w in compared if w.is_worse and not w.is_another), key=lambda w: -w.worse_db)
     if worse:
         first = worse[0]
         much = f"{first.worse_db:.0f} dB worse" if math.isfinite(first.worse_db) else "where rounding loses nothing"

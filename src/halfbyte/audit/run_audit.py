@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halfbyte.audit.against_source import ROWS, ComparedWeight, compare_files, compare_weights
+from halfbyte.audit.against_source import ROWS, compare_files, compare_weights
+from halfbyte.audit.compared_weight import ComparedWeight
 from halfbyte.audit.finding import ORDER, Finding, ordered
 from halfbyte.audit.stored_scales import check_scales
 from halfbyte.audit.structure import check_structure
@@ -86,7 +87,7 @@ class Audit:
                 engine: [{"effect": n.effect, "what": n.what, "hardware": n.hardware, "link": n.link} for n in notes]
                 for engine, notes in (summary.engines if summary else {}).items()
             },
-            "weights": [{**asdict(w), "worse_db": w.worse_db} for w in self.compared],
+            "weights": [asdict(w) for w in self.compared],
         }
 
 

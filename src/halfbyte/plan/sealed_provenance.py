@@ -11,10 +11,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import VerifyError
+from halfbyte.checkpoint.files import parse_object, read_small
+from halfbyte.errors import CheckpointError, VerifyError
 from halfbyte.kernels.tensor_error import TensorError
+from halfbyte.plan.configuration import PROVENANCE
 
 UNKNOWN = "0" * 64
 """Stands for a hash that is not known yet."""
@@ -107,6 +110,19 @@ def check_keys(content: Mapping[str, Any], where: str) -> None:
         if missing and not unknown:
             what = f"no key {sorted(missing)[0]!r}"
         raise VerifyError(f"{where} has {what}, so it is damaged or of a newer release; convert again")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """halfbyte.json, {} where there is none; VerifyError for one that is damaged or has keys of its own."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    try:
+        content = parse_object(read_small(path), PROVENANCE)
+    except (CheckpointError, OSError) as error:
+        raise VerifyError(f"{path} cannot be used ({error}); convert again") from error
+    check_keys(content, str(path))
+    return content
 
 
 def _text(content: Mapping[str, Any]) -> bytes:

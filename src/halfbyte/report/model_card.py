@@ -14,7 +14,7 @@ import halfbyte
 from halfbyte.checkpoint.foreign import Fields
 from halfbyte.evaluate.fingerprint import content_hash
 from halfbyte.plan.conversion_plan import PROVENANCE
-from halfbyte.plan.sealed_provenance import calibrated_errors
+from halfbyte.plan.sealed_provenance import calibrated_errors, read_provenance
 from halfbyte.report.private_paths import HUB_ID, public_command
 from halfbyte.report.read import Inputs, ReportError, read_results
 from halfbyte.report.results_schema import Divergence, DivergenceIntervals, NoiseFloor, Row
@@ -24,7 +24,6 @@ from halfbyte.report.wording import between, nats, size, some, task_name
 from halfbyte.source import running
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.overview import Overview, overview
-from halfbyte.verify.checksums import read_provenance
 from halfbyte.verify.output_folder import CARD_MARK
 
 SKIPPED = ("aliases", "source", "name", "description", "calibration")

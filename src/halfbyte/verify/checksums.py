@@ -10,9 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from halfbyte.checkpoint import write_file_atomic
-from halfbyte.checkpoint.files import parse_object, read_small, reason
+from halfbyte.checkpoint.files import read_small, reason
 from halfbyte.checkpoint.stream_hash import hash_path
-from halfbyte.errors import CheckpointError, VerifyError
 from halfbyte.plan import sealed_provenance
 from halfbyte.plan.conversion_plan import CONFIG, PROVENANCE
 from halfbyte.plan.resources import cores
@@ -32,19 +31,6 @@ class Checksums:
     bytes: int = 0
     others: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """halfbyte.json, {} where there is none; VerifyError for one that is damaged or has keys of its own."""
-    path = folder / PROVENANCE
-    if not path.is_file():
-        return {}
-    try:
-        content = parse_object(read_small(path), PROVENANCE)
-    except (CheckpointError, OSError) as error:
-        raise VerifyError(f"{path} cannot be used ({error}); convert again") from error
-    sealed_provenance.check_keys(content, str(path))
-    return content
 
 
 def check_files(folder: Path, record: dict[str, Any], report: Callable[[int], None]) -> Checksums:
@@ -71,13 +57,13 @@ def check_files(folder: Path, record: dict[str, Any], report: Callable[[int], No
 
 def stated_bytes(folder: Path) -> int:
     """Bytes of all files whose hash halfbyte.json states: the total for a progress bar."""
-    record = read_provenance(folder)
+    record = sealed_provenance.read_provenance(folder)
     return sum(size for size, _ in _stated(record["files"], []).values()) if "files" in record else 0
 
 
 def update_checksum(folder: Path, name: str) -> bool:
     """Note the SHA-256 of a file that was replaced on purpose, as a model card is; False where none are noted."""
-    record = read_provenance(folder)
+    record = sealed_provenance.read_provenance(folder)
     if "files" not in record or not sealed_provenance.is_sealed(read_small(folder / PROVENANCE)):
         return False
     path = folder / name

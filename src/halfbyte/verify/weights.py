@@ -11,7 +11,7 @@ from halfbyte.checkpoint.identity import SourceIdentity
 from halfbyte.dialects import quantization_config_of
 from halfbyte.errors import CheckpointError, HalfbyteError, VerifyError
 from halfbyte.kernels.tensor_error import MAX_OBJECTIVE, MAX_RELMSE, TensorError
-from halfbyte.plan.sealed_provenance import note_calibrated_errors
+from halfbyte.plan.sealed_provenance import note_calibrated_errors, read_provenance
 from halfbyte.plan.smoothing_use import stored_smoothings
 from halfbyte.recipes import Decision
 from halfbyte.recipes.resolve import refits
@@ -19,7 +19,7 @@ from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.source.smoothing import SMOOTHING_FILE, Smoothing
 from halfbyte.stores.open_source import open_inventory
 from halfbyte.verify.checkpoint_pair import CheckpointPair
-from halfbyte.verify.checksums import check_files, read_provenance
+from halfbyte.verify.checksums import check_files
 from halfbyte.verify.config_keys import misspelt_keys
 from halfbyte.verify.output_folder import decisions_of, files_beside, unfinished
 from halfbyte.verify.recorded_recipe import differences, recorded_plan
