@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from halfbyte.gpu.tile_kernel import weight_tile
+from halfbyte.gpu.tile_kernel import lane_pointers, weight_tile
 
 
 @triton.jit
@@ -17,22 +17,9 @@ def decode_kernel(
     """y [n, k] = factor W; programs (groups of strips, tiles)."""
     group, tile = tl.program_id(0), tl.program_id(1)
     strip = tl.minimum(group * STRIPS + tl.arange(0, STRIPS), strips - 1).to(tl.int64)
-    planes: tl.constexpr = 32 if SCALE == "byte" else 64
-    word_at = words + (strip * tiles + tile)[:, None] * 256 + tl.arange(0, 128)[None, :]
-    scale_at = scales + (strip * tiles + tile)[:, None] * planes + tl.arange(0, 32)[None, :]
+    word_at, scale_at = lane_pointers(words, scales, strip * tiles + tile, SCALE)
     weights = weight_tile(
-        word_at,
-        scale_at,
-        tables,
-        scale_values,
-        SCALE_TEXT,
-        WORD_TEXT,
-        KIND,
-        SCALE,
-        CHOOSES,
-        DECODE,
-        TYPE,
-        STRIPS,
+        word_at, scale_at, tables, scale_values, SCALE_TEXT, WORD_TEXT, KIND, SCALE, CHOOSES, DECODE, TYPE, STRIPS
     )
     split = tl.reshape(weights, (STRIPS * 16, 2, 2, 2, 4, 2, 2))  # row c h b t a d
     natural = tl.reshape(tl.permute(split, (0, 1, 4, 2, 5, 3, 6)), (STRIPS * 16, 128))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from halfbyte.gpu.tile_kernel import sum_of_splits, token_tile, weight_tile
+from halfbyte.gpu.tile_kernel import product_of_tiles, sum_of_splits
 
 
 @triton.jit
@@ -24,36 +24,13 @@ def dense_kernel(
     group, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     strip = tl.minimum(group * STRIPS + tl.arange(0, STRIPS), strips - 1).to(tl.int64)
     token = batch * TOKENS + tl.arange(0, TOKENS)
-    column = tl.arange(0, 128)
     first = split * tiles // SPLITS
     stop = (split + 1) * tiles // SPLITS
-    planes: tl.constexpr = 32 if SCALE == "byte" else 64
-    word_at = words + (strip * tiles + first)[:, None] * 256 + tl.arange(0, 128)[None, :]
-    scale_at = scales + (strip * tiles + first)[:, None] * planes + tl.arange(0, 32)[None, :]
-    x_at = x + token.to(tl.int64)[:, None] * x_stride + (first * 128 + column)[None, :]
-    inside = (token < shape_m)[:, None]
-    sums = tl.zeros((STRIPS * 16, TOKENS), tl.float32)
-    for tile in tl.range(first, stop, num_stages=STAGES):
-        weights = weight_tile(
-            word_at,
-            scale_at,
-            tables,
-            scale_values,
-            SCALE_TEXT,
-            WORD_TEXT,
-            KIND,
-            SCALE,
-            CHOOSES,
-            DECODE,
-            TYPE,
-            STRIPS,
-        )
-        present = inside if WHOLE else inside & (tile * 128 + column < shape_k)[None, :]
-        tokens = token_tile(tl.load(x_at, mask=present, other=0.0).to(TYPE), TOKENS)
-        sums = tl.dot(weights, tokens, sums, input_precision="ieee")
-        word_at += 256
-        scale_at += planes
-        x_at += 128
+    x_at = x + token.to(tl.int64)[:, None] * x_stride + (first * 128 + tl.arange(0, 128))[None, :]
+    sums = product_of_tiles(
+        x_at, (token < shape_m)[:, None], shape_k, words, scales, strip, tiles, first, stop, tables, scale_values,
+        SCALE_TEXT, WORD_TEXT, KIND, SCALE, CHOOSES, DECODE, TYPE, TOKENS, STRIPS, WHOLE, STAGES,
+    )  # fmt: skip
     row = (group * STRIPS * 16 + tl.arange(0, STRIPS * 16))[:, None]
     last = True
     if SPLITS > 1:

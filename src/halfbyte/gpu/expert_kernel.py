@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from halfbyte.gpu.tile_kernel import token_tile, weight_tile
+from halfbyte.gpu.tile_kernel import lane_pointers, product_of_tiles, token_tile, weight_tile
 
 
 @triton.jit
@@ -38,9 +38,8 @@ def gate_up_kernel(
     if expert < experts:
         half = strips // 2
         strip = tl.minimum(group * STRIPS + tl.arange(0, STRIPS), half - 1) + expert.to(tl.int64) * strips
+        word_at, scale_at = lane_pointers(words, scales, strip * tiles, SCALE)
         planes: tl.constexpr = 32 if SCALE == "byte" else 64
-        word_at = words + (strip * tiles)[:, None] * 256 + tl.arange(0, 128)[None, :]
-        scale_at = scales + (strip * tiles)[:, None] * planes + tl.arange(0, 32)[None, :]
         place = tile * TOKENS + tl.arange(0, TOKENS)
         slot = tl.load(places + place)
         column = tl.arange(0, 128)
@@ -90,26 +89,13 @@ def down_kernel(
     expert = tl.load(tile_experts + tile)
     if expert < experts:
         strip = tl.minimum(group * STRIPS + tl.arange(0, STRIPS), strips - 1) + expert.to(tl.int64) * strips
-        planes: tl.constexpr = 32 if SCALE == "byte" else 64
-        word_at = words + (strip * tiles)[:, None] * 256 + tl.arange(0, 128)[None, :]
-        scale_at = scales + (strip * tiles)[:, None] * planes + tl.arange(0, 32)[None, :]
         place = tile * TOKENS + tl.arange(0, TOKENS)
         slot = tl.load(places + place)
-        column = tl.arange(0, 128)
-        inside = (slot >= 0)[:, None]
-        hidden_at = hidden + place.to(tl.int64)[:, None] * width + column[None, :]
-        sums = tl.zeros((STRIPS * 16, TOKENS), tl.float32)
-        for k in tl.range(0, tiles, num_stages=STAGES):
-            present = inside if WHOLE else inside & (k * 128 + column < width)[None, :]
-            tokens = token_tile(tl.load(hidden_at, mask=present, other=0.0).to(TYPE), TOKENS)
-            weights = weight_tile(
-                word_at, scale_at, tables, scale_values, SCALE_TEXT, WORD_TEXT, KIND, SCALE, CHOOSES, DECODE, TYPE,
-                STRIPS,
-            )  # fmt: skip
-            sums = tl.dot(weights, tokens, sums, input_precision="ieee")
-            word_at += 256
-            scale_at += planes
-            hidden_at += 128
+        hidden_at = hidden + place.to(tl.int64)[:, None] * width + tl.arange(0, 128)[None, :]
+        sums = product_of_tiles(
+            hidden_at, (slot >= 0)[:, None], width, words, scales, strip, tiles, 0, tiles, tables, scale_values,
+            SCALE_TEXT, WORD_TEXT, KIND, SCALE, CHOOSES, DECODE, TYPE, TOKENS, STRIPS, WHOLE, STAGES,
+        )  # fmt: skip
         row = (group * STRIPS * 16 + tl.arange(0, STRIPS * 16))[:, None]
         sums *= tl.load(factors + expert)
         if BIAS:

@@ -127,6 +127,42 @@ def token_tile(x, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def lane_pointers(words, scales, tiles, SCALE: tl.constexpr):
+    """Pointers to the words [strips, 128] and scales [strips, 32] of tiles, which are numbers [strips]."""
+    planes: tl.constexpr = 32 if SCALE == "byte" else 64
+    word_at = words + tiles[:, None] * 256 + tl.arange(0, 128)[None, :]
+    return word_at, scales + tiles[:, None] * planes + tl.arange(0, 32)[None, :]
+
+
+@triton.jit
+def product_of_tiles(
+    x_at, inside, shape_k, words, scales, strip, tiles, first, stop, tables, scale_values,
+    SCALE_TEXT: tl.constexpr, WORD_TEXT: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, CHOOSES: tl.constexpr,
+    DECODE: tl.constexpr, TYPE: tl.constexpr, TOKENS: tl.constexpr, STRIPS: tl.constexpr, WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums FP32 [16 strips, tokens] of the tiles ``first`` to ``stop`` of ``strip`` [strips] times activations.
+
+    ``x_at`` [tokens, 128] points to the activations of the first tile; ``inside`` [tokens, 1] says which there are.
+    """
+    word_at, scale_at = lane_pointers(words, scales, strip * tiles + first, SCALE)
+    planes: tl.constexpr = 32 if SCALE == "byte" else 64
+    column = tl.arange(0, 128)
+    sums = tl.zeros((STRIPS * 16, TOKENS), tl.float32)
+    for tile in tl.range(first, stop, num_stages=STAGES):
+        weights = weight_tile(
+            word_at, scale_at, tables, scale_values, SCALE_TEXT, WORD_TEXT, KIND, SCALE, CHOOSES, DECODE, TYPE, STRIPS
+        )
+        present = inside if WHOLE else inside & (tile * 128 + column < shape_k)[None, :]
+        tokens = token_tile(tl.load(x_at, mask=present, other=0.0).to(TYPE), TOKENS)
+        sums = tl.dot(weights, tokens, sums, input_precision="ieee")
+        word_at += 256
+        scale_at += planes
+        x_at += 128
+    return sums
+
+
+@triton.jit
 def sum_of_splits(sums, parts, counters, place, rows, columns, shape_n, TOKENS: tl.constexpr, SPLITS: tl.constexpr):
     """Store this program's sums; in the last program of a tile return all sums, added in the order of the splits.
 
