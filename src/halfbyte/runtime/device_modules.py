@@ -21,7 +21,7 @@ class DeviceMatrix:
     """The weight [N, K] of one module on a GPU, as ``PackedMatrix`` is one on the CPU."""
 
     def __init__(self, product: Any) -> None:
-        self.product, self.shape = product, (product.n, product.k)
+        self.product, self.shape, self.device = product, (product.n, product.k), product.weight.device
         self.handle = handle_of(product)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,9 +45,9 @@ class DeviceMatrix:
 class DeviceStack:
     """The weights [E, N, K] of a mixture of experts on a GPU."""
 
-    def __init__(self, packed: PackedWeight) -> None:
+    def __init__(self, packed: PackedWeight, device: torch.device) -> None:
         # the file's bytes stay where they are: the mixture on the device has its own
-        self.weight, self.shape = packed, packed.shape
+        self.weight, self.shape, self.device = packed, packed.shape, device
 
     def tensor(self) -> QuantizedTensor:
         """Return the quantized weights, byte for byte."""
@@ -61,19 +61,23 @@ class DeviceStack:
 def place_module(module: Any, device: torch.device, dtype: torch.dtype) -> bool:
     """Bring the products of a packed module to a device, for activations of a type.
 
-    False where they have none there; nothing is changed then. Modules that share a weight share it there too.
+    False where they have none there; they are then where they were, or on the CPU. Modules that share a weight share
+    it there too.
     """
     held = module._packed
-    mixture: PackedExperts | None = module.__dict__.get("_mixture")
     if not available() or not all(has_product(_format_of(packed), dtype) for packed in held.values()):
         return False
-    if is_placed(module):
+    there = device_of(module)
+    if there == device:
         return True
+    if there is not None:
+        return_module(module)
+    mixture: PackedExperts | None = module.__dict__.get("_mixture")
     try:
         if mixture is not None:
-            there = _experts_on(mixture, device)
-            module.__dict__.update(_mixture=there, _handle=handle_of(there), _cpu_mixture=mixture)
-            placed: dict[str, Any] = {name: DeviceStack(packed.weight) for name, packed in held.items()}
+            moved = _experts_on(mixture, device)
+            module.__dict__.update(_mixture=moved, _handle=handle_of(moved), _cpu_mixture=mixture)
+            placed: dict[str, Any] = {name: DeviceStack(packed.weight, device) for name, packed in held.items()}
         elif all(isinstance(packed, PackedMatrix) for packed in held.values()):
             placed = {name: _matrix_on(module, packed, device) for name, packed in held.items()}
         else:
@@ -84,9 +88,10 @@ def place_module(module: Any, device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def is_placed(module: Any) -> bool:
-    """Whether the products of a packed module are on a GPU."""
-    return any(isinstance(packed, DeviceMatrix | DeviceStack) for packed in module._packed.values())
+def device_of(module: Any) -> torch.device | None:
+    """Return the device to which ``place_module`` brought the products of a packed module; None for the CPU's own."""
+    placed = (packed for packed in module._packed.values() if isinstance(packed, DeviceMatrix | DeviceStack))
+    return next((packed.device for packed in placed), None)
 
 
 def return_module(module: Any) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from halfbyte.dialects.halfbyte import stored_arrays
 from halfbyte.errors import HalfbyteError
 from halfbyte.runtime.decode import decode, to_torch
-from halfbyte.runtime.device_modules import DeviceMatrix, DeviceStack, is_placed, place_module, return_module
+from halfbyte.runtime.device_modules import DeviceMatrix, DeviceStack, device_of, place_module, return_module
 from halfbyte.runtime.products import PackedMatrix, PackedStack
 from halfbyte.runtime.remote.halfbyte_modules import ExpertStack, QuantizedWeights, quantize_module
 
@@ -38,7 +38,7 @@ class PackedWeights(QuantizedWeights):
         one = index is not None and isinstance(packed, PackedStack | DeviceStack)
         values = decode(packed.matrix(int(index)) if one else packed.tensor(), self._dtype)  # type: ignore[union-attr]
         values = values.transpose(-1, -2) if name in self._transposed else values
-        values = values.to(packed.product.weight.device) if isinstance(packed, DeviceMatrix) else values
+        values = values.to(device_of(self) or values.device)
         return values if index is None or one else values[index]
 
     def train(self, mode: bool = True) -> PackedWeights:
@@ -50,11 +50,13 @@ class PackedWeights(QuantizedWeights):
         return super().train(False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        example = fn(torch.empty(0, dtype=self._dtype))
-        if example.device.type == "cuda" and place_module(self, example.device, example.dtype):
+        there = device_of(self)
+        example = fn(torch.empty(0, dtype=self._dtype, device=there))
+        stays_placed = example.device == there or example.device.type == "cuda"
+        if stays_placed and place_module(self, example.device, example.dtype):
             self._dtype = example.dtype
             return nn.Module._apply(self, fn, recurse)
-        if is_placed(self):
+        if there is not None:
             return_module(self)
         if example.device.type != "cpu":
             unpack_module(self)
@@ -91,8 +93,7 @@ class PackedParameter:
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        packed = self.module._packed[self.name]
-        return packed.product.weight.device if isinstance(packed, DeviceMatrix) else torch.device("cpu")
+        return device_of(self.module) or torch.device("cpu")
 
     @property
     def shape(self) -> torch.Size:
@@ -225,7 +226,8 @@ def decode_module(module: Any, dtype: torch.dtype | None = None) -> None:
 
 
 def _forget(module: Any) -> None:
-    for attribute in ("_packed", "_decoders", "_transposed", "_dtype", "_dense_class", "_mixture", "_is_shared"):
+    names = ("_packed", "_decoders", "_transposed", "_dtype", "_dense_class", "_mixture", "_cpu_mixture", "_is_shared")
+    for attribute in names:
         module.__dict__.pop(attribute, None)
 
 
