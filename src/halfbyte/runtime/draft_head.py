@@ -96,13 +96,15 @@ class DraftHead(nn.Module):
         result: torch.Tensor = self.join(torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], -1))
         return result
 
-    def run_layer(self, joined: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Run the decoder layer on rows [B, T, K].
+    def run_layer(
+        self, joined: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, **settings: Any
+    ) -> torch.Tensor:
+        """Run the decoder layer on rows [B, T, K]; ``settings`` are further arguments of the layer.
 
         ``positions`` [B, T] place each row; ``mask`` [B, 1, T, T] is 0 where a row may look, and very low elsewhere.
         """
         rotary = self._rotary[0](joined, positions)
-        states = self.layer(joined, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+        states = self.layer(joined, attention_mask=mask, position_ids=positions, position_embeddings=rotary, **settings)
         result: torch.Tensor = states[0] if isinstance(states, tuple) else states
         return result
 
@@ -116,12 +118,7 @@ class DraftHead(nn.Module):
         mask = torch.zeros(count, first + count, dtype=joined.dtype, device=joined.device)
         later = torch.ones_like(mask, dtype=torch.bool).triu(first + 1)
         mask = mask.masked_fill(later, torch.finfo(joined.dtype).min)[None, None]
-        rotary = self._rotary[0](joined, positions)
-        states = self.layer(
-            joined, attention_mask=mask, position_ids=positions, position_embeddings=rotary, past_key_values=cache
-        )
-        result: torch.Tensor = states[0] if isinstance(states, tuple) else states
-        return result
+        return self.run_layer(joined, positions, mask, past_key_values=cache)
 
     def states_and_logits(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the layer's output: what the next step reads, and logits."""

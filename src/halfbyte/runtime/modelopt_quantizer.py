@@ -41,9 +41,10 @@ class ModeloptQuantizer(PackedQuantizer):
 
     def _elsewhere(self, places: dict[str, tuple[str, str | None]]) -> set[str]:
         names = super()._elsewhere(places)
-        for place in self.packing.places if self.packing else ():
+        if self.packing is None:
+            return names
+        for place in self.packing.places:
             target = places[place.weight.name][0].removesuffix("weight")
-            assert self.packing is not None
             for stored in self.packing.checkpoint.tensors_of(place.weight):
                 names |= {stored, target + stored.rpartition(".")[2]}
             names |= {target + "input_scale"}
