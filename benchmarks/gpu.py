@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update({"TRITON_INTERPRET": "1"} if "--smoke" in sys.argv else {})
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import numpy as np
 import torch

@@ -10,7 +10,6 @@ from hypothesis import settings
 
 # Triton decides when it is imported whether its kernels run in its interpreter, on the CPU
 os.environ["TRITON_INTERPRET"] = "1"
-os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 
 # the same examples every time, on a machine that may do other things too
 settings.register_profile("halfbyte", deadline=None, derandomize=True)

@@ -127,8 +127,9 @@ class DeviceExperts:
         self._run_gate_up(x.contiguous(), hidden, order, slots, tokens)
         self._run_down(hidden, by_slot, order, tokens)
         slot_sum_kernel[(len(x), -(-self.n // _SUM_COLUMNS))](
-            by_slot, experts.contiguous(), shares.contiguous(), y, slots, self.n, self.count, COLUMNS=_SUM_COLUMNS
-        )
+            by_slot, experts.contiguous(), shares.contiguous(), y, slots, self.n, self.count, COLUMNS=_SUM_COLUMNS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
         return y
 
     def _run_gate_up(self, x: torch.Tensor, hidden: torch.Tensor, order: SortedSlots, slots: int, tokens: int) -> None:

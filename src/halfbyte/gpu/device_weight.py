@@ -56,9 +56,10 @@ class DeviceWeight:
         return unpack_words(replace(self._description, words=words, scales=scales))
 
     def settings(self, dtype: torch.dtype, strips: int) -> dict[str, Any]:
-        """The constants of a kernel for activations of a type; NoKernelError for one that the scales do not fit.
+        """Constants and options of a kernel for activations of a type.
 
-        CUDA devices decode by machine instructions, others (and FP32) by plain operations.
+        NoKernelError for a type that the scales do not fit. CUDA devices decode by machine instructions, others
+        (and FP32) by plain operations.
         """
         on_cuda = self.device.type == "cuda" and torch.version.cuda is not None
         return _settings(self.layout, dtype, strips, on_cuda)
@@ -82,4 +83,5 @@ def _settings(layout: TableLayout, dtype: torch.dtype, strips: int, on_cuda: boo
         "DECODE": "asm" if by_instructions else "plain",
         "TYPE": _TRITON[dtype],
         "STRIPS": strips,
+        "enable_fp_fusion": True,  # Triton's default changes with its version
     }
