@@ -153,10 +153,10 @@ def add_calibration_of_base(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def activations_of(args: argparse.Namespace, recipe: Recipe | None = None, dialect: str | None = None) -> str | None:
+def activations_of(args: argparse.Namespace, checkpoint: Checkpoint, recipe: Recipe, dialect: str | None) -> str | None:
     """The importance file or statistics that the options name, or those collected from the texts that they name.
 
-    Where the ``recipe`` refits weights, a text also rounds them, for the ``dialect``.
+    Where the ``recipe`` refits weights, a text also rounds those of the ``checkpoint``, for the ``dialect``.
     """
     from pathlib import Path
 
@@ -176,12 +176,12 @@ def activations_of(args: argparse.Namespace, recipe: Recipe | None = None, diale
 
     folder = f"{out.rstrip('/')}.statistics"
     settings = {"samples": args.samples, "length": args.length}
-    if recipe is not None and recipe.refits:
+    if recipe.refits:
         from halfbyte.cli.calibrate_command import round_layers
 
-        round_layers(open_checkpoint(args), recipe, dialect, folder, given, args.json, **settings)
+        round_layers(checkpoint, recipe, dialect, folder, given, args.json, **settings)
     else:
-        back = recipe is not None and recipe.needs_output_hessians
+        back = recipe.needs_output_hessians
         collect(args.source, folder, given, args.json, output_hessians=back, **settings)
     return folder
 
@@ -249,7 +249,7 @@ def plan_of(args: argparse.Namespace, recipe: Recipe | None = None, dialect: str
     wanted = recipe or load_recipe(args.recipe)
     if wanted.refits and args.calibration and not dialect:
         chosen = _dialect_that_holds(checkpoint, wanted, chosen, args)
-    known = activations_of(args, wanted, chosen)
+    known = activations_of(args, checkpoint, wanted, chosen)
 
     def make(dialect: str | None) -> Plan:
         return plan(
