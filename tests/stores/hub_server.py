@@ -83,6 +83,8 @@ class FakeHub:
             def do_GET(self) -> None:
                 hub.answer(self, role, unquote(self.path))
 
+            do_HEAD = do_GET  # noqa: N815  http.server calls it so
+
         return Handler
 
     def answer(self, request: BaseHTTPRequestHandler, role: str, path: str) -> None:
@@ -97,7 +99,7 @@ class FakeHub:
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             return self._send(request, 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "no access"})
         if path.startswith(f"/api/models/{self.repository}"):
-            return self._info(request, path)
+            return self._tree(request) if "/tree/" in path else self._info(request, path)
         prefix = f"/{self.repository}/resolve/{self.commit}/"
         name = path.removeprefix(prefix)
         if not path.startswith(prefix) or name not in self.files or name in self.removed:
@@ -116,6 +118,16 @@ class FakeHub:
             siblings.append(entry)
         info = {"id": self.repository, "modelId": self.repository, "sha": self.commit, "siblings": siblings}
         self._send(request, 200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, request: BaseHTTPRequestHandler) -> None:
+        """The listing that huggingface_hub downloads by."""
+        entries = []
+        for name, file in self.files.items():
+            entry: dict[str, Any] = {"type": "file", "path": name, "size": file.size, "oid": file.sha256[:40]}
+            if file.lfs:
+                entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
+            entries.append(entry)
+        self._send(request, 200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, request: BaseHTTPRequestHandler, name: str) -> None:
         file = self.files[name]
@@ -160,6 +172,8 @@ class FakeHub:
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             request.send_header(key, value)
         request.end_headers()
+        if request.command == "HEAD":
+            return
         if cut:
             request.wfile.write(body[: len(body) // 2])
             request.close_connection = True
@@ -186,6 +200,7 @@ def served(hub: FakeHub, patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Fak
     from halfbyte.stores import retry
 
     patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(retry, "FIRST_WAIT", 0.01)

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.output)
     if out.suffix not in (".yaml", ".yml"):
         raise HalfbyteError(f"{out} should end in .yaml, as recipes do")
-    checkpoint = options.open_checkpoint(args)
+    checkpoint = options.open_checkpoint(args, runs_model=args.text is not None)
     dialect = find_dialect(args.dialect).for_model(checkpoint.inventory)
     known = calibration_for(args.importance, checkpoint, args.calibration_of_base) if args.importance else None
     if args.text is None and any((args.max_tokens, args.length, args.device, args.dtype)):
@@ -132,8 +132,7 @@ def _measure(args: argparse.Namespace, checkpoint: Checkpoint, file: Path, forma
     from halfbyte.evaluate import TextSettings, sensitivity
     from halfbyte.evaluate.cache_folder import default_cache
 
-    # what a hub id named is on this machine by now, in the revision that was asked for
-    source = (checkpoint.inventory.root if args.revision else None) or args.source
+    source = options.model_to_run(args, checkpoint)
     settings = TextSettings(
         text=args.text,
         length=args.length,

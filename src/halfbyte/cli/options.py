@@ -153,20 +153,24 @@ def add_calibration_of_base(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def calibration_texts(args: argparse.Namespace) -> list[str]:
+    """The texts that --calibration names, which are run through the model; [] where it names statistics or nothing."""
+    from pathlib import Path
+
+    given: list[str] = args.calibration or []
+    return [] if len(given) == 1 and Path(given[0]).is_dir() else given
+
+
 def activations_of(args: argparse.Namespace, checkpoint: Checkpoint, recipe: Recipe, dialect: str | None) -> str | None:
     """The importance file or statistics that the options name, or those collected from the texts that they name.
 
     Where the ``recipe`` refits weights, a text also rounds those of the ``checkpoint``, for the ``dialect``.
     """
-    from pathlib import Path
-
     from halfbyte.errors import HalfbyteError
 
-    given: list[str] | None = args.calibration
+    given = calibration_texts(args)
     if not given:
-        return args.importance  # type: ignore[no-any-return]
-    if len(given) == 1 and Path(given[0]).is_dir():
-        return given[0]
+        return args.calibration[0] if args.calibration else args.importance  # type: ignore[no-any-return]
     out = getattr(args, "out", None)
     if out is None or args.source is None or getattr(args, "dry_run", False):
         raise HalfbyteError(
@@ -182,12 +186,12 @@ def activations_of(args: argparse.Namespace, checkpoint: Checkpoint, recipe: Rec
         round_layers(checkpoint, recipe, dialect, folder, given, args.json, **settings)
     else:
         back = recipe.needs_output_hessians
-        collect(args.source, folder, given, args.json, output_hessians=back, **settings)
+        collect(model_to_run(args, checkpoint), folder, given, args.json, output_hessians=back, **settings)
     return folder
 
 
-def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """The checkpoint that ``add_source`` names."""
+def open_checkpoint(args: argparse.Namespace, runs_model: bool = False) -> Checkpoint:
+    """The checkpoint that ``add_source`` names; ``runs_model``: with all files here, so by way of a cache."""
     from halfbyte.checkpoint import Inventory
     from halfbyte.errors import CheckpointError
     from halfbyte.source.checkpoint import Checkpoint
@@ -198,7 +202,13 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
         raise CheckpointError("give either a checkpoint SRC or --inventory FILE.json")
     if inventory is not None:
         return Checkpoint(Inventory.from_json(inventory))
-    return Checkpoint(open_inventory(args.source, args.revision, args.cache))
+    return Checkpoint(open_inventory(args.source, args.revision, args.cache or runs_model))
+
+
+def model_to_run(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    """The source as it was named, or the folder with the revision that was asked for."""
+    named = args.revision is None and "://" not in args.source
+    return str(args.source if named else checkpoint.inventory.root or args.source)
 
 
 def dialect_of(args: argparse.Namespace) -> str | None:
@@ -245,7 +255,8 @@ def plan_of(args: argparse.Namespace, recipe: Recipe | None = None, dialect: str
     from halfbyte.plan.dialect_choice import OWN
     from halfbyte.recipes import load_recipe
 
-    checkpoint, chosen = open_checkpoint(args), dialect or dialect_of(args)
+    checkpoint = open_checkpoint(args, bool(calibration_texts(args)) and not getattr(args, "dry_run", False))
+    chosen = dialect or dialect_of(args)
     wanted = recipe or load_recipe(args.recipe)
     if wanted.refits and args.calibration and not dialect:
         chosen = _dialect_that_holds(checkpoint, wanted, chosen, args)

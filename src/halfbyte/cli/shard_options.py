@@ -7,6 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.cli import options
 from halfbyte.cli.output import print_json, progress, say
 from halfbyte.errors import HalfbyteError
 
@@ -51,8 +52,7 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, option, False):
             name = option.replace("_", "-")
             raise HalfbyteError(f"--{name} needs the whole output, and --shard writes a part; leave one out")
-    given = args.calibration or []
-    if given and not (len(given) == 1 and os.path.isdir(given[0])):
+    if options.calibration_texts(args):
         raise HalfbyteError(
             "with --shard every worker would calibrate again; run `halfbyte calibrate` once and give its folder"
         )
