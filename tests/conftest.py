@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,18 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("the folder ../shared with real models and texts is not here")
     return path
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint folder of a tiny random model of an architecture, written once; it needs transformers."""
+    from runtime.architectures import save
+
+    folders: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in folders:
+            folders[name] = save(name, tmp_path_factory.mktemp(name))
+        return folders[name]
+
+    return of

@@ -1,19 +1,10 @@
 """Collecting statistics runs models: not collected where torch and transformers are not installed."""
 
-from importlib.util import find_spec
-
 import pytest
 
-TORCH = bool(find_spec("torch") and find_spec("transformers"))
-if TORCH:
-    import torch
-    import transformers
+from torch_room import ready
 
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-else:
-    collect_ignore_glob = ["test_*.py"]
+collect_ignore_glob = [] if ready() else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

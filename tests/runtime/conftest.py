@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from halfbyte.recipes import Recipe
 from small_models import run
+from torch_room import ready
 
-if find_spec("torch") and find_spec("transformers"):
-    import torch
-    import transformers
-
-    # sums are the same in every test only if they are split over the same number of threads
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-else:
-    collect_ignore_glob = ["test_*.py"]
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint folder of a tiny random model of an architecture, written once."""
-    from .architectures import save
-
-    folders: dict[str, Path] = {}
-
-    def of(name: str) -> Path:
-        if name not in folders:
-            folders[name] = save(name, tmp_path_factory.mktemp(name))
-        return folders[name]
-
-    return of
+collect_ignore_glob = [] if ready() else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
