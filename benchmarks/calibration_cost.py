@@ -29,7 +29,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VER
 
 import calibration_at_scale as scale
 from common import REPOSITORY, RESULTS, head, replace_part
-from halfbyte.calibrate.collect import BATCH_TOKENS, HESSIAN_BYTES
+from halfbyte.calibrate.collect import HESSIAN_BYTES
+from halfbyte.calibrate.samples import BATCH_TOKENS
 from halfbyte.checkpoint import Inventory, nbytes
 from halfbyte.demo import MODEL as DEMO
 from halfbyte.models import Weight, family_for

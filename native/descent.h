@@ -56,29 +56,13 @@ struct Descent {
     }
   }
 
-  HB_MEMBER static void add(float* out, const float* values, float factor, int64_t k) {
+  HB_MEMBER void add(float* out, const float* values, float factor) const {
     for (int64_t i = 0; i < k; i += W) store(out + i, load<F>(out + i) + all(factor) * load<F>(values + i));
   }
-  void add(float* out, const float* values, float factor) const { add(out, values, factor, k); }
 
   // The nearest values of W columns to v.
   HB_MEMBER I nearest(F v, int64_t at, F& value) const {
-    const Choice choice{scale[at], inverse[at], offset[at], I{}, table[at]};
-    value = F{};
-    if (c.family == HB_AFFINE_BIAS) return RangeRule<true>{{(float)c.levels}}.code(v, choice, value);
-    if (c.family == HB_AFFINE_ZERO_POINT) return RangeRule<false>{{(float)c.levels}}.code(v, choice, value);
-    I code = all(c.tables[0].zero_code);
-    for (int t = 0; t < c.table_count; ++t) {
-      const I mask = live[at] & (c.table_count == 1 ? ~I{} : (I)(choice.table == t));
-      if (!any(mask)) continue;
-      with_grid(c.tables[t], [&](const auto& grid) {
-        F result;
-        const I new_code = grid.code(v * choice.inverse, result);
-        code = select(mask, new_code, code);
-        value = select(mask, result * choice.scale, value);
-      });
-    }
-    return code;
+    return nearest_codes(c, v, {scale[at], inverse[at], offset[at], I{}, table[at]}, live[at], value);
   }
 
   void descend(int64_t row) {

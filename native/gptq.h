@@ -174,25 +174,8 @@ struct Gptq {
   HB_MEMBER void place(int64_t start, int64_t j, const float* coefficients, const Choice& choice, I live) {
     F v = y[j];
     for (int64_t i = start; coefficients && i < j; ++i) v -= error[i] * all(coefficients[i - start]);
-    F value = {};
-    I code = {};
-    if (c.family == HB_AFFINE_BIAS) {
-      code = RangeRule<true>{{(float)c.levels}}.code(v, choice, value);
-    } else if (c.family == HB_AFFINE_ZERO_POINT) {
-      code = RangeRule<false>{{(float)c.levels}}.code(v, choice, value);
-    } else {
-      code = all(c.tables[0].zero_code);
-      for (int t = 0; t < c.table_count; ++t) {
-        const I mask = live & (c.table_count == 1 ? ~I{} : (I)(choice.table == t));
-        if (!any(mask)) continue;
-        with_grid(c.tables[t], [&](const auto& grid) {
-          F found;
-          const I new_code = grid.code(v * choice.inverse, found);
-          code = select(mask, new_code, code);
-          value = select(mask, found * choice.scale, value);
-        });
-      }
-    }
+    F value;
+    const I code = nearest_codes(c, v, choice, live, value);
     error[j] = v - value;
     const int shift = (int)(j % 4) * 8;
     codes[j / 4] = shift ? codes[j / 4] | (code << shift) : code;

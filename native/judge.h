@@ -30,6 +30,26 @@ struct RangeRule {
   }
 };
 
+// The nearest codes of W numbers under the scales that their lanes chose, and the values of these codes; lanes of a
+// scale of zero, which are not `live`, get zeros.
+HB_INLINE I nearest_codes(const hb_codec& c, F v, const Choice& choice, I live, F& value) {
+  value = F{};
+  if (c.family == HB_AFFINE_BIAS) return RangeRule<true>{{(float)c.levels}}.code(v, choice, value);
+  if (c.family == HB_AFFINE_ZERO_POINT) return RangeRule<false>{{(float)c.levels}}.code(v, choice, value);
+  I code = all(c.tables[0].zero_code);
+  for (int t = 0; t < c.table_count; ++t) {
+    const I mask = live & (c.table_count == 1 ? ~I{} : (I)(choice.table == t));
+    if (!any(mask)) continue;
+    with_grid(c.tables[t], [&](const auto& grid) {
+      F result;
+      const I new_code = grid.code(v * choice.inverse, result);
+      code = select(mask, new_code, code);
+      value = select(mask, result * choice.scale, value);
+    });
+  }
+  return code;
+}
+
 // A block as its candidates are judged.
 struct Judged {
   const F* y;

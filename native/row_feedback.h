@@ -268,25 +268,14 @@ struct RowGroup {
   }
 
   void given(int row, int32_t number, BestCandidate& choice, bool& live) const {
-    const Choice found = stored_choice(c, task.scales, task.offsets, row * (k / c.columns) + number, live);
-    choice = {0, found.scale[0], found.inverse[0], found.offset[0], found.stored[0], found.table[0], false};
+    const Choice stored = stored_choice(c, task.scales, task.offsets, row * (k / c.columns) + number, live);
+    choice = {0, stored.scale[0], stored.inverse[0], stored.offset[0], stored.stored[0], stored.table[0], false};
   }
 
   int32_t place(float v, const BestCandidate& b, bool live, float& value) const {
-    F result = {};
-    I code = {};
+    F result;
     const Choice choice{all(b.scale), all(b.inverse), all(b.offset), all(b.stored), all(b.table)};
-    if (c.family == HB_AFFINE_BIAS)
-      code = RangeRule<true>{{(float)c.levels}}.code(all(v), choice, result);
-    else if (c.family == HB_AFFINE_ZERO_POINT)
-      code = RangeRule<false>{{(float)c.levels}}.code(all(v), choice, result);
-    else if (!live)
-      code = all(c.tables[0].zero_code);
-    else
-      with_grid(c.tables[b.table], [&](const auto& grid) {
-        code = grid.code(all(v) * choice.inverse, result);
-        result = result * choice.scale;
-      });
+    const I code = nearest_codes(c, all(v), choice, live ? ~I{} : I{}, result);
     value = result[0];
     return code[0];
   }

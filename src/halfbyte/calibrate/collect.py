@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import nn
 
 from halfbyte.calibrate.caches import arrays_of, watch_caches
 from halfbyte.calibrate.experts import show_all_tokens
-from halfbyte.calibrate.layerwise import Arguments, LayerwiseModel, as_numpy, enter, run_layer
+from halfbyte.calibrate.hidden_states import Calls, check_output, embed, output_matrix, read_batch
+from halfbyte.calibrate.layerwise import LayerwiseModel, as_numpy, run_layer
 from halfbyte.calibrate.observe import Observer, Sums
 from halfbyte.calibrate.reverse_pass import ReversePass
 from halfbyte.calibrate.samples import Samples, make_samples
@@ -36,11 +36,9 @@ from halfbyte.calibration.statistics import (
 )
 from halfbyte.checkpoint import Reader
 from halfbyte.errors import MeasurementError, OutputError
-from halfbyte.evaluate.finite import is_finite, refusal
 from halfbyte.runtime.loading import load_tokenizer
 from halfbyte.source.checkpoint import Checkpoint
 
-BATCH_TOKENS = 4096
 HESSIAN_BYTES = 2 << 30
 _WORK = "work"
 Progress = Callable[[int, int], None]
@@ -101,9 +99,14 @@ def collect_statistics(
         if description.get("complete"):
             shutil.rmtree(out / _WORK, ignore_errors=True)  # of a run that was killed after its last layer
         else:
-            run = _Run(model, samples, out, description, progress or (lambda done, total: None))
-            run.announce = announce or run.announce
-            run.go()
+            _Run(
+                model,
+                samples,
+                out,
+                description,
+                progress or (lambda done, total: None),
+                announce or (lambda line: None),
+            ).go()
     return Statistics(out)
 
 
@@ -166,19 +169,13 @@ class _Run:
         out: Path,
         description: dict[str, Any],
         progress: Progress,
+        announce: Callable[[str], None],
     ) -> None:
-        self.blocks, self.samples, self.out, self.description, self.progress = (
-            blocks,
-            samples,
-            out,
-            description,
-            progress,
-        )
-        self.device = blocks.device
+        self.blocks, self.samples, self.out, self.description = blocks, samples, out, description
+        self.progress, self.announce = progress, announce
         width = blocks.decoder.config.hidden_size
         self.work = out / _WORK
         self.work.mkdir(exist_ok=True)
-        self.announce: Callable[[str], None] = lambda line: None
         # one file is read while the other is written, so that a killed run finds the states it needs; the way back
         # needs those before every layer
         self.back = bool(description.get("output_hessians"))
@@ -192,7 +189,8 @@ class _Run:
 
     def go(self) -> None:
         total = len(self.description["parts"])
-        calls = self._enter()
+        calls = embed(self.blocks, self.samples, [] if self.description["done"] else self.states[:1], self._name)
+        self.states[0].sync()
         for number, layer in enumerate(self.blocks.layers):
             if number < self.description["done"]:
                 continue
@@ -211,11 +209,11 @@ class _Run:
         shutil.rmtree(self.work)
         self.progress(total, total)
 
-    def _go_back(self, calls: dict[tuple[int, int], Any]) -> None:
+    def _go_back(self, calls: Calls) -> None:
         """Gradients, from the head to the first layer."""
         layers, total = len(self.blocks.layers), len(self.description["parts"])
         limit = self.description["hessians"] or HESSIAN_BYTES
-        back = ReversePass(self.blocks, self.states, self.work, self._batches, limit, self.announce)
+        back = ReversePass(self.blocks, self.states, self.work, self.samples.batches, limit, self.announce)
         if self.description["done"] == layers + 1:
             back.begin()
         for number in reversed(range(layers)):
@@ -236,45 +234,16 @@ class _Run:
         """The file of the states before a layer, or after the last one."""
         return self.states[number % len(self.states)]
 
-    def _batches(self) -> Iterator[tuple[slice, tuple[int, int]]]:
-        """Rows of the state files and the shape [batch, length] of the samples that lie there."""
-        length = len(self.samples.tokens[0])
-        size = max(1, BATCH_TOKENS // length)
-        for i in range(0, len(self.samples.tokens), size):
-            count = min(size, len(self.samples.tokens) - i)
-            yield slice(i * length, (i + count) * length), (count, length)
-
-    def _enter(self) -> dict[tuple[int, int], list[list[Arguments]]]:
-        """Embed all samples (unless an earlier run has); masks and positions are the same for batches of one shape."""
-        ids = torch.tensor(self.samples.tokens, device=self.device)
-        calls: dict[tuple[int, int], Any] = {}
-        with self.blocks.embedding(ids):
-            for rows, (count, length) in self._batches():
-                if self.description["done"] and (count, length) in calls:
-                    continue
-                first = rows.start // length
-                hidden, calls[count, length] = enter(self.blocks, ids[first : first + count])
-                if not is_finite(hidden):
-                    raise MeasurementError(
-                        f"the embeddings of {self._name} hold a NaN or an infinity; repair the checkpoint"
-                    )
-                if not self.description["done"]:
-                    self.states[0].write(rows, as_numpy(hidden))
-        self.states[0].sync()
-        return calls
-
-    def _layer(self, layer: nn.Module, calls: dict[tuple[int, int], Any], number: int) -> Part:
+    def _layer(self, layer: nn.Module, calls: Calls, number: int) -> Part:
         before, after = self._state(number), self._state(number + 1)
         with self.blocks.filled(layer):
             observer = Observer(self.blocks.parameters_of(layer), self._mode, self.blocks.dtype)
             every = show_all_tokens(layer, observer) if self.description["all_experts"] else contextlib.nullcontext()
             with observer, watch_caches(self.blocks.attentions_of(layer)) as caches, every:
-                for rows, shape in self._batches():
-                    hidden, call = self._load(before, rows, shape), calls[shape][number]
+                for rows, shape in self.samples.batches():
+                    hidden, call = read_batch(self.blocks, before, rows, shape), calls[shape][number]
                     result = run_layer(layer, hidden, call)
-                    if not is_finite(result):
-                        again = partial(run_layer, layer, hidden, call)
-                        raise MeasurementError(refusal(self._name, layer, again, self.blocks.name_of(layer)))
+                    check_output(self.blocks, self._name, layer, hidden, call, result)
                     after.write(rows, as_numpy(result))
                     observer.forget_inputs()
         part = self._by_weight(observer)
@@ -284,24 +253,19 @@ class _Run:
     def _head(self) -> Part:
         """What the output matrix sees: the last states after the final norm."""
         states = self._state(len(self.blocks.layers))
-        head = self.blocks.model.get_output_embeddings()
-        norm = getattr(self.blocks.decoder, "norm", None)
-        if head is None or norm is None:
+        output = output_matrix(self.blocks)
+        if output is None:
             return Part()
-        name = next(n for n, module in self.blocks.model.named_modules() if module is head) + ".weight"
+        name, head, norm = output
         if name not in self.blocks.uses:
             return Part()  # tied: the checkpoint has the embedding alone, whose rows are looked up
-        sums = Sums.zeros((), states.width, self._mode(name, head.weight), self.device)
+        sums = Sums.zeros((), states.width, self._mode(name, head.weight), self.blocks.device)
         with self.blocks.filled(norm):
-            for rows, shape in self._batches():
-                sums.add(norm(self._load(states, rows, shape)).reshape(-1, states.width), None)
+            for rows, shape in self.samples.batches():
+                sums.add(norm(read_batch(self.blocks, states, rows, shape)).reshape(-1, states.width), None)
         observed = Observer({}, self._mode)
         observed.sums[name] = sums
         return self._by_weight(observed)
-
-    def _load(self, states: States, rows: slice, shape: tuple[int, int]) -> torch.Tensor:
-        hidden = torch.from_numpy(states.read(rows)).to(self.device, self.blocks.dtype)
-        return hidden.view(*shape, -1)
 
     def _mode(self, name: str, parameter: nn.Parameter) -> str:
         """Whether products are collected: for each expert (``own``), for all together (``pooled``), or not."""

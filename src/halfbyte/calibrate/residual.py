@@ -22,15 +22,15 @@ from torch import nn
 
 from halfbyte.calibrate.caches import arrays_of, watch_caches
 from halfbyte.calibrate.collect import (
-    BATCH_TOKENS,
     CollectOptions,
     Progress,
     begin,
     collect_statistics,
     describe_run,
 )
+from halfbyte.calibrate.hidden_states import Calls, check_output, embed, output_matrix, read_batch
 from halfbyte.calibrate.layer_steps import Group, Step, find_steps
-from halfbyte.calibrate.layerwise import LayerwiseModel, as_numpy, enter, run_layer
+from halfbyte.calibrate.layerwise import LayerwiseModel, as_numpy
 from halfbyte.calibrate.samples import Samples, make_samples
 from halfbyte.calibrate.states import States, release_memory
 from halfbyte.calibrate.step_rounder import Rounded, StepRounder
@@ -39,8 +39,6 @@ from halfbyte.calibrate.two_streams import Batch, Shelf, run_quantized, run_sour
 from halfbyte.calibration.rounded import to_arrays
 from halfbyte.calibration.statistics import Part, Statistics, write_description, write_part
 from halfbyte.checkpoint import Reader
-from halfbyte.errors import MeasurementError
-from halfbyte.evaluate.finite import is_finite, refusal
 from halfbyte.plan.conversion_plan import Plan
 from halfbyte.plan.shards import Item
 from halfbyte.plan.target import methods_of, rounded_by
@@ -142,13 +140,8 @@ class _Run:
         description: dict[str, Any],
         progress: Progress,
     ) -> None:
-        self.rounder, self.samples, self.out, self.description, self.progress = (
-            rounder,
-            samples,
-            out,
-            description,
-            progress,
-        )
+        self.rounder, self.samples, self.out = rounder, samples, out
+        self.description, self.progress = description, progress
         self.work = out / _WORK
         self.work.mkdir(exist_ok=True)
         width = source.decoder.config.hidden_size
@@ -156,14 +149,19 @@ class _Run:
             _Stream(blocks, [States(self.work / f"{name}-{n}.f32", width) for n in (0, 1)])
             for name, blocks in (("source", source), ("quantized", quantized))
         )
-        self.length = len(samples.tokens[0])
-        self.tokens = samples.total
-        self.calls: dict[tuple[int, int], Any] = {}
+        self.alone = (1, len(samples.tokens[0]))
+        self.calls: Calls = {}
+
+    @property
+    def _name(self) -> str:
+        name: str = self.description["source"]["name"]
+        return name
 
     def go(self) -> None:
         """All layers that are not done yet, then the output matrix."""
         layers, total = self.source.blocks.layers, len(self.description["parts"])
-        self._enter()
+        files = [] if self.description["done"] else [self.source.states[0], self.quantized.states[0]]
+        self.calls = embed(self.source.blocks, self.samples, files, self._name, [self.alone])
         for number in range(self.description["done"], len(layers)):
             self.progress(number, total)
             self._finish(number, self._layer(number))
@@ -183,42 +181,17 @@ class _Run:
         self.description["done"] = number + 1
         write_description(self.out, self.description)
 
-    def _spans(self) -> Iterator[tuple[slice, tuple[int, int]]]:
-        size = max(1, BATCH_TOKENS // self.length)
-        for i in range(0, len(self.samples.tokens), size):
-            count = min(size, len(self.samples.tokens) - i)
-            yield slice(i * self.length, (i + count) * self.length), (count, self.length)
-
-    def _enter(self) -> None:
-        """Embed all samples, unless an earlier run has; calls are the same for batches of one shape."""
-        blocks, begun = self.source.blocks, bool(self.description["done"])
-        ids = torch.tensor(self.samples.tokens, device=blocks.device)
-        with blocks.embedding(ids):
-            _, self.calls[1, self.length] = enter(blocks, ids[:1])
-            for rows, shape in self._spans():
-                if begun and shape in self.calls:
-                    continue
-                first = rows.start // self.length
-                hidden, self.calls[shape] = enter(blocks, ids[first : first + shape[0]])
-                if not is_finite(hidden):
-                    name = self.description["source"]["name"]
-                    raise MeasurementError(f"the embeddings of {name} hold a NaN or an infinity; repair the checkpoint")
-                if not begun:
-                    for stream in (self.source, self.quantized):
-                        stream.states[0].write(rows, as_numpy(hidden))
-
     def _batches(self, stream: _Stream, number: int, alone: bool = False) -> Iterator[Batch]:
         """What a layer of a stream is called with; ``alone``: the first sample."""
         blocks = stream.blocks
-        spans = [(slice(0, self.length), (1, self.length))] if alone else self._spans()
+        spans = [(slice(0, self.alone[1]), self.alone)] if alone else self.samples.batches()
         for rows, shape in spans:
-            hidden = torch.from_numpy(stream.before(number).read(rows)).to(blocks.device, blocks.dtype)
-            yield Batch(rows, hidden.view(*shape, -1), self.calls[shape][number])
+            yield Batch(rows, read_batch(blocks, stream.before(number), rows, shape), self.calls[shape][number])
 
     def _layer(self, number: int) -> Part:
         source, quantized = self.source.blocks, self.quantized.blocks
         layer, twin = source.layers[number], quantized.layers[number]
-        shelf = Shelf(self.work, self.tokens)
+        shelf = Shelf(self.work, self.samples.total)
         part, values = Part(), {}
         with source.filled(layer):
             steps = self._steps(layer, number)
@@ -262,28 +235,25 @@ class _Run:
 
     def _keep(self, stream: _Stream, number: int, layer: nn.Module, batch: Batch, output: torch.Tensor) -> None:
         """Write what a layer gives to the states of the next one."""
-        if not is_finite(output):
-            again = partial(run_layer, layer, batch.hidden, batch.call)
-            name = self.description["source"]["name"]
-            raise MeasurementError(refusal(name, layer, again, stream.blocks.name_of(layer)))
+        check_output(stream.blocks, self._name, layer, batch.hidden, batch.call, output)
         stream.after(number).write(batch.rows, as_numpy(output))
 
     def _head(self) -> Part:
         """The output matrix, where it is quantized, for the last states after the final norm."""
         blocks = self.source.blocks
         last = len(blocks.layers)
-        head, norm = blocks.model.get_output_embeddings(), getattr(blocks.decoder, "norm", None)
-        if head is None or norm is None:
+        output = output_matrix(blocks)
+        if output is None:
             return Part()
-        name = next(n for n, module in blocks.model.named_modules() if module is head) + ".weight"
+        name, _, norm = output
         if not any(weight in self.rounder.items for weight, _ in blocks.uses.get(name, ())):
             return Part()
-        shelf = Shelf(self.work, self.tokens)
+        shelf = Shelf(self.work, self.samples.total)
         with blocks.filled(norm):
             for key, stream in (("x", self.source), ("xh", self.quantized)):
-                for rows, _ in self._spans():
-                    hidden = torch.from_numpy(stream.before(last).read(rows)).to(blocks.device, blocks.dtype)
-                    shelf.put(f"{key} {name}", rows, norm(hidden))
+                for rows, shape in self.samples.batches():
+                    hidden = norm(read_batch(blocks, stream.before(last), rows, shape))
+                    shelf.put(f"{key} {name}", rows, hidden.reshape(-1, hidden.shape[-1]))
         rounded = self.rounder.round(Step((Group((name,)),)), shelf)
         shelf.clear()
         return Part({weight: _arrays(one) for weight, one in rounded.items()})

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
+from halfbyte.calibrate.hidden_states import read_batch
 from halfbyte.calibrate.layerwise import Arguments, LayerwiseModel, as_numpy, run_layer
 from halfbyte.calibrate.output_gradients import CLIP, GradientObserver
 from halfbyte.calibrate.states import States
@@ -58,7 +59,7 @@ class ReversePass:
                 return _scaled(linear(x, embedding.weight) if tied else head(x), model.config.get_text_config())
 
             for rows, shape in self.batches():
-                hidden = self._load(self.states[-1], rows, shape).requires_grad_()
+                hidden = read_batch(self.blocks, self.states[-1], rows, shape).requires_grad_()
                 outputs = norm(hidden)
                 # the same draws wherever an interrupted run continues
                 generator = torch.Generator(self.blocks.device).manual_seed(SEED + rows.start)
@@ -77,20 +78,16 @@ class ReversePass:
             parameters = self.blocks.parameters_of(layer)
             observer = GradientObserver(parameters, self._wanted(parameters), self.blocks.dtype)
             for rows, shape in self.batches():
-                hidden = self._load(self.states[number], rows, shape).requires_grad_()
+                hidden = read_batch(self.blocks, self.states[number], rows, shape).requires_grad_()
                 with observer:
                     result = run_layer(layer, hidden, calls[shape][number])
-                result.backward(self._load(after, rows, shape))
+                result.backward(read_batch(self.blocks, after, rows, shape))
                 assert hidden.grad is not None
                 before.write(rows, as_numpy(hidden.grad))
                 observer.end_batch()
                 observer.forget_inputs()
         before.sync()
         return self._by_weight(observer)
-
-    def _load(self, states: States, rows: slice, shape: tuple[int, int]) -> torch.Tensor:
-        values = torch.from_numpy(states.read(rows)).to(self.blocks.device, self.blocks.dtype)
-        return values.view(*shape, -1)
 
     def _wanted(self, parameters: dict[str, nn.Parameter]) -> list[str]:
         """Matrices of the checkpoint, and stacks that have room for a sum each."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,10 @@ from typing import Any
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.bos import bos_token
 from halfbyte.evaluate.text import tokens_of
+
+BATCH_TOKENS = 4096
+Shape = tuple[int, int]
+"""Samples in a batch, and tokens in a sample."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,14 @@ class Samples:
     def total(self) -> int:
         """Return the number of tokens of all samples."""
         return sum(map(len, self.tokens))
+
+    def batches(self) -> Iterator[tuple[slice, Shape]]:
+        """Rows of all tokens, and the shape [batch, length] of the samples that lie there."""
+        length = len(self.tokens[0])
+        size = max(1, BATCH_TOKENS // length)
+        for i in range(0, len(self.tokens), size):
+            count = min(size, len(self.tokens) - i)
+            yield slice(i * length, (i + count) * length), (count, length)
 
     @property
     def fingerprint(self) -> str:
