@@ -52,7 +52,7 @@ def test_embeddings_that_are_there_are_not_written_again(blocks: LayerwiseModel,
 
 def test_an_output_that_is_not_finite_names_the_layer(blocks: LayerwiseModel) -> None:
     layer, hidden = blocks.layers[0], torch.full((1, 4, 64), torch.nan)
-    call = embed(blocks, SAMPLES, [], "model", [(1, 4)])[1, 4][0]
+    call = embed(blocks, Samples([[1, 2, 3, 4]], ("text",)), [], "model")[1, 4][0]
     with blocks.filled(layer), pytest.raises(MeasurementError, match=r"model.*layers\.0"):
         check_output(blocks, "model", layer, hidden, call, hidden)
 

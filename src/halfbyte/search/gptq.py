@@ -90,10 +90,10 @@ def _gptq_plain(array: Array, fmt: Format, search: Search, hessian: Any, options
     if float(np.max(largest, initial=0)) > _LARGEST:
         raise FormatError(f"the weight holds {np.max(largest):.3g}; GPTQ needs magnitudes up to {_LARGEST:g}")
     outputs = _outputs(options, array.shape)
-    chooses = mode == "static" and given is None
+    chooses = mode == "static" and given is None and outputs is not None
     if given is not None:
         out = _fresh(given, fmt, array.shape)
-    elif not chooses or outputs is not None:
+    elif mode != "static" or chooses:
         out = empty(fmt, array.shape)
         set_scales(out, search, array, options)
     else:
@@ -126,7 +126,7 @@ def _round(
         part = slice(i, i + 1)
         output = None if outputs is None else outputs[0 if len(outputs) == 1 else i]
         matrix = _part(out, part, flat.shape)
-        _weighed(flat[i], matrix, how, prepared[0 if shared else i], output, refine, chooses and outputs is not None)
+        _weighed(flat[i], matrix, how, prepared[0 if shared else i], output, refine, chooses)
 
 
 def _one(x: NDArray[Any], out: QuantizedTensor, how: Search, prepared: Prepared) -> None:

@@ -29,8 +29,8 @@ def measure_answers(model: Any, prompts: torch.Tensor, limit: int = 64) -> Answe
     ends = _ends(model)
     lengths = []
     device = next(model.parameters()).device
-    for prompt in prompts.to(device):
-        with rounded_once(model):
+    with rounded_once(model):
+        for prompt in prompts.to(device):
             out = model.generate(
                 prompt[None],
                 attention_mask=torch.ones_like(prompt[None]),
@@ -38,7 +38,7 @@ def measure_answers(model: Any, prompts: torch.Tensor, limit: int = 64) -> Answe
                 do_sample=False,
                 pad_token_id=ends[0] if ends else 0,
             )[0, len(prompt) :].tolist()
-        lengths.append(next((i for i, token in enumerate(out) if token in ends), limit))
+            lengths.append(next((i for i, token in enumerate(out) if token in ends), limit))
     count = len(lengths)
     return Answers(count, limit, sum(lengths) / count, sum(length == limit for length in lengths) / count)
 

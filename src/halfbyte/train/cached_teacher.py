@@ -43,6 +43,9 @@ class CachedTeacher:
     @classmethod
     def write(cls, teacher: Teacher, sequences: torch.Tensor, folder: str | Path, top_k: int = 256) -> CachedTeacher:
         """Ask a teacher about sequences [count, length], one by one, and keep its ``top_k`` likeliest tokens."""
+        rows = {_key(sequence): row for row, sequence in enumerate(sequences)}
+        if len(rows) < len(sequences):
+            raise HalfbyteError("the sequences for a cached teacher repeat; give each one once")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shape: list[int] = []
@@ -53,9 +56,6 @@ class CachedTeacher:
                 ids.write(top.ids[0].to("cpu", torch.int32).contiguous().numpy().tobytes())
                 log_probs.write(top.log_probs[0].to("cpu", torch.float32).contiguous().numpy().tobytes())
                 shape = list(top.ids.shape[1:])
-        rows = {_key(sequence): row for row, sequence in enumerate(sequences)}
-        if len(rows) < len(sequences):
-            raise HalfbyteError("the sequences for a cached teacher repeat; give each one once")
         write_file_atomic(folder / _INDEX, json.dumps({"shape": shape, "rows": rows}).encode())
         return cls(folder)
 

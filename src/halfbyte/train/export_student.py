@@ -45,12 +45,12 @@ def export(
     finite, PlanError for a dialect that cannot hold a format, OutputError for an unusable folder.
     """
     student = student_of(model)
-    tensors = {name: trained.final() for name, trained in student.weights.items()}
     for name, trained in student.weights.items():
         if not torch.isfinite(trained.master).all():
             raise HalfbyteError(
                 f"{name} of the student is not finite, so it cannot be written; train with a lower rate"
             )
+    tensors = {name: trained.final() for name, trained in student.weights.items()}
     dense = {name: _stored(kept.master, kept.stored) for name, kept in student.kept.items()}
     return write(student.origin, tensors, _by_source(student, dense), out, dialect, training, threads)
 

@@ -103,7 +103,9 @@ def train_layers(
                 f"{origin.name} has {len(models[1].layers)} layers and the source {len(models[0].layers)}; give the "
                 "model that was quantized"
             )
-        outcome = _Run(models[0], models[1], origin, batches, options, files, progress or (lambda a, b: None)).go()
+        outcome = _Run(
+            models[0], models[1], right, origin, batches, options, files, progress or (lambda a, b: None)
+        ).go()
     record = {
         "method": "local",
         "steps": options.steps,
@@ -134,13 +136,15 @@ class _Run:
         self,
         teacher: LayerwiseModel,
         student: LayerwiseModel,
+        reader: Reader,
         origin: Origin,
         batches: TokenBatches,
         options: LocalOptions,
         files: LayerFiles,
         progress: Progress,
     ) -> None:
-        self.teacher, self.student, self.origin, self.options = teacher, student, origin, options
+        self.teacher, self.student, self.reader = teacher, student, reader
+        self.origin, self.options = origin, options
         self.files, self.progress, self.seed = files, progress, batches.seed
         size = batches.batch_size
         train = batches.sequences[: min(options.samples, len(batches.sequences)) // size * size]
@@ -244,9 +248,7 @@ class _Run:
         return Place(weight, target, swaps)
 
     def _install(self, place: Place, original: torch.Tensor) -> TrainedWeight:
-        reader = Reader(self.origin.checkpoint.inventory)
-        with reader:
-            tensor = self.origin.checkpoint.read_quantized(reader, place.weight)
+        tensor = self.origin.checkpoint.read_quantized(self.reader, place.weight)
         values = as_array(original.transpose(-1, -2) if place.transposed else original)
         master = master_of(place.weight.name, tensor, values, self.options.master)
         weight = install(self.student.model, place, tensor, master, None)

@@ -93,6 +93,8 @@ def train_end_to_end(
     The output appears when training is finished; an unfinished one lies in ``work_folder(out)``. HalfbyteError for
     what does not fit together, before anything is written.
     """
+    check_output(out, start)
+    _tidy(Path(out).expanduser())
     origin = Inventory.open(model)
     _check_memory(Checkpoint(origin), method)
     network = load(model, student.dtype, dequantize=True, device=student.device)
@@ -103,8 +105,6 @@ def train_end_to_end(
     prepare(network, start, master=student.master, activations=student.activations, kept=student.kept)
     objective = _objective(model, method, student)
     rate = training.rate or rate_of(student_of(network), student.master)
-    check_output(out, start)
-    _tidy(Path(out).expanduser())
     about: list[Any] = [method, asdict(training), asdict(student), batches.fingerprint, origin.fingerprint]
     about += [student_of(network).origin.checkpoint.inventory.fingerprint, rate]
     state = TrainingState(work_folder(out), hashlib.sha256(json.dumps(about).encode()).hexdigest(), resume)
@@ -138,8 +138,8 @@ def train_locally(
     progress: Progress | None = None,
 ) -> LocalOutcome:
     """Train one decoder layer after the other (``halfbyte.train.local_training``) on these texts."""
-    vocabulary = Checkpoint.open(model).inventory.config
-    size = vocabulary.get("vocab_size") or vocabulary.get("text_config", {}).get("vocab_size")
+    config = Inventory.open(model).config
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     batches = make_batches(
         text.texts, load_tokenizer(model), text.length, text.batch_size, text.seed, text.held_out, size
     )
