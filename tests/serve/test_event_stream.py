@@ -31,6 +31,8 @@ def test_tokens_come_from_usage_or_from_events() -> None:
     count = TokenCount()
     count.see_events(b'data: {"x": 1}\n\ndata: {"x": 2}\n\ndata: [DONE]\n\n')
     assert (count.tokens, count.prompt) == (2, 0)
+    count.see_events(b'data: {"x": "data: data: [DONE]"}\r\n\r\n')
+    assert count.tokens == 3
     count.see_events(b'data: {"usage": {"prompt_tokens": 3, "completion_tokens": 9}}\n\n')
     assert (count.tokens, count.prompt) == (9, 3)
     count.see_events(b'data: {"response": {"usage":{"input_tokens": 4, "output_tokens": 8}}}\n\n')

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,18 @@ def test_small_files_are_read_once_and_copied(tmp_path: Path) -> None:
     assert store.read_small("a.json") == store.read_small("a.json") == b"{}" and store.requests == 1
     assert store.copy("a.json", tmp_path / "a.json") == hashlib.sha256(b"{}").hexdigest()
     assert [path.name for path in store.folder().iterdir()] == ["a.json"]
+
+
+def test_a_second_thread_waits_until_the_folder_is_full() -> None:
+    class Slow(Bytes):
+        def fetch(self, name: str, offset: int, size: int) -> bytes:
+            time.sleep(0.05)
+            return super().fetch(name, offset, size)
+
+    store = Slow({f"{i}.json": b"{}" for i in range(4)})
+    with ThreadPoolExecutor(2) as pool:
+        seen = list(pool.map(lambda _: len(list(store.folder().iterdir())), range(2)))
+    assert seen == [4, 4]
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

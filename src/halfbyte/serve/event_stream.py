@@ -46,7 +46,8 @@ class TokenCount:
 
     def see_events(self, events: bytes) -> None:
         """Count complete events."""
-        self.events += events.count(b"data:") - events.count(b"data: [DONE]")
+        lines = b"\n" + events  # a text may hold "data:" too
+        self.events += lines.count(b"\ndata:") - lines.count(b"\ndata: [DONE]")
         if any(mark in events for mark in _USAGE):
             for line in events.splitlines():
                 if line.startswith(b"data:") and any(mark in line for mark in _USAGE):

@@ -52,7 +52,7 @@ class RemoteStore(ABC):
         self._heads: dict[str, Future[tuple[bytes, int]]] = {}
         self._small: dict[str, bytes] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._lock = threading.Lock()
+        self._lock, self._filling = threading.Lock(), threading.Lock()
 
     @abstractmethod
     def fetch(self, name: str, offset: int, size: int) -> bytes:
@@ -171,16 +171,14 @@ class RemoteStore(ABC):
 
     def folder(self) -> Path:
         """A temporary folder with everything but weights; it vanishes with the store."""
-        with self._lock:
-            made = self._folder is not None
+        with self._filling:  # a second thread waits until everything is there
             if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="halfbyte-")
-        root = Path(self._folder.name)
-        if not made:
-            for name, size in self.list().items():
-                if size is not None and belongs(name, size):
-                    self.copy(name, root / name)
-        return root
+                made = tempfile.TemporaryDirectory(prefix="halfbyte-")
+                for name, size in self.list().items():
+                    if size is not None and belongs(name, size):
+                        self.copy(name, Path(made.name) / name)
+                self._folder = made
+        return Path(self._folder.name)
 
     def _file(self, name: str) -> RemoteFile:
         try:
@@ -207,11 +205,12 @@ class RemoteStore(ABC):
 
     def __getstate__(self) -> dict[str, object]:
         """Everything but threads and caches, so that a plan can be sent to other processes."""
-        hidden = ("_pool", "_heads", "_small", "_folder", "_lock")
+        hidden = ("_pool", "_heads", "_small", "_folder", "_lock", "_filling")
         return {key: value for key, value in vars(self).items() if key not in hidden}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Begin with new threads and empty caches."""
         vars(self).update(state)
         self._pool = ThreadPoolExecutor(STREAMS, "halfbyte-fetch")
-        self._heads, self._small, self._folder, self._lock = {}, {}, None, threading.Lock()
+        self._heads, self._small, self._folder = {}, {}, None
+        self._lock, self._filling = threading.Lock(), threading.Lock()
