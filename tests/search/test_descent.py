@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.search.objective import weighted_error
 
 from halfbyte.errors import FormatError
 from halfbyte.kernels import backends, use_backend
 from halfbyte.search.gptq import gptq, prepare
 from halfbyte.search.hessian import checked, damped
-from halfbyte.search.output_metric import DAMPING, prepare_output, weighted_error
+from halfbyte.search.output_metric import DAMPING, prepare_output
 from search.hessians import hessian, weight
 from search.test_gptq import FORMATS, MODES, same
 from search.test_row_feedback import outputs

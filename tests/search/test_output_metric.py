@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.search.objective import weighted_error
 
 from halfbyte.errors import FormatError
-from halfbyte.search.output_metric import prepare_output, weighted_error
+from halfbyte.search.output_metric import prepare_output
 from search.hessians import hessian, weight
 
 

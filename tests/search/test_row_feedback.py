@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.search.objective import weighted_error
 
 from halfbyte.errors import FormatError
 from halfbyte.kernels import backends, use_backend
 from halfbyte.search.gptq import gptq, prepare
-from halfbyte.search.output_metric import prepare_output, weighted_error
+from halfbyte.search.output_metric import prepare_output
 from halfbyte.search.row_feedback import subtract_products
 from search.hessians import hessian, weight
 from search.test_gptq import FORMATS, MODES, same

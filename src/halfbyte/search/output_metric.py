@@ -60,11 +60,3 @@ def _factored(hessian: Doubles, damping: float) -> tuple[Floats, float]:
         np.fill_diagonal(padded[n:, n:], np.trace(hessian) / n)
     factors = factor(padded, damping)
     return np.ascontiguousarray(factors.feedback[:n, :n], dtype=np.float32), factors.damping
-
-
-def weighted_error(error: ArrayLike, hessian: ArrayLike, output_hessian: ArrayLike | None = None) -> float:
-    """tr(H_O E H Eᵀ) in FP64 of an error E [N, K]; without ``output_hessian`` tr(E H Eᵀ)."""
-    e = np.asarray(error, dtype=np.float64)
-    columns = e @ np.asarray(hessian, dtype=np.float64)
-    rows = columns if output_hessian is None else np.asarray(output_hessian, dtype=np.float64) @ columns
-    return float(np.sum(rows * e))

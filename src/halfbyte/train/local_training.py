@@ -28,13 +28,14 @@ from halfbyte.errors import HalfbyteError, MeasurementError
 from halfbyte.source.checkpoint import Checkpoint
 from halfbyte.train.export_student import write
 from halfbyte.train.layer_files import LayerFiles
+from halfbyte.train.layer_fit import fit_layer
 from halfbyte.train.masters import Start, master_of
 from halfbyte.train.parameter_map import Place
 from halfbyte.train.start import Origin, origin_of
 from halfbyte.train.straight_through import TrainedWeight, as_array
 from halfbyte.train.student import install
 from halfbyte.train.token_batches import TokenBatches
-from halfbyte.train.training_loop import TrainingOptions, rate_of_weights, schedule
+from halfbyte.train.training_loop import TrainingOptions, rate_of_weights
 
 Progress = Callable[[int, int], None]
 
@@ -202,7 +203,7 @@ class _Run:
                         "teacher", number + 1, first, run_layer(teacher, self._read("teacher", number, first), call)
                     )
             with self._trained(teacher, student) as weights:
-                errors = _LayerFit(self, number, student, own, weights).go() if weights else (0.0, 0.0)
+                errors = self._fit(number, student, own, weights) if weights else (0.0, 0.0)
                 with torch.no_grad():
                     for weight in weights.values():
                         weight.fixed = [weight(weight.master)]
@@ -212,6 +213,19 @@ class _Run:
                         )
                 self.files.write(number, {name: weight.final() for name, weight in weights.items()})
         return errors
+
+    def _fit(
+        self, number: int, layer: nn.Module, call: Arguments, weights: Mapping[str, TrainedWeight]
+    ) -> tuple[float, float]:
+        def error(first: int) -> torch.Tensor:
+            out = run_layer(layer, self._read("student", number, first), call)
+            return nn.functional.mse_loss(out, self._read("teacher", number + 1, first))
+
+        options = self.options
+        rate = options.rate or rate_of_weights(weights.values(), options.master)
+        batches = range(0, self.trained, self.size), range(self.trained, len(self.ids), self.size)
+        plan = TrainingOptions(options.steps, check_every=options.check_every)
+        return fit_layer(weights, error, batches, rate, plan, np.random.default_rng([self.seed, number]))
 
     @contextlib.contextmanager
     def _trained(self, teacher: nn.Module, student: nn.Module) -> Iterator[dict[str, TrainedWeight]]:
@@ -265,55 +279,6 @@ class _Run:
             raise MeasurementError(f"the {who}'s states before layer {number} are not finite; check the checkpoints")
         rows = slice(first * self.length, (first + self.size) * self.length)
         self.states[who, number % 2].write(rows, as_numpy(hidden))
-
-
-class _LayerFit:
-    """Some steps of AdamW on one layer; the best masters by held-out error stay, the start included."""
-
-    def __init__(
-        self, run: _Run, number: int, layer: nn.Module, call: Arguments, weights: Mapping[str, TrainedWeight]
-    ) -> None:
-        self.run, self.number, self.layer, self.call, self.weights = run, number, layer, call, weights
-        self.masters = [weight.master for weight in weights.values()]
-        self.rate = run.options.rate or rate_of_weights(weights.values(), run.options.master)
-        self.optimizer = torch.optim.AdamW(self.masters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def go(self) -> tuple[float, float]:
-        """The held-out error before and after."""
-        options, run = self.run.options, self.run
-        plan = TrainingOptions(options.steps)
-        start = best = self._held_out()
-        kept = [master.detach().clone() for master in self.masters]
-        order = np.random.default_rng([run.seed, self.number])
-        firsts = np.arange(0, run.trained, run.size)
-        for step in range(options.steps):
-            if step % len(firsts) == 0:
-                order.shuffle(firsts)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate * schedule(step, plan)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = self._error(int(firsts[step % len(firsts)]))
-            if not torch.isfinite(loss):
-                break
-            loss.backward()
-            self.optimizer.step()
-            if (step + 1) % options.check_every == 0 or step + 1 == options.steps:
-                error = self._held_out()
-                if error < best:
-                    best, kept = error, [master.detach().clone() for master in self.masters]
-        with torch.no_grad():
-            for master, values in zip(self.masters, kept, strict=True):
-                master.copy_(values)
-        return start, best
-
-    def _error(self, first: int) -> torch.Tensor:
-        out = run_layer(self.layer, self.run._read("student", self.number, first), self.call)
-        return nn.functional.mse_loss(out, self.run._read("teacher", self.number + 1, first))
-
-    @torch.no_grad()
-    def _held_out(self) -> float:
-        firsts = range(self.run.trained, len(self.run.ids), self.run.size)
-        return sum(float(self._error(first)) for first in firsts) / len(firsts)
 
 
 def _widen(layer: nn.Module) -> None:
